@@ -1,0 +1,355 @@
+"""Clipping: bounds on the gradient by a number you choose.
+
+===========================  =====================================================  ==========================
+Function                     Bounds                                                 Place
+===========================  =====================================================  ==========================
+`clip_by_global_norm`        the norm of the whole gradient; keeps its direction    a rule of `guard`, or first
+`clip_by_leaf_norm`          the norm of every leaf; one bad layer spares the rest  a rule of `guard`, or first
+`clip_by_value`              every element                                          first inside `guard`
+`adaptive_grad_clip`         every unit's gradient relative to its weights          first inside `guard`
+===========================  =====================================================  ==========================
+
+The first two are rules: they share one read of the gradient. The others treat elements and units differently and are
+ordinary transformations: `guard(optax.chain(adaptive_grad_clip(0.01), optax.sgd(0.1)))`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_guard import _validate
+from optax_guard._rule import Rule, Verdict, rule
+from optax_guard._statistics import GradientStatistics, absolute_square, accumulator_dtype, safe_sqrt
+from optax_guard._step import next_step, value_at
+from optax_guard._tree import NO_PARAMS_MSG, check_same_structure, is_gradient, map_gradients, path_name
+from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
+
+__all__ = ["ClipState", "adaptive_grad_clip", "clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value"]
+
+
+class ClipState(NamedTuple):
+    """Carried by a clip whose bound is a schedule; with a fixed bound the state is `optax.EmptyState`."""
+
+    clip_step: jax.Array  # i32[]: calls, the argument of the schedule
+
+
+def clip_by_global_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None) -> Rule:
+    """Scale the whole gradient down to norm `max_norm` if it exceeds it.
+
+    g <- g * min(1, max_norm / ||g||_2)
+
+    Guarantees:
+      - The norm of the result is at most `max_norm` (1 + 4 eps of the gradient's dtype).
+      - A gradient within the bound is returned bit for bit.
+      - The norm is taken in float32 or wider and does not overflow: float16 [300, 1] and float32 [1e30] are clipped
+        correctly, not to zero.
+      - Alone in a chain, a NaN or Inf stays in its leaf: the norm is taken over the finite leaves. Under `guard` the
+        step is held.
+
+    ==================================  =================================================================
+    Case                                Result
+    ==================================  =================================================================
+    zero gradient, empty tree           unchanged
+    `max_norm` = 0                      zero (also for a zero gradient: no 0/0)
+    `max_norm` = inf                    unchanged
+    schedule or array below 0           as 0
+    schedule or array NaN               NaN, which `guard` holds and counts
+    NaN or Inf in a leaf                that leaf keeps it; the others are clipped by the norm of the finite ones
+    norm above 8e37 * `max_norm`        zero: the factor is below the smallest normal float32
+    ==================================  =================================================================
+
+    Args:
+      max_norm: bound on the L2 norm, in the gradient's units, >= 0: a number, a 0-d array (traced or not), or a
+        schedule of this rule's own step count.
+      axis_name: as in `gradient_statistics`.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: `max_norm` is negative, NaN or not a scalar.
+
+    Example:
+      >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(1.0))
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["w"]
+      Array([-0.6, -0.8], dtype=float32)
+
+    References:
+      Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013, arXiv 1211.5063,
+      algorithm 1.
+
+    See Also:
+      `optax.clip_by_global_norm`: the same for ordinary float32 gradients; it takes the norm in the gradient's dtype,
+      spreads one NaN over all leaves, gives NaN for 0/0 and flips the sign for a negative bound.
+    """
+    _validate.scalar_or_schedule("clip_by_global_norm", "max_norm", max_norm, low=0, infinite=True)
+    return _clip_rule(max_norm, axis_name, by_leaf=False)
+
+
+def clip_by_leaf_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None) -> Rule:
+    """Scale every leaf whose L2 norm exceeds `max_norm` down to it.
+
+    g_i <- g_i * min(1, max_norm / ||g_i||_2)
+
+    Guarantees:
+      - The norm of each leaf is at most `max_norm` (1 + 4 eps of the leaf's dtype).
+      - A leaf within the bound is returned bit for bit.
+
+    ==============================  ========================================================
+    Case                            Result
+    ==============================  ========================================================
+    zero leaf, empty tree           unchanged
+    `max_norm` = 0                  zero
+    `max_norm` = inf                unchanged
+    schedule or array below 0       as 0
+    NaN or Inf in a leaf            that leaf keeps it; the others are unaffected
+    norm above 8e37 * `max_norm`    zero: the factor is below the smallest normal float32
+    ==============================  ========================================================
+
+    Args:
+      max_norm: bound on the L2 norm of a leaf, in the gradient's units, >= 0: a number, a 0-d array (traced or not), or
+        a schedule of this rule's own step count.
+      axis_name: as in `gradient_statistics`.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: `max_norm` is negative, NaN or not a scalar.
+
+    Example:
+      >>> clip = clip_by_leaf_norm(1.0)
+      >>> grads = {"big": jnp.array([3.0, 4.0]), "small": jnp.array([0.5])}
+      >>> clip.update(grads, clip.init(grads))[0]
+      {'big': Array([0.6, 0.8], dtype=float32), 'small': Array([0.5], dtype=float32)}
+
+    See Also:
+      `optax.clip_by_block_rms`, which bounds the root mean square of a leaf.
+    """
+    _validate.scalar_or_schedule("clip_by_leaf_norm", "max_norm", max_norm, low=0, infinite=True)
+    return _clip_rule(max_norm, axis_name, by_leaf=True)
+
+
+def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """Limit every element to [-max_value, max_value].
+
+    g_j <- clip(g_j, -max_value, max_value);   complex:  g_j * min(1, max_value / |g_j|)
+
+    Guarantees:
+      - No element of the result exceeds `max_value` in absolute value (rounded to the gradient's dtype).
+      - An element within the bound is returned bit for bit; NaN stays NaN.
+
+    ============================  ==============================================
+    Case                          Result
+    ============================  ==============================================
+    Inf, -Inf                     `max_value`, -`max_value` (a finite number)
+    NaN                           NaN
+    `max_value` = 0               zero
+    schedule or array below 0     as 0
+    complex element               its direction is kept
+    ============================  ==============================================
+
+    Args:
+      max_value: bound in the gradient's units, >= 0: a number, a 0-d array (traced or not), or a schedule of this
+        transformation's own step count.
+
+    Returns:
+      A transformation. It changes the direction of the gradient; `clip_by_global_norm` does not.
+
+    Raises:
+      ValueError: `max_value` is negative, NaN or not a scalar.
+
+    Example:
+      >>> clip = clip_by_value(1.0)
+      >>> clip.update(jnp.array([-3.0, 0.5, jnp.inf]), clip.init(jnp.zeros(3)))[0]
+      Array([-1. ,  0.5,  1. ], dtype=float32)
+
+    References:
+      Mikolov, "Statistical language models based on neural networks", PhD thesis, 2012.
+
+    See Also:
+      `optax.clip`: the same; refuses complex gradients.
+    """
+    _validate.scalar_or_schedule("clip_by_value", "max_value", max_value, low=0, infinite=True)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra
+        bound, state = bound_and_state(max_value, state)
+
+        def clip(leaf: jax.Array) -> jax.Array:
+            limit = bound.astype(accumulator_dtype(leaf.dtype))
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                size = jnp.abs(leaf)
+                inside = size <= limit
+                return jnp.where(inside, leaf, leaf * (limit / jnp.where(inside, 1, size)).astype(leaf.dtype))
+            limit = limit.astype(leaf.dtype)
+            return jnp.clip(leaf, -limit, limit)
+
+        return map_gradients(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_for(max_value), update)
+
+
+def adaptive_grad_clip(
+    clipping: ScalarOrSchedule = 0.01, *, eps: float = 1e-3, axis: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Adaptive gradient clipping: bound every unit's gradient relative to the unit's weights.
+
+    G_u <- G_u * min(1, clipping * max(||W_u||, eps) / ||G_u||)          for every unit u
+
+    A unit is the vector of weights that feed one output: of an array in Flax's layout (..., in, out) all axes but the
+    last, which is right for dense, convolutional (1-d to 3-d) and attention-output kernels. Arrays of rank 0 and 1 are
+    one unit. Where a kernel differs, say so with `axis`: a stack of layers (layers, in, out) has its units along
+    `axis=-2`, an attention query kernel (in, heads, head_dim) along `axis=0`.
+
+    Guarantees:
+      - ||G_u|| <= clipping * max(||W_u||, eps) (1 + 4 eps of the dtype) for every unit.
+      - A unit within its bound is returned bit for bit.
+      - Norms are taken in float32 or wider, scaled by the largest element: no overflow.
+
+    ===============================  ===========================================================
+    Case                             Result
+    ===============================  ===========================================================
+    weights zero                     the bound is clipping * eps: a zero kernel can move
+    `clipping` = 0                   zero
+    gradient zero                    zero
+    NaN or Inf in a unit             that unit is NaN; the other units are unaffected
+    schedule or array below 0        as 0
+    ===============================  ===========================================================
+
+    Args:
+      clipping: bound on ||G_u|| / ||W_u||, >= 0: a number, a 0-d array or a schedule. The paper uses 0.01 for batches
+        of 4096 and leaves the final linear layer out (`optax.masked`).
+      eps: the smallest weight norm assumed, > 0.
+      axis: the axes to reduce over in all leaves (an int or a tuple of ints), or a tree with the structure of the
+        parameters that holds an int, a tuple or None (the default) for each, or a function from parameters to such a
+        tree. Under `optax.inject_hyperparams` list it in `static_args`.
+
+    Returns:
+      A transformation; its `update` needs `params`.
+
+    Raises:
+      ValueError: `clipping` negative, `eps` not positive, an axis a leaf does not have (with its path), `params`
+        missing in `update`.
+
+    Example:
+      >>> agc = adaptive_grad_clip(0.1)
+      >>> params = {"kernel": jnp.ones((4, 2))}                      # each of the 2 units has weight norm 2
+      >>> grads = {"kernel": jnp.array([[1.0, 0.01]] * 4)}
+      >>> agc.update(grads, agc.init(params), params)[0]["kernel"][0]
+      Array([0.1 , 0.01], dtype=float32)
+
+    References:
+      Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization", 2021, arXiv
+      2102.06171, equation 3. Deviation: no 1e-6 under ||G_u||, since a zero gradient needs no clip.
+
+    See Also:
+      `optax.adaptive_grad_clip`: one `axis` for all leaves; takes rank 3 along axis 0.
+    """
+    name = "adaptive_grad_clip"
+    _validate.scalar_or_schedule(name, "clipping", clipping, low=0)
+    _validate.scalar(name, "eps", eps, low=0, open_low=True)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        check_same_structure(name, "updates", updates, "params", params)
+        ratio, state = bound_and_state(clipping, state)
+
+        asked = _axes_by_path(name, axis, params)
+
+        def clip(path: Any, leaf: Any, weight: Any) -> Any:
+            if not is_gradient(leaf) or leaf.size == 0:
+                return leaf
+            axes = _unit_axes(name, path, leaf.ndim, asked)
+            bound = ratio * jnp.maximum(_unit_norm(weight, axes), eps).astype(ratio.dtype)
+            norm = _unit_norm(leaf, axes)
+            inside = norm <= bound.astype(norm.dtype)
+            scale = jnp.where(inside, 1, bound.astype(norm.dtype) / jnp.where(inside, 1, norm))
+            wide = jnp.promote_types(leaf.dtype, norm.dtype)
+            return jnp.where(inside, leaf, (leaf.astype(wide) * scale.astype(wide)).astype(leaf.dtype))
+
+        return jax.tree_util.tree_map_with_path(clip, updates, params, is_leaf=lambda leaf: leaf is None), state
+
+    return optax.GradientTransformationExtraArgs(init_for(clipping), update)
+
+
+def _clip_rule(max_norm: ScalarOrSchedule, axis_name: AxisName | None, by_leaf: bool) -> Rule:
+    def judge(
+        statistics: GradientStatistics, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[Verdict, Any]:
+        del params, extra
+        bound, state = bound_and_state(max_norm, state)
+        size, root = statistics.leaf_norm_parts if by_leaf else statistics.finite_norm_parts
+        inside = size * root <= bound.astype(root.dtype)
+        # Divided one after the other: the product, the norm itself, may overflow.
+        factor = bound.astype(root.dtype) / jnp.where(inside, 1, size) / jnp.where(inside, 1, root)
+        spared = inside | ~statistics.finite if by_leaf else inside
+        scale = jnp.where(spared, 1, factor)
+        return Verdict(scale=scale, skip=jnp.zeros((), bool)), state
+
+    return rule(init_for(max_norm), judge, axis_name=axis_name)
+
+
+def init_for(bound: ScalarOrSchedule) -> optax.TransformInitFn:
+    def init(params: optax.Params) -> optax.OptState:
+        del params
+        return ClipState(clip_step=jnp.zeros((), jnp.int32)) if callable(bound) else optax.EmptyState()
+
+    return init
+
+
+def bound_and_state(bound: ScalarOrSchedule, state: Any) -> tuple[jax.Array, Any]:
+    """The bound of this step (never negative; NaN stays NaN) and the state after it."""
+    if not callable(bound):
+        return jnp.maximum(value_at(bound, None), 0), state
+    return jnp.maximum(value_at(bound, state.clip_step), 0), ClipState(clip_step=next_step(state.clip_step))
+
+
+def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The L2 norm over `axes`, kept as axes of size 1, in float32 or wider and without overflow."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+    wide = largest.astype(accumulator_dtype(x.dtype))
+    size = jnp.where((wide > 0) & jnp.isfinite(wide), wide, 1)
+    complex_or_wide = jnp.promote_types(x.dtype, size.dtype)
+    squares = absolute_square(x.astype(complex_or_wide) / size.astype(complex_or_wide))
+    return size * safe_sqrt(jnp.sum(squares, axis=axes, keepdims=True))
+
+
+def _is_axes(node: Any) -> bool:
+    return node is None or isinstance(node, int) or (isinstance(node, tuple) and all(isinstance(a, int) for a in node))
+
+
+def _axes_by_path(name: str, axis: Any, params: PyTree) -> dict[Any, Any]:
+    """The axes asked for, by the path of a leaf or of a subtree; {(): axis} for one answer for all."""
+    axes = axis(params) if callable(axis) else axis
+    asked = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes))
+    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for path, entry in asked.items():
+        if not _is_axes(entry):
+            raise ValueError(
+                f"{name}: `axis` must hold ints, tuples of ints or None; at `{path_name(path)}`: {entry!r}."
+            )
+        if not any(leaf[: len(path)] == path for leaf in leaves):
+            raise ValueError(f"{name}: `axis` names `{path_name(path)}`, which the parameters do not have.")
+    return asked
+
+
+def _unit_axes(name: str, path: Any, ndim: int, asked: dict[Any, Any]) -> tuple[int, ...]:
+    """The axes that one unit of a leaf spans."""
+    axes = next((asked[path[:n]] for n in range(len(path), -1, -1) if path[:n] in asked), None)
+    if axes is None:
+        return tuple(range(ndim)) if ndim <= 1 else tuple(range(ndim - 1))
+    axes = (axes,) if isinstance(axes, int) else axes
+    if any(not -ndim <= a < ndim for a in axes):
+        raise ValueError(f"{name}: `axis` {axes} is out of range for leaf `{path_name(path)}` of rank {ndim}.")
+    return tuple(a % ndim for a in axes)

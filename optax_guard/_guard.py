@@ -1,0 +1,476 @@
+"""Act: the guard around an optimizer. A step it holds leaves no trace.
+
+===========================================  ==================================================================
+Function                                     Take it
+===========================================  ==================================================================
+`guard(optimizer, *rules)`                   around the whole optimizer, inside `accumulate`
+`raise_if_halted(state, params)`             in the loop on the host, as often as you log
+`clear_halt(state)`                          after the cause is mended, to go on from the same state
+===========================================  ==================================================================
+"""
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard import _validate
+from optax_guard._apply import FastTransformation, mean_of, take_step
+from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
+from optax_guard._rule import Rule
+from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
+from optax_guard._step import next_step
+from optax_guard._tree import cast_like, check_arrays, check_same_structure, is_gradient, leaf_names, positions
+from optax_guard._typing import AxisName, PyTree
+
+__all__ = ["GuardState", "TrainingHalted", "clear_halt", "find_states", "guard", "raise_if_halted"]
+
+_CODE = {name: code for code, name in enumerate(EVENTS)}
+
+
+class GuardState(NamedTuple):
+    """What `guard` carries: the inner state, one state per rule, ten numbers and the flight recorder."""
+
+    guarded_state: Any  # the inner optimizer's state
+    rule_states: tuple[Any, ...]  # one per rule, in order
+    guard_step: jax.Array  # i32[]: calls, held ones included
+    refused_in_row: jax.Array  # i32[]: finite steps refused by rules since the last one applied
+    nonfinite_in_row: jax.Array  # i32[]: steps in a row that were not finite
+    clipped_total: jax.Array  # i32[]: steps applied with a gradient that a rule had scaled
+    skipped_total: jax.Array  # i32[]: held steps, for whatever reason
+    nonfinite_total: jax.Array  # i32[]: steps held because the gradient (or the checked update) was not finite
+    let_through_total: jax.Array  # i32[]: refused steps applied after all, patience being over
+    halted: jax.Array  # bool[]: every further step is held
+    recorder: FlightRecorder
+
+
+class TrainingHalted(RuntimeError):  # noqa: N818 (named after what happened, as StopIteration is)
+    """Raised on the host when a guard has halted: too many non-finite steps in a row."""
+
+
+class _Judgement(NamedTuple):
+    rule_states: tuple[Any, ...]
+    scale: jax.Array  # f32[] or f32[n_leaves]
+    norm: jax.Array  # f32[]: of the gradient as it came
+    clipped_norm: jax.Array  # f32[]
+    finite: jax.Array  # bool[]
+    refused: jax.Array  # bool[]
+    clipped: jax.Array  # bool[]
+    rule: jax.Array  # i32[]
+    worst_leaf: jax.Array  # i32[]
+
+
+def guard(
+    inner: optax.GradientTransformation,
+    *rules: Rule,
+    patience: int = 10,
+    halt_after: int = 50,
+    history: int = 256,
+    check_updates: bool = False,
+    axis_name: AxisName | None = None,
+) -> FastTransformation:
+    """Wraps an optimizer so that a bad gradient cannot harm it.
+
+    g' = g * scale_1 * ... * scale_n                         (the rules, each judging what the one before left)
+    params, inner <- inner step with g'   if g is finite and no rule skips,   else the very same bits as before
+
+    Guarantees:
+      - Non-finite gradients are never applied, however many come in a row, with or without rules.
+      - A held step leaves no trace: parameters, moments, counters, schedules, weight decay and keys keep their bits.
+      - n rules read the gradient once; their result equals the rules chained before `inner` (for finite sums of
+        squares; a stateful rule after one that skips sees the gradient here, zeros in a chain).
+      - No NaN or Inf enters any state, the flight recorder included.
+      - With all rules silent the result equals `inner` alone.
+
+    =======================================  ==========================================================================
+    Case                                     Result
+    =======================================  ==========================================================================
+    NaN or Inf in any leaf                   held, counted, recorded with the leaf; rules' histories untouched
+    finite, but its squares overflow f32     held and counted like a non-finite one (elements above 1.8e19)
+    a rule skips a finite step               held; after `patience` in a row one is let through, as the rules scale it
+    `halt_after` non-finite steps in a row   `halted`: all later steps are held until `clear_halt`
+    a rule answers with a NaN scale          held and counted as non-finite
+    zero gradient, empty tree                the inner optimizer steps as it would alone
+    float16, update not finite               applied by `check_updates=False`; held and counted by True
+    =======================================  ==========================================================================
+
+    Args:
+      inner: any Optax transformation, usually the whole optimizer.
+      *rules: applied in order, first to last. None is needed for the guarantees above.
+      patience: how many finite steps in a row the rules may refuse before one is let through (>= 0). A lasting change
+        must not stop a run. An applied step resets the count; a non-finite one neither counts nor resets.
+      halt_after: non-finite steps in a row until the guard halts (>= 1). A finite step resets the count.
+      history: rows of the flight recorder (>= 1); each takes 36 bytes.
+      check_updates: also hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a zero
+        float16 gradient into NaN. Costs a second copy of parameters and inner state while it runs.
+      axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`: all devices reach
+        the same verdict, and the loss is averaged over the axis.
+
+    Returns:
+      A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. `update` returns what
+      `inner` returns, and -0.0 for a held step, which `optax.apply_updates` adds without changing a bit.
+
+    Raises:
+      ValueError: wrong static arguments; trees that do not match, with the first differing path.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.adamw(1e-3), og.clip_by_global_norm(1.0))
+      >>> params = {"w": jnp.ones(3)}
+      >>> state = tx.init(params)
+      >>> bad = {"w": jnp.array([1.0, jnp.nan, 1.0])}
+      >>> params, state = og.apply_gradients(tx, bad, state, params, value=jnp.array(0.5))
+      >>> params["w"]
+      Array([1., 1., 1.], dtype=float32)
+      >>> int(og.metrics(state)["guard/nonfinite_total"])
+      1
+
+    See Also:
+      `optax.apply_if_finite`: no rules, lets a non-finite gradient in after a number of them, and copies parameters
+      and moments at every step.
+    """
+    name = "guard"
+    patience = _validate.integer(name, "patience", patience, low=0)
+    halt_after = _validate.integer(name, "halt_after", halt_after, low=1)
+    history = _validate.integer(name, "history", history, low=1)
+    _validate.boolean(name, "check_updates", check_updates)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise ValueError(f"{name}: `inner` must be an optax.GradientTransformation; got {inner!r}.")
+    for position, each in enumerate(rules):
+        if not isinstance(each, Rule):
+            raise ValueError(
+                f"{name}: rule {position} must be made by `rule` (as `clip_by_global_norm` is); got {each!r}. "
+                "Other transformations go inside: guard(optax.chain(transformation, optimizer))."
+            )
+        if each.axis_name is not None and each.axis_name != axis_name:
+            raise ValueError(
+                f"{name}: rule {position} has axis_name={each.axis_name!r}, the guard {axis_name!r}: they must agree."
+            )
+    update_inner = optax.with_extra_args_support(inner).update
+
+    def init(params: optax.Params) -> GuardState:
+        check_arrays(name, params)
+        return GuardState(
+            guarded_state=inner.init(params),
+            rule_states=tuple(each.init(params) for each in rules),
+            guard_step=jnp.zeros((), jnp.int32),
+            refused_in_row=jnp.zeros((), jnp.int32),
+            nonfinite_in_row=jnp.zeros((), jnp.int32),
+            clipped_total=jnp.zeros((), jnp.int32),
+            skipped_total=jnp.zeros((), jnp.int32),
+            nonfinite_total=jnp.zeros((), jnp.int32),
+            let_through_total=jnp.zeros((), jnp.int32),
+            halted=jnp.zeros((), bool),
+            recorder=empty_recorder(history),
+        )
+
+    def run(
+        total: PyTree,
+        state: GuardState,
+        params: PyTree | None,
+        factor: jax.Array | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+    ) -> tuple[PyTree, GuardState]:
+        """One step; `fast` returns new parameters, otherwise updates."""
+        extra = _checked_value(extra, axis_name)
+        judged = _judge(total, factor, rules, state, params, extra, axis_name)
+        scale = judged.scale if factor is None else judged.scale * factor.astype(judged.scale.dtype)
+
+        def propose() -> tuple[PyTree, Any]:
+            updates, new_state = update_inner(mean_of(total, scale, like), state.guarded_state, params, **extra)
+            return updates, _settle(new_state, state.guarded_state)
+
+        untouched = params if fast else _no_updates(jax.eval_shape(propose)[0], like)
+
+        def act() -> tuple[PyTree, Any, jax.Array]:
+            nothing_bad = jnp.full((), -1, jnp.int32)
+            if fast and not check_updates:
+                gradient = mean_of(total, scale, like)
+                new_params, new_state = take_step(inner, gradient, state.guarded_state, params, None, like, extra)
+                return new_params, _settle(new_state, state.guarded_state), nothing_bad
+            updates, new_state = propose()
+            if not check_updates:
+                return updates, new_state, nothing_bad
+            bad_leaf = _first_nonfinite(updates, axis_name)
+            result, new_state = lax.cond(
+                bad_leaf < 0,
+                lambda: (optax.apply_updates(cast(PyTree, params), updates) if fast else updates, new_state),
+                lambda: (untouched, state.guarded_state),
+            )
+            return result, new_state, bad_leaf
+
+        def hold() -> tuple[PyTree, Any, jax.Array]:
+            return untouched, state.guarded_state, jnp.full((), -1, jnp.int32)
+
+        applied = judged.finite & ~state.halted & (~judged.refused | (state.refused_in_row >= patience))
+        # The order of the branches decides a factor of 5: with `lax.cond(skip, hold, act)` jax 0.10 copies all that
+        # the branches alias (4.7 to 5.7 times a bare AdamW step, against 1.1 to 1.3; benchmarks/overhead.py).
+        result, inner_state, bad_leaf = lax.cond(applied, act, hold)
+        return result, _advance(state, judged, inner_state, applied, bad_leaf, halt_after, extra.get("value"))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        check_arrays(name, updates)
+        if params is not None:
+            check_same_structure(name, "updates", updates, "params", params)
+        return run(updates, cast(GuardState, state), params, None, updates, extra, fast=False)
+
+    def apply(
+        total: PyTree, state: Any, params: PyTree, factor: jax.Array | None, like: PyTree, extra: dict[str, Any]
+    ) -> tuple[PyTree, Any]:
+        return run(total, state, params, factor, like, extra, fast=True)
+
+    return FastTransformation(init, update, apply)
+
+
+def find_states(state: PyTree, kind: type) -> list[Any]:
+    """Every state of a kind, outer before inner, in any nesting (chains, dicts, `nnx.Optimizer`'s wrapped leaves)."""
+    found: list[Any] = []
+
+    def look(node: Any) -> bool:
+        if isinstance(node, kind):
+            found.append(node)
+        return False
+
+    jax.tree.leaves(state, is_leaf=look)
+    return found
+
+
+def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:
+    """Raises `TrainingHalted` on the host if a guard in `state` has halted.
+
+    Waits for the step that made `state`; call it as often as you log.
+
+    Args:
+      state: any optimizer state that holds a guard.
+      params: the parameters, for the name of the leaf; without them the message gives its index.
+
+    Raises:
+      TrainingHalted: names the step, the leaf's path and what was seen there.
+      ValueError: there is no guard in `state`.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), halt_after=1)
+      >>> params = {"dense": {"kernel": jnp.ones(2)}}
+      >>> grads = {"dense": {"kernel": jnp.full(2, jnp.nan)}}
+      >>> params, state = og.apply_gradients(tx, grads, tx.init(params), params)
+      >>> og.raise_if_halted(state, params)  # doctest: +IGNORE_EXCEPTION_DETAIL
+      Traceback (most recent call last):
+      TrainingHalted: halted at step 0 after 1 non-finite step in a row: the gradient of `dense/kernel` held NaN. ...
+    """
+    states = find_states(state, GuardState)
+    if not states:
+        raise ValueError("raise_if_halted: there is no guard in this state; wrap the optimizer in `guard` first.")
+    for each in states:
+        if bool(jax.tree.leaves(each.halted)[0]):
+            raise TrainingHalted(_story(each, params))
+
+
+def clear_halt(state: optax.OptState) -> optax.OptState:
+    """The same state with every guard's `halted` cleared and its count of non-finite steps at 0.
+
+    Args:
+      state: any optimizer state.
+
+    Returns:
+      A state of the same structure; everything else in it is unchanged.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), halt_after=1)
+      >>> params = jnp.ones(2)
+      >>> _, state = og.apply_gradients(tx, jnp.full(2, jnp.inf), tx.init(params), params)
+      >>> bool(state.halted), bool(og.clear_halt(state).halted)
+      (True, False)
+    """
+
+    def clear(node: Any) -> Any:
+        if not isinstance(node, GuardState):
+            return node
+        fields = node._asdict()
+        fields["guarded_state"] = clear_halt(node.guarded_state)
+        fields["halted"] = jax.tree.map(jnp.zeros_like, node.halted)
+        fields["nonfinite_in_row"] = jax.tree.map(jnp.zeros_like, node.nonfinite_in_row)
+        return GuardState(**fields)
+
+    return jax.tree.map(clear, state, is_leaf=lambda node: isinstance(node, GuardState))
+
+
+def _judge(
+    total: PyTree,
+    factor: jax.Array | None,
+    rules: tuple[Rule, ...],
+    state: GuardState,
+    params: PyTree | None,
+    extra: dict[str, Any],
+    axis_name: AxisName | None,
+) -> _Judgement:
+    """Every rule on one look at the gradient."""
+    statistics = first_look(total, axis_name)
+    if factor is not None:
+        statistics = scale_statistics(statistics, factor)
+    before = statistics
+    scale = jnp.ones((), statistics.sum_squares.dtype)
+    finite = jnp.all(statistics.finite)
+    refused = jnp.zeros((), bool)
+    acted = jnp.full((), -1, jnp.int32)
+    new_states = []
+    for position, (each, old) in enumerate(zip(rules, state.rule_states, strict=True)):
+        verdict, new = each.judge(statistics, old, params, **extra)
+        statistics = scale_statistics(statistics, verdict.scale)
+        scale = scale * verdict.scale.astype(scale.dtype)
+        # A rule that answers NaN knows nothing: the step is held like a non-finite one.
+        finite = finite & jnp.all(jnp.isfinite(verdict.scale))
+        acts = verdict.skip | jnp.any(verdict.scale != 1)
+        acted = jnp.where((acted < 0) & acts & ~refused | verdict.skip & ~refused, position, acted)
+        refused = refused | verdict.skip
+        new_states.append((new, old))
+    learns = finite & ~state.halted
+    return _Judgement(
+        rule_states=tuple(
+            jax.tree.map(lambda n, o: jnp.where(learns, n, o), cast_like(new, old), old) for new, old in new_states
+        ),
+        scale=scale,
+        norm=before.norm,
+        clipped_norm=statistics.norm,
+        finite=finite,
+        refused=refused,
+        clipped=jnp.any(scale != 1),
+        rule=acted,
+        worst_leaf=_worst_leaf(before),
+    )
+
+
+def _worst_leaf(statistics: GradientStatistics) -> jax.Array:
+    if statistics.sum_squares.shape == (0,):
+        return jnp.full((), -1, jnp.int32)
+    size = jnp.where(statistics.finite, statistics.leaf_norms, jnp.inf)
+    return jnp.argmax(size).astype(jnp.int32)
+
+
+def _advance(
+    state: GuardState,
+    judged: _Judgement,
+    inner_state: Any,
+    applied: jax.Array,
+    bad_leaf: jax.Array,
+    halt_after: int,
+    value: Any,
+) -> GuardState:
+    """The counters and the recorder after a step."""
+    bad_update = applied & (bad_leaf >= 0)
+    happened = applied & ~bad_update
+    nonfinite = ~judged.finite | bad_update
+    in_row = jnp.where(nonfinite, next_step(state.nonfinite_in_row), 0)
+    refused = judged.finite & judged.refused & ~applied & ~state.halted
+    event = jnp.select(
+        [state.halted, ~judged.finite, bad_update, refused, judged.refused, judged.clipped],
+        [_CODE[e] for e in ("halted", "nonfinite", "nonfinite_update", "skipped", "let_through", "clipped")],
+        _CODE["applied"],
+    ).astype(jnp.int32)
+    row = Row(
+        step=state.guard_step,
+        value=value,
+        grad_norm=judged.norm,
+        clipped_norm=jnp.where(happened, judged.clipped_norm, 0),
+        scale=jnp.where(happened, jnp.min(judged.scale, initial=1.0), 0),
+        event=event,
+        rule=judged.rule,
+        worst_leaf=jnp.where(bad_update, bad_leaf, judged.worst_leaf),
+    )
+    return GuardState(
+        guarded_state=inner_state,
+        rule_states=judged.rule_states,
+        guard_step=next_step(state.guard_step),
+        refused_in_row=jnp.where(happened, 0, state.refused_in_row + refused.astype(jnp.int32)),
+        nonfinite_in_row=in_row,
+        clipped_total=_add(state.clipped_total, happened & judged.clipped),
+        skipped_total=_add(state.skipped_total, ~happened),
+        nonfinite_total=_add(state.nonfinite_total, nonfinite),
+        let_through_total=_add(state.let_through_total, happened & judged.refused),
+        halted=state.halted | (in_row >= halt_after),
+        recorder=add_row(state.recorder, row),
+    )
+
+
+def _add(total: jax.Array, event: jax.Array) -> jax.Array:
+    return jnp.where(event, next_step(total), total)
+
+
+def _settle(new_state: Any, old_state: Any) -> Any:
+    """The new inner state with the dtypes of the old one, or an error that says why it cannot be guarded."""
+    if jax.tree.structure(new_state) != jax.tree.structure(old_state):
+        raise ValueError(
+            "guard: the inner optimizer changes the structure of its state in `update`, so a step cannot be held "
+            f"(`optax.monitor` does this): {jax.tree.structure(old_state)} became {jax.tree.structure(new_state)}."
+        )
+    return cast_like(new_state, old_state)
+
+
+def _no_updates(shapes: PyTree, updates: PyTree) -> PyTree:
+    """-0.0 everywhere: the one number that, added, changes no other, not even the sign of a zero."""
+    alike = jax.tree.structure(shapes) == jax.tree.structure(updates)
+
+    def zero(shape: jax.ShapeDtypeStruct, leaf: Any) -> Any:
+        if not is_gradient(shape):
+            return leaf if alike else jnp.zeros(shape.shape, shape.dtype)
+        number = complex(-0.0, -0.0) if jnp.issubdtype(shape.dtype, jnp.complexfloating) else -0.0
+        if alike and leaf.shape == shape.shape:
+            return jnp.full_like(leaf, number, dtype=shape.dtype)  # keeps the gradient's sharding
+        return jnp.full(shape.shape, number, shape.dtype)
+
+    return jax.tree.map(zero, shapes, updates if alike else shapes)
+
+
+def _first_nonfinite(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
+    """The position of the first leaf that is not finite, -1 if all are."""
+    bad = [jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) if is_gradient(x) else jnp.int32(0) for x in positions(updates)]
+    if not bad:
+        return jnp.full((), -1, jnp.int32)
+    bad = jnp.stack(bad) > 0
+    if axis_name is not None:
+        bad = lax.psum(bad.astype(jnp.int32), axis_name) > 0
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _checked_value(extra: dict[str, Any], axis_name: AxisName | None) -> dict[str, Any]:
+    """The extra arguments, the loss made a scalar all devices agree on."""
+    if extra.get("value") is None:
+        return extra
+    value = jnp.asarray(extra["value"])
+    if value.shape != ():
+        raise ValueError(f"guard: `value` must be the scalar loss; got an array of shape {value.shape}.")
+    return extra if axis_name is None else {**extra, "value": lax.pmean(value, axis_name)}
+
+
+def _story(state: GuardState, params: PyTree | None) -> str:
+    """What the last rows of the recorder tell of a halt, in words."""
+    recorder = FlightRecorder(*(jax.tree.leaves(x)[0] for x in state.recorder))
+    rows = read_rows(recorder)
+    bad = rows[(rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update")]
+    if len(bad) == 0:
+        return "halted; the flight recorder no longer reaches back to the cause."
+    last = bad[-1]
+    leaf = int(last["worst_leaf"])
+    where = "the gradient"
+    if leaf >= 0:
+        where += f" of `{leaf_names(params)[leaf]}`" if params is not None else f" of leaf {leaf}"
+    if last["event"] == "nonfinite_update":
+        seen = f"the gradient was finite, but the update of {where.removeprefix('the gradient of ')} was not"
+    elif last["grad_norm"] != last["grad_norm"]:
+        seen = f"{where} held NaN"
+    else:
+        seen = f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
+    in_row = int(jax.tree.leaves(state.nonfinite_in_row)[0])
+    steps = "step" if in_row == 1 else "steps"
+    return (
+        f"halted at step {int(last['step'])} after {in_row} non-finite {steps} in a row: {seen}. The parameters are "
+        "those before the first of them. Look at `flight_log(state)`, mend the cause, and go on with "
+        "`clear_halt(state)`."
+    )

@@ -1,0 +1,143 @@
+"""Reading a state: what the guards and accumulators in it saw.
+
+=====================  ============================================================
+Function               Take it for
+=====================  ============================================================
+`metrics(state)`       numbers for a logger, inside or outside `jit`
+`flight_log(state)`    the last steps one by one, on the host, after a bad night
+=====================  ============================================================
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_guard._accumulation import AccumulateState
+from optax_guard._guard import GuardState, find_states
+from optax_guard._record import EVENTS, FlightRecorder, last_row, read_rows
+
+__all__ = ["flight_log", "metrics"]
+
+
+def metrics(state: optax.OptState) -> dict[str, jax.Array]:
+    """Scalars under flat names, as loggers take them. Works inside `jit` and on any nesting.
+
+    ============================  ====================================================================================
+    Name                          What it is
+    ============================  ====================================================================================
+    guard/grad_norm               f32: the last gradient's norm before the rules; NaN or Inf if it was not finite
+    guard/clipped_norm            f32: the norm that went into the optimizer; 0 if the step was held
+    guard/scale                   f32: the smallest factor of a leaf; 0 if the step was held
+    guard/skipped                 i32: 1 if the last step was held, for whatever reason
+    guard/worst_leaf              i32: index into `leaf_names(params)`: first non-finite leaf, else the largest norm
+    guard/step                    i32: calls, held ones included
+    guard/clipped_total           i32: applied steps that a rule had scaled
+    guard/skipped_total           i32: held steps
+    guard/nonfinite_total         i32: steps held because the gradient (or checked update) was not finite
+    guard/let_through_total       i32: refused steps applied since patience was over
+    guard/refused_in_row          i32: finite refusals in a row
+    guard/nonfinite_in_row        i32: non-finite steps in a row
+    guard/halted                  bool: every further step is held
+    accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated: see `Accumul
+    ============================  ====================================================================================
+
+    A second guard in the same state appears as `guard_1/...`, a third as `guard_2/...`, outer before inner.
+
+    Args:
+      state: any optimizer state, also the `opt_state` of `flax.nnx.Optimizer`.
+
+    Returns:
+      A dict of 0-d arrays; empty if there is nothing of this library in `state`. Before the first step, norms are 0
+      and indices -1. On the host, `jax.device_get(metrics(state))` fetches all of it at once.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), og.clip_by_global_norm(1.0))
+      >>> params = jnp.ones(2)
+      >>> _, state = og.apply_gradients(tx, jnp.array([3.0, 4.0]), tx.init(params), params)
+      >>> {name: round(float(x), 3) for name, x in og.metrics(state).items() if "norm" in name}
+      {'guard/grad_norm': 5.0, 'guard/clipped_norm': 1.0}
+    """
+    result: dict[str, jax.Array] = {}
+    for kind, prefix, read in ((GuardState, "guard", _guard_metrics), (AccumulateState, "accumulate", _accumulate)):
+        for index, each in enumerate(find_states(state, kind)):
+            label = prefix if index == 0 else f"{prefix}_{index}"
+            result |= {f"{label}/{name}": number for name, number in read(each).items()}
+    return result
+
+
+def flight_log(state: optax.OptState) -> np.ndarray:
+    """The flight recorder's rows on the host, oldest first.
+
+    Args:
+      state: an optimizer state that holds one guard (pass its part of the state if there are several).
+
+    Returns:
+      A NumPy structured array with columns `step`, `value` (the loss; NaN if none was passed), `grad_norm` (NaN or Inf
+      as they were), `clipped_norm`, `scale`, `event` (applied, clipped, skipped, let_through, nonfinite,
+      nonfinite_update, halted), `rule` (position of the first rule that acted; -1) and `worst_leaf` (index into
+      `leaf_names(params)`). At most `history` rows.
+
+    Raises:
+      ValueError: there is no guard in `state`, or more than one.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), og.skip_large(10.0))
+      >>> params, state = jnp.ones(2), tx.init(jnp.ones(2))
+      >>> for size in (1.0, 100.0, jnp.nan):
+      ...     params, state = og.apply_gradients(tx, jnp.full(2, size), state, params)
+      >>> [str(event) for event in og.flight_log(state)["event"]]
+      ['applied', 'skipped', 'nonfinite']
+    """
+    states = find_states(state, GuardState)
+    if len(states) != 1:
+        raise ValueError(
+            f"flight_log: expected one guard in this state, found {len(states)}; pass the guard's own state."
+        )
+    return read_rows(FlightRecorder(*(_array(x) for x in states[0].recorder)))
+
+
+def _array(field: Any) -> jax.Array:
+    """The array in a state's field; flax.nnx wraps each in a Variable, which is a tree of one leaf."""
+    return jax.tree.leaves(field)[0]
+
+
+def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
+    step = _array(state.guard_step)
+    row = last_row(FlightRecorder(*(_array(x) for x in state.recorder)), step)
+    held = jnp.array([e in ("skipped", "nonfinite", "nonfinite_update", "halted") for e in EVENTS], jnp.int32)
+    return {
+        "grad_norm": row.grad_norm,
+        "clipped_norm": row.clipped_norm,
+        "scale": row.scale,
+        "skipped": jnp.where(row.event >= 0, held[row.event], 0),
+        "worst_leaf": row.worst_leaf,
+        "step": step,
+        **{
+            name: _array(getattr(state, name))
+            for name in (
+                "clipped_total",
+                "skipped_total",
+                "nonfinite_total",
+                "let_through_total",
+                "refused_in_row",
+                "nonfinite_in_row",
+                "halted",
+            )
+        },
+    }
+
+
+def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
+    return {
+        "micro_step": _array(state.micro_step),
+        "weight": _array(state.weight_sum),
+        "emitted_total": _array(state.emitted_total),
+        "dropped_total": _array(state.dropped_total),
+        "empty_total": _array(state.empty_total),
+        "updated": _array(state.emitted),
+    }

@@ -1,0 +1,119 @@
+"""Judge: a rule answers (statistics, its own state) with a factor per leaf and whether to hold the step.
+
+A rule is written once, as a `judge`. `rule` makes an ordinary Optax transformation of it, so that it works alone in
+`optax.chain`; `guard` calls the `judge`s of many rules on the statistics of one read of the gradient.
+
+=================  ==========================================  ==============================================
+A rule may         inside `guard`                              alone in a chain
+=================  ==========================================  ==============================================
+scale leaves       the gradient is scaled on its way in         the same
+skip the step      no trace: params and inner state keep bits  zero updates (what follows still advances)
+remember           its state is kept over held NaN steps       it must ignore non-finite statistics itself
+=================  ==========================================  ==============================================
+"""
+
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_guard._statistics import GradientStatistics, gradient_statistics
+from optax_guard._tree import is_gradient
+from optax_guard._typing import AxisName, PyTree
+
+__all__ = ["Judge", "Rule", "Verdict", "rule"]
+
+
+class Verdict(NamedTuple):
+    """What a rule says of a step."""
+
+    scale: jax.Array  # f32[] or f32[n_leaves], in [0, 1] for clips: multiplies the gradient
+    skip: jax.Array  # bool[]: True means that this step must leave no trace
+
+
+class Judge(Protocol):
+    """(statistics, state, params=None, *, value=None, **extra) -> (verdict, new state)."""
+
+    def __call__(
+        self, statistics: GradientStatistics, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[Verdict, Any]:
+        """Judges one step; must accept and ignore extra arguments it does not know."""
+        ...
+
+
+class Rule(optax.GradientTransformationExtraArgs):
+    """An Optax transformation `(init, update)` that also carries the `judge` it was made from."""
+
+    judge: Judge
+    axis_name: AxisName | None
+
+    def __new__(cls, init: Any, update: Any, judge: Judge, axis_name: AxisName | None) -> "Rule":
+        """Made by `rule`. `judge` stays outside the tuple, since Optax unpacks transformations in pairs."""
+        self = super().__new__(cls, init, update)
+        self.judge = judge
+        self.axis_name = axis_name
+        return self
+
+
+def rule(init: optax.TransformInitFn, judge: Judge, *, axis_name: AxisName | None = None) -> Rule:
+    """Makes a rule from a judgement.
+
+    g_i <- 0 if skip else g_i * scale_i          (alone; under `guard` a skip leaves no trace at all)
+
+    Guarantees:
+      - A leaf whose scale is 1 is returned bit for bit.
+      - Zeros of a skipped step are selected, never multiplied: no NaN or Inf survives a skip.
+      - Updates keep their dtypes; integer, `float0` and `None` leaves pass through.
+
+    Args:
+      init: parameters -> the rule's state (`optax.EmptyState()` for none). It must not look at values.
+      judge: see `Judge`. It must not change its state on non-finite statistics.
+      axis_name: as in `gradient_statistics`; under `guard` it must equal the guard's.
+
+    Returns:
+      A `Rule`, usable in `optax.chain` and in `guard`.
+
+    Example:
+      A rule that halves every gradient whose norm exceeds 10:
+
+      >>> def judge(statistics, state, params=None, **extra):
+      ...     del params, extra
+      ...     scale = jnp.where(statistics.norm > 10, 0.5, 1.0)
+      ...     return Verdict(scale=scale, skip=jnp.zeros((), bool)), state
+      >>> halve = rule(lambda params: optax.EmptyState(), judge)
+      >>> tx = optax.chain(halve, optax.sgd(1.0))
+      >>> grads = {"w": jnp.array([30.0, 40.0])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["w"]
+      Array([-15., -20.], dtype=float32)
+    """
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        statistics = gradient_statistics(updates, axis_name=axis_name)
+        verdict, state = judge(statistics, state, params, **extra)
+        return scale_leaves(updates, verdict.scale, verdict.skip), state
+
+    return Rule(init, update, judge, axis_name)
+
+
+def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:
+    """Multiplies leaf i by `scale` or `scale[i]`, in float32 or wider; zeros where `skip`."""
+    leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
+    scaled = []
+    for i, leaf in enumerate(leaves):
+        if is_gradient(leaf):
+            leaf = _scale_leaf(leaf, scale if scale.ndim == 0 else scale[i])
+            if skip is not None:
+                leaf = jnp.where(skip, jnp.zeros_like(leaf), leaf)
+        scaled.append(leaf)
+    return jax.tree.unflatten(structure, scaled)
+
+
+def _scale_leaf(leaf: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(leaf.dtype, scale.dtype)
+    product = (leaf.astype(wide) * scale.astype(wide)).astype(leaf.dtype)
+    # A product with 1 is not always the same bits: XLA flushes subnormals.
+    return cast(jax.Array, jnp.where(scale == 1, leaf, product))

@@ -1,0 +1,270 @@
+"""Observe: one reduction per leaf, from which every rule judges.
+
+A finite float32 sum of squares proves that every element is finite and that no square overflows, so it costs one read
+of the gradient to know the norm of every leaf *and* that all of it can be trusted; a sum that is not finite names its
+leaf. Whether that leaf holds NaN or Inf, or is finite and merely too large (or too small) to be squared, takes a
+second look, scaled by the largest element. It sits in a branch of its own and costs nothing while all is well.
+
+===========================  ==============================================================
+Function                     Take it for
+===========================  ==============================================================
+`global_norm(tree)`          logging; a drop-in for `optax.global_norm` that cannot overflow
+`gradient_statistics(tree)`  writing a rule, or the norms of all leaves at once
+===========================  ==============================================================
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_guard._tree import check_arrays, is_gradient, positions
+from optax_guard._typing import AxisName, PyTree
+
+__all__ = [
+    "GradientStatistics",
+    "first_look",
+    "global_norm",
+    "gradient_statistics",
+    "safe_sqrt",
+    "scale_statistics",
+    "widest_accumulator",
+]
+
+# Squares of elements below 2^-63 are lost in float32; below this total they could matter.
+_SMALL = 2.0**-80
+# Leaves of one kind up to this size are reduced 32 at a time: a leaf of its own costs about 4 ms of compilation.
+_SMALL_LEAF = 8192
+_STACK = 32
+
+
+class GradientStatistics(NamedTuple):
+    """What one look at a gradient tells. Leaf i has squared norm `sum_squares[i] * magnitude[i]**2`.
+
+    Two numbers a leaf and not one, since the square of a representable norm need not be representable. Entries follow
+    `leaf_names(tree)`: leaves without a gradient (integers, `float0`, `None`) have sum 0.
+    """
+
+    sum_squares: jax.Array  # f32[n_leaves] (f64 if a leaf is f64): NaN or Inf exactly where a leaf is not finite
+    magnitude: jax.Array  # the same shape and dtype: 1 unless a second look was needed or a rule scaled the leaf
+
+    @property
+    def finite(self) -> jax.Array:
+        """bool[n_leaves]: whether each leaf can be trusted."""
+        return jnp.isfinite(self.sum_squares)
+
+    @property
+    def leaf_norms(self) -> jax.Array:
+        """f32[n_leaves]: the L2 norm of each leaf."""
+        return self.magnitude * safe_sqrt(self.sum_squares)
+
+    @property
+    def norm(self) -> jax.Array:
+        """f32[]: the L2 norm of the whole tree; NaN or Inf if a leaf is."""
+        size, root = self._parts(jnp.ones_like(self.finite))
+        return size * root
+
+    @property
+    def finite_norm_parts(self) -> tuple[jax.Array, jax.Array]:
+        """(size, root), f32[] each: the norm over the finite leaves is size * root, a product that may overflow."""
+        return self._parts(self.finite)
+
+    @property
+    def leaf_norm_parts(self) -> tuple[jax.Array, jax.Array]:
+        """(size, root), f32[n_leaves] each: the same for every leaf."""
+        return self.magnitude, safe_sqrt(self.sum_squares)
+
+    def _parts(self, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.sum_squares.shape == (0,):
+            return jnp.ones((), self.sum_squares.dtype), jnp.zeros((), self.sum_squares.dtype)
+        seen = self.finite & (self.sum_squares > 0)
+        size = jnp.max(jnp.where(seen, self.magnitude, 0))
+        size = jnp.where(size > 0, size, 1)
+        ratio = jnp.where(seen, self.magnitude / size, 1)
+        return size, safe_sqrt(jnp.sum(jnp.where(counted, self.sum_squares * jnp.square(ratio), 0)))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0 instead of Inf."""
+    positive = x > 0
+    root = jnp.sqrt(jnp.where(positive, x, 1))
+    return jnp.where(positive, root, x)  # `x` and not 0: a NaN stays a NaN
+
+
+def scale_statistics(statistics: GradientStatistics, scale: jax.Array) -> GradientStatistics:
+    """The statistics of the gradient multiplied by `scale` (one number, or one per leaf), without reading it again."""
+    return GradientStatistics(
+        sum_squares=statistics.sum_squares,
+        magnitude=statistics.magnitude * scale.astype(statistics.magnitude.dtype),
+    )
+
+
+def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The real dtype to reduce in: float64 for float64 and complex128, float32 for all else."""
+    return jnp.dtype(jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32)
+
+
+def widest_accumulator(tree: PyTree) -> jnp.dtype:
+    """The accumulator dtype of a whole tree: float64 if a leaf needs it."""
+    wide = any(is_gradient(x) and accumulator_dtype(x.dtype) == jnp.float64 for x in positions(tree))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def absolute_square(x: jax.Array) -> jax.Array:
+    """|x|^2 in the dtype to reduce in."""
+    dtype = accumulator_dtype(x.dtype)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.square(jnp.real(x).astype(dtype)) + jnp.square(jnp.imag(x).astype(dtype))
+    return jnp.square(x.astype(dtype))
+
+
+def first_look(tree: PyTree, axis_name: AxisName | None = None) -> GradientStatistics:
+    """One read of the tree. A leaf whose squares overflow counts as not finite here, one whose squares vanish as 0."""
+    sums = _sum_squares(positions(tree))
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    return GradientStatistics(sum_squares=sums, magnitude=jnp.ones_like(sums))
+
+
+def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> GradientStatistics:
+    """The squared norm of every leaf, for every dtype and magnitude.
+
+    sum_squares[i] * magnitude[i]^2 = sum_j |g_ij|^2
+
+    Guarantees:
+      - Reduced in float32 for 16-bit leaves, in float64 for float64; complex leaves count |g|^2.
+      - Exact to rounding from the smallest to the largest finite gradient: a leaf of 1e30 has norm 1e30, not Inf.
+      - `statistics.finite[i]` is False exactly if leaf i holds a NaN or an Inf.
+      - One read of the gradient while all is well; a second one, in a branch of its own, if some sum of squares
+        overflowed or the whole gradient is below 1e-12.
+
+    ==========================================  ===================================================================
+    Case                                        Result
+    ==========================================  ===================================================================
+    empty tree                                  arrays of length 0, norm 0
+    integer, `float0`, `None`, zero-size leaf   sum 0
+    NaN or Inf in a leaf                        its sum is not finite
+    a leaf below 1e-19 beside larger leaves     its own norm may read as 0; the norm of the tree is right
+    ==========================================  ===================================================================
+
+    Args:
+      tree: gradients, updates or parameters: any tree of arrays of any shapes.
+      axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or axes) over which every leaf is sharded: the sums are
+        `psum`med, so that all devices see the same statistics. Leave it None under `jit`, where arrays are global, and
+        for gradients that were already averaged over the axis.
+
+    Returns:
+      `GradientStatistics`, with `.norm`, `.leaf_norms` and `.finite`.
+
+    Raises:
+      ValueError: a leaf is not an array (the message names its path).
+
+    Example:
+      >>> statistics = gradient_statistics({"a": jnp.array([3.0, 4.0]), "b": jnp.full(4, 1e30)})
+      >>> print(statistics.leaf_norms, statistics.norm)
+      [5.e+00 2.e+30] 2e+30
+
+    See Also:
+      `optax.tree.norm`, which reduces in the gradient's own dtype: float16 [300, 1] and float32 [1e20] have norm Inf.
+    """
+    check_arrays("gradient_statistics", tree)
+    look = first_look(tree, axis_name)
+    if look.sum_squares.shape == (0,):
+        return look
+    total = jnp.sum(look.sum_squares)
+    trouble = ~jnp.isfinite(total) | (total < _SMALL)
+    return lax.cond(trouble, lambda: _second_look(tree, axis_name), lambda: look)
+
+
+def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array:
+    """The L2 norm of a whole tree, correct for every dtype and magnitude.
+
+    ||g|| = sqrt(sum_i sum_j |g_ij|^2)
+
+    Guarantees: those of `gradient_statistics`; and the derivative at a zero tree is 0, not NaN.
+
+    =============================  ==============================
+    Case                           Result
+    =============================  ==============================
+    empty tree, all zeros          0
+    NaN anywhere                   NaN
+    Inf (and no NaN)               Inf
+    finite, norm above 3.4e38      Inf (the norm itself overflows)
+    =============================  ==============================
+
+    Args:
+      tree: any tree of arrays.
+      axis_name: as in `gradient_statistics`.
+
+    Returns:
+      `f32[]` (`f64[]` if a leaf is float64 or complex128).
+
+    Raises:
+      ValueError: a leaf is not an array (the message names its path).
+
+    Example:
+      >>> float(global_norm({"w": jnp.array([300.0, 400.0], jnp.float16)}))
+      500.0
+
+    See Also:
+      `optax.global_norm`: the same number for ordinary float32 trees.
+    """
+    return gradient_statistics(tree, axis_name=axis_name).norm
+
+
+def _sum_squares(leaves: list[Any]) -> jax.Array:
+    """f32[n_leaves], with the reductions of small leaves of one kind stacked into one."""
+    dtype = widest_accumulator(leaves)
+    kinds: dict[object, list[int]] = {}
+    for i, x in enumerate(leaves):
+        if is_gradient(x) and x.size > 0:
+            # The type holds shape, dtype, sharding and varying axes: only leaves alike in all can be stacked for free.
+            kinds.setdefault(jax.typeof(x) if x.size <= _SMALL_LEAF else i, []).append(i)
+    order: list[int] = []
+    sums: list[jax.Array] = []
+    for members in kinds.values():
+        for start in range(0, len(members), _STACK):
+            part = members[start : start + _STACK]
+            if len(part) == 1:
+                sums.append(jnp.sum(absolute_square(leaves[part[0]])).astype(dtype).reshape(1))
+            else:
+                squares = jnp.stack([absolute_square(leaves[i]) for i in part])
+                sums.append(jnp.sum(squares, axis=tuple(range(1, squares.ndim))).astype(dtype))
+            order += part
+    rest = sorted(set(range(len(leaves))) - set(order))
+    ordered = jnp.concatenate([*sums, jnp.zeros(len(rest), dtype)])
+    return ordered if order + rest == list(range(len(leaves))) else ordered[np.argsort(order + rest)]
+
+
+def _second_look(tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
+    """Sums of squares of the leaves divided by (the power of two below) their largest element."""
+    leaves = positions(tree)
+    sums, magnitudes = [], []
+    for x in leaves:
+        if not is_gradient(x) or x.size == 0:
+            sums.append(jnp.zeros(()))
+            magnitudes.append(jnp.ones(()))
+            continue
+        real = functools.partial(jnp.asarray, dtype=accumulator_dtype(x.dtype))
+        parts = [real(jnp.real(x)), real(jnp.imag(x))] if jnp.issubdtype(x.dtype, jnp.complexfloating) else [real(x)]
+        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts])
+        if axis_name is not None:
+            largest = lax.pmax(largest, axis_name)
+        magnitude = lax.stop_gradient(_power_of_two(largest))
+        sums.append(sum(jnp.sum(jnp.square(part / magnitude)) for part in parts))
+        magnitudes.append(magnitude)
+    dtype = jnp.result_type(*(s.dtype for s in sums))
+    sum_squares = jnp.stack([s.astype(dtype) for s in sums])
+    if axis_name is not None:
+        sum_squares = lax.psum(sum_squares, axis_name)
+    return GradientStatistics(sum_squares=sum_squares, magnitude=jnp.stack([m.astype(dtype) for m in magnitudes]))
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """A power of two within a factor of four of x, and 1 where x is 0, NaN or Inf. Divisions by it are exact."""
+    limit = jnp.finfo(x.dtype).maxexp - 2
+    usable = jnp.isfinite(x) & (x > 0)
+    return jnp.where(usable, jnp.exp2(jnp.clip(jnp.floor(jnp.log2(jnp.where(usable, x, 1))), -limit, limit)), 1)

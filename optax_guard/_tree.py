@@ -1,0 +1,117 @@
+"""Walking a parameter tree: which leaves carry a gradient, what they are called, and whether two trees agree.
+
+A *position* is an array leaf or a `None`. `None` counts, so that a tree whose gradient is `None` somewhere (a frozen
+leaf, the static part of an Equinox module) has the same positions as its parameters. `optax.MaskedNode` has no leaves
+and so no position, on both sides.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax._src.base import NO_PARAMS_MSG  # Optax's own words, which it does not export
+
+from optax_guard._typing import Mask, PyTree
+
+__all__ = [
+    "NO_PARAMS_MSG",
+    "cast_like",
+    "check_arrays",
+    "check_same_structure",
+    "is_gradient",
+    "leaf_names",
+    "map_gradients",
+    "path_name",
+    "positions",
+    "resolve_mask",
+]
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def positions(tree: PyTree) -> list[Any]:
+    """The leaves of `tree` in JAX's order, `None` included."""
+    return jax.tree.leaves(tree, is_leaf=_is_none)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'decoder/layer_3/kernel' for a key path; '(root)' for a tree that is a single array."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
+
+
+def leaf_names(params: PyTree) -> list[str]:
+    """The path of every leaf, in the order that `worst_leaf` and per-leaf statistics count in.
+
+    >>> leaf_names({"dense": {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))}})
+    ['dense/bias', 'dense/kernel']
+
+    Args:
+      params: the parameters, or anything with their structure (gradients, `jax.ShapeDtypeStruct`s).
+
+    Returns:
+      One string per position; a `None` in the tree has one too.
+    """
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_none)]
+
+
+def is_gradient(leaf: Any) -> bool:
+    """Whether a leaf is a real or complex floating-point array: integers, `float0`, keys and `None` are not."""
+    return leaf is not None and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def map_gradients(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Maps over the floating-point leaves of `tree`; every other leaf is returned as it is."""
+    return jax.tree.map(
+        lambda leaf, *others: function(leaf, *others) if is_gradient(leaf) else leaf, tree, *rest, is_leaf=_is_none
+    )
+
+
+def check_arrays(function: str, tree: PyTree) -> None:
+    """Raises a ValueError with the path of the first leaf that is not an array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise ValueError(
+                f"{function}: leaf `{path_name(path)}` is not an array but {type(leaf).__name__} ({leaf!r}). "
+                "Filter the tree first (for instance `eqx.filter(model, eqx.is_inexact_array)`)."
+            )
+
+
+def check_same_structure(function: str, got_name: str, got: PyTree, expected_name: str, expected: PyTree) -> None:
+    """Raises a ValueError with the first path in which two trees differ; `None` in `got` stands for any subtree."""
+    if jax.tree.structure(got) == jax.tree.structure(expected):
+        return
+    got_leaves = dict(jax.tree_util.tree_leaves_with_path(got, is_leaf=_is_none))
+    holes = [path for path, leaf in got_leaves.items() if leaf is None]
+    known = {path for path, _ in jax.tree_util.tree_leaves_with_path(expected, is_leaf=_is_none)}
+    for path, _ in jax.tree_util.tree_leaves_with_path(expected):
+        if path not in got_leaves and not any(path[: len(hole)] == hole for hole in holes):
+            raise ValueError(f"{function}: `{got_name}` lacks leaf `{path_name(path)}` that `{expected_name}` has.")
+    for path, leaf in got_leaves.items():
+        if path not in known and leaf is not None:
+            raise ValueError(
+                f"{function}: `{got_name}` has leaf `{path_name(path)}` that is not a leaf of `{expected_name}`."
+            )
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Casts each array to the dtype of its counterpart: a state must leave a step with the dtypes it entered with."""
+    return jax.tree.map(
+        lambda new, old: new.astype(old.dtype) if hasattr(old, "dtype") and new.dtype != old.dtype else new, tree, like
+    )
+
+
+def resolve_mask(function: str, mask: Mask, params: PyTree) -> PyTree:
+    """A tree of Python bools in the structure of `params`, from a prefix tree or a function of the parameters."""
+    booleans = mask(params) if callable(mask) else mask
+    for path, leaf in jax.tree_util.tree_leaves_with_path(booleans):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise ValueError(f"{function}: `mask` must hold True or False; at `{path_name(path)}` it holds {leaf!r}.")
+    try:
+        return jax.tree.map(lambda chosen, part: jax.tree.map(lambda _: bool(chosen), part), booleans, params)
+    except (ValueError, TypeError) as error:
+        check_same_structure(function, "mask", booleans, "params", params)
+        raise ValueError(f"{function}: `mask` does not match the structure of the parameters: {error}") from error

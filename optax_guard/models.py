@@ -1,0 +1,409 @@
+"""Small Flax models whose training goes wrong in known ways, to try a guard on, to test one, and to read.
+
+=============  ======================================  ========================================================
+Model          Made unstable by                        Shows
+=============  ======================================  ========================================================
+`MLP`          depth with `init_scale` above 1         signals and gradients that grow by a factor per layer
+`ConvNet`      `init_scale`, a high learning rate      gradients too large for their filter: unit-wise clipping
+`RNN`          `gain` above 1, long sequences          gradients that explode through time: clipping by norm
+`GRU`          as `RNN`, from a higher `gain`          the same task with gates, for comparison
+`Transformer`  `init="explosive"`, no query-key norm,  spiky gradients: skipping, adaptive clipping; attention
+               a high learning rate                    logits without bound: only `query_key_norm` cures them
+=============  ======================================  ========================================================
+
+A guard does not cure an unstable architecture. The published 32B run of the Marin project (its 32B retrospective)
+clipped gradients at norm 0.2, clipped updates by their history and skipped bad steps, all at once, and still spiked
+until its attention got query-key normalisation. `Transformer(query_key_norm=True)` is that cure.
+
+All are `flax.nnx` modules; `pip install 'optax_guard[flax]'` brings Flax. All take `dtype`, the floating dtype of the
+computation and of the logits (cast those to float32 before a cross-entropy), `param_dtype`, that of the parameters,
+and `rngs`, the source of the initial parameters. Arguments are static: Python numbers, not arrays.
+"""
+
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("optax_guard.models needs Flax: pip install 'optax_guard[flax]'") from error
+
+__all__ = ["GRU", "MLP", "RNN", "ConvNet", "Transformer"]
+
+Activation: TypeAlias = Callable[[jax.Array], jax.Array]
+
+
+class MLP(nnx.Module):
+    """A fully connected net: inputs [..., sizes[0]] -> logits [..., sizes[-1]].
+
+    h <- activation(h W_i + b_i), without the activation in the last layer; W_i ~ N(0, init_scale^2 2 / fan_in), b_i = 0
+
+    With `relu`, `init_scale` = 1 keeps the mean square of the signal from layer to layer; another value multiplies the
+    output by `init_scale` per layer: a deep net explodes with 1.5 and vanishes with 0.7 (He et al. 2015, 1502.01852).
+
+    Args:
+      sizes: Features of the input, of each hidden layer and of the output: two or more whole numbers >= 1.
+      activation: Elementwise function of the hidden layers.
+      init_scale: Gain of each layer at initialisation, in (0, inf).
+      dtype, param_dtype, rngs: See the module.
+
+    Raises:
+      ValueError: An argument is outside its range, or the input does not have `sizes[0]` features.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from optax_guard.models import MLP
+      >>> MLP((3, 8, 2), rngs=nnx.Rngs(0))(jnp.ones((5, 3))).shape
+      (5, 2)
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        activation: Activation = jax.nn.relu,
+        init_scale: float = 1.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        sizes = _sizes("MLP", "sizes", sizes, at_least=2)
+        _require(callable(activation), "MLP", "activation", activation, "a function of an array")
+        _positive("MLP", "init_scale", init_scale)
+        common = _common("MLP", dtype, param_dtype, rngs)
+        self.in_features, self.activation = sizes[0], activation
+        pairs = itertools.pairwise(sizes)
+        self.layers = nnx.List(_linear(i, o, init_scale * math.sqrt(2 / i), common, use_bias=True) for i, o in pairs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns the logits [..., sizes[-1]] of inputs [..., sizes[0]]."""
+        _check_input("MLP", "inputs", inputs, None, self.in_features)
+        *hidden_layers, head = self.layers
+        for layer in hidden_layers:
+            inputs = self.activation(layer(inputs))
+        return head(inputs)
+
+
+class ConvNet(nnx.Module):
+    """A convolutional net: images [batch, height, width, in_channels] -> logits [batch, num_classes].
+
+    h <- relu(conv_3x3(h)) with stride 2 for each of `channels`, then the mean over positions, then a linear layer.
+    Kernels ~ N(0, init_scale^2 2 / fan_in), biases 0; each stage halves height and width. There is no
+    batch norm, on purpose: it would hide gradients too large for their filter.
+
+    Args:
+      num_classes, in_channels: Number of logits and of the channels of the images, >= 1.
+      channels: Output channels of each stage: one or more whole numbers >= 1.
+      init_scale: Gain of each layer at initialisation, in (0, inf).
+      dtype, param_dtype, rngs: See the module.
+
+    Raises:
+      ValueError: An argument is outside its range, or the images have another rank or number of channels.
+
+    Example:
+      >>> ConvNet(10, channels=(4, 8), rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3))).shape
+      (2, 10)
+
+    References:
+      Brock, De, Smith, Simonyan. High-Performance Large-Scale Image Recognition Without Normalization. 2021.
+      arXiv 2102.06171, section 4. Ours is a plain net, without their residual branches and weight standardisation.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        channels: Sequence[int] = (32, 64),
+        init_scale: float = 1.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        _whole("ConvNet", {"num_classes": num_classes, "in_channels": in_channels})
+        channels = _sizes("ConvNet", "channels", channels, at_least=1)
+        _positive("ConvNet", "init_scale", init_scale)
+        common = _common("ConvNet", dtype, param_dtype, rngs)
+        kernel_init = nnx.initializers.variance_scaling(2 * init_scale**2, "fan_in", "normal")
+        pairs = itertools.pairwise((in_channels, *channels))
+        self.in_channels = in_channels
+        self.stages = nnx.List(nnx.Conv(i, o, (3, 3), (2, 2), kernel_init=kernel_init, **common) for i, o in pairs)
+        self.head = nnx.Linear(channels[-1], num_classes, kernel_init=kernel_init, **common)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the logits [batch, num_classes] of images [batch, height, width, in_channels]."""
+        _check_input("ConvNet", "images", images, 4, self.in_channels)
+        for stage in self.stages:
+            images = jax.nn.relu(stage(images))
+        return self.head(jnp.mean(images, axis=(1, 2)))
+
+
+class RNN(nnx.Module):
+    """The vanilla (Elman) recurrent net: inputs [batch, time, in_features] -> logits [batch, num_classes].
+
+    h_t = activation(x_t W + b + h_{t-1} U), h_0 = 0, logits = h_T V + c at the last time T
+
+    W ~ N(0, input_scale^2 / in_features), U = gain * (a random orthogonal matrix), V ~ N(0, 1 / hidden_features),
+    b = c = 0. The gradient of an early input passes through U once per step. While `tanh` is near linear, it grows or
+    shrinks as gain^time; saturation bends that down, `relu` switches half the units off. Growth per step as measured
+    (steps 10 to 40, 32 units, N(0, 1) inputs), so that an explosion needs a small `input_scale` or a gain near 2:
+
+    gain                        0.8    1.0    1.2    1.6    2.0
+    tanh, `input_scale` 0.01    0.80   1.00   1.08   1.08   1.12
+    tanh, `input_scale` 1       0.52   0.64   0.76   0.95   1.05
+    relu, any `input_scale`     0.53   0.64   0.85   1.07   1.31
+
+    Args:
+      in_features, hidden_features: Features of one step of the input and of the state, >= 1.
+      num_classes: Number of logits, >= 1 (1 for a regression, such as the adding problem).
+      activation: `jnp.tanh`, `jax.nn.relu` or another elementwise function.
+      gain: Every singular value of U at initialisation, in (0, inf); the table above.
+      input_scale: Gain of W at initialisation, in (0, inf).
+      dtype, param_dtype, rngs: See the module.
+
+    Raises:
+      ValueError: An argument is outside its range, or the input has another rank or number of features.
+
+    Example:
+      >>> RNN(2, 8, 3, gain=1.2, rngs=nnx.Rngs(0))(jnp.ones((4, 10, 2))).shape
+      (4, 3)
+
+    References:
+      Pascanu, Mikolov, Bengio. On the difficulty of training Recurrent Neural Networks. 2013. arXiv 1211.5063,
+      section 2. Deviation: their activation is applied before U, not after it.
+    """
+
+    _kernels: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        num_classes: int,
+        *,
+        activation: Activation = jnp.tanh,
+        gain: float = 1.0,
+        input_scale: float = 1.0,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        owner = type(self).__name__
+        sizes = {"in_features": in_features, "hidden_features": hidden_features, "num_classes": num_classes}
+        _whole(owner, sizes)
+        _require(callable(activation), owner, "activation", activation, "a function of an array")
+        _positive(owner, "gain", gain)
+        _positive(owner, "input_scale", input_scale)
+        common = _common(owner, dtype, param_dtype, rngs)
+        square, wide = (hidden_features, hidden_features), self._kernels * hidden_features
+        # Drawn in float32: the QR decomposition behind an orthogonal matrix has no bfloat16 version.
+        orthogonal = nnx.initializers.orthogonal(gain)
+        blocks = [orthogonal(rngs.params(), square, jnp.float32) for _ in range(self._kernels)]
+        self.activation, self.dtype = activation, dtype
+        self.recurrent = nnx.Param(jnp.concatenate(blocks, axis=1).astype(param_dtype))
+        self.drive = _linear(in_features, wide, input_scale / math.sqrt(in_features), common, use_bias=True)
+        self.head = _linear(hidden_features, num_classes, 1 / math.sqrt(hidden_features), common, use_bias=True)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns the logits [batch, num_classes] of inputs [batch, time, in_features]."""
+        _check_input(type(self).__name__, "inputs", inputs, 3, self.drive.in_features)
+        # Scanned as plain arrays: Flax's own transforms differ between its versions, reading a parameter does not.
+        recurrent = self.recurrent[...].astype(self.dtype)
+        start = jnp.zeros((inputs.shape[0], recurrent.shape[0]), self.dtype)
+        driven = jnp.swapaxes(self.drive(inputs), 0, 1)
+        last, _ = jax.lax.scan(lambda state, x: (self._step(state, x, recurrent), None), start, driven)
+        return self.head(last)
+
+    def _step(self, state: jax.Array, driven: jax.Array, recurrent: jax.Array) -> jax.Array:
+        return self.activation(driven + state @ recurrent)
+
+
+class GRU(RNN):
+    """The gated recurrent unit: inputs [batch, time, in_features] -> logits [batch, num_classes].
+
+    r_t = sigmoid(x_t W_r + b_r + h_{t-1} U_r)
+    z_t = sigmoid(x_t W_z + b_z + h_{t-1} U_z)
+    n_t = activation(x_t W_n + b_n + r_t * (h_{t-1} U_n))
+    h_t = (1 - z_t) * n_t + z_t * h_{t-1}, h_0 = 0, logits = h_T V + c at the last time T
+
+    Arguments, initialisation and errors are those of `RNN`, each U by itself; kernels lie side by side in the order
+    r, z, n. At first the gates stand near 1/2 and the gradient changes by a factor of at most about 1/2 + gain / 4 per
+    step: it vanishes until training opens the gates, and explodes only with `gain` well above 2.
+
+    Example:
+      >>> GRU(2, 8, 3, rngs=nnx.Rngs(0))(jnp.ones((4, 10, 2))).shape
+      (4, 3)
+
+    References:
+      Cho et al. Learning Phrase Representations using RNN Encoder-Decoder. 2014. arXiv 1406.1078, equations 5 to 8.
+      Deviations: r_t multiplies h U_n instead of h, as in cuDNN and `nnx.GRUCell`; there are biases b.
+    """
+
+    _kernels: ClassVar[int] = 3
+
+    def _step(self, state: jax.Array, driven: jax.Array, recurrent: jax.Array) -> jax.Array:
+        driven_reset, driven_update, driven_new = jnp.split(driven, 3, axis=-1)
+        from_reset, from_update, from_new = jnp.split(state @ recurrent, 3, axis=-1)
+        reset, update = jax.nn.sigmoid(driven_reset + from_reset), jax.nn.sigmoid(driven_update + from_update)
+        return (1 - update) * self.activation(driven_new + reset * from_new) + update * state
+
+
+class Transformer(nnx.Module):
+    """A pre-norm decoder-only transformer: tokens [batch, time] -> logits of the next [batch, time, vocab_size].
+
+    h = E[token] + P[position]; h <- h + attention(norm(h)), h <- h + gelu(norm(h) W_1) W_2 per layer; norm(h) V
+
+    Attention is causal with its softmax in float32, `norm` is RMS norm, and there are no biases. `init` sets the
+    standard deviations, s being sqrt(2 / (5 width)). V has std s in both, so the first loss is near log(vocab_size):
+
+      "calm":       s in the layers, 1 for E + P (the "large shortcut")
+      "explosive":  4 s in the layers, s for E + P: against both conditions under which Takase et al. bound gradients
+
+    Without `query_key_norm` attention logits have no bound: a high learning rate makes them grow until the softmax is
+    one-hot. With it |logit| <= sqrt(width / heads) max|g_q| max|g_k|, where g are the learned scales of the norm.
+    Measured (4 layers of 64, characters, 400 steps of Adam at 0.03): the largest is about 3200 without and 9 with it.
+
+    Args:
+      vocab_size: Number of tokens, >= 2. A token >= vocab_size is no error: its sequence becomes NaN.
+      max_length: Longest sequence, >= 1.
+      width: Features of h, a multiple of `heads`.
+      layers, heads: Pairs of attention and feed-forward, and attention heads in each, >= 1.
+      query_key_norm: RMS-normalise queries and keys per head, with a learned scale per feature.
+      residual_scaling: Divide the initial output projections of attention and feed-forward by sqrt(2 layers).
+      init: "calm" or "explosive".
+      dtype, param_dtype, rngs: See the module.
+
+    Raises:
+      ValueError: An argument is outside its range, or `tokens` are not integers [batch, time <= max_length].
+
+    Example:
+      >>> Transformer(11, 8, width=8, layers=1, heads=2, rngs=nnx.Rngs(0))(jnp.zeros((2, 8), jnp.int32)).shape
+      (2, 8, 11)
+
+    References:
+      Takase, Kiyono, Kobayashi, Suzuki. Spike No More. 2023. arXiv 2312.16903. Deviations: E + P is drawn at std 1
+      instead of scaled up to it; RMS norm; V is not tied to E.
+      Henry, Dachapally, Pawar, Chen. Query-Key Normalization for Transformers. 2020. arXiv 2010.04245. Deviation: RMS
+      norm with a learned scale per feature, not L2 norm with one learned temperature.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_length: int,
+        *,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        query_key_norm: bool = False,
+        residual_scaling: bool = True,
+        init: Literal["calm", "explosive"] = "calm",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        _whole("Transformer", {"vocab_size": vocab_size}, low=2)
+        _whole("Transformer", {"max_length": max_length, "width": width, "layers": layers, "heads": heads})
+        _require(width % heads == 0, "Transformer", "width", width, f"a multiple of `heads` = {heads}")
+        for name, switch in {"query_key_norm": query_key_norm, "residual_scaling": residual_scaling}.items():
+            _require(isinstance(switch, bool), "Transformer", name, switch, "True or False")
+        _require(init in ("calm", "explosive"), "Transformer", "init", init, "'calm' or 'explosive'")
+        common = _common("Transformer", dtype, param_dtype, rngs)
+        small = math.sqrt(2 / (5 * width))
+        std, embedding_std = (small, 1.0) if init == "calm" else (4 * small, small)
+        std_out = std / math.sqrt(2 * layers) if residual_scaling else std
+        embedding_init = nnx.initializers.normal(embedding_std / math.sqrt(2))
+        self.max_length = max_length
+        self.tokens = nnx.Embed(vocab_size, width, embedding_init=embedding_init, **common)
+        self.positions = nnx.Embed(max_length, width, embedding_init=embedding_init, **common)
+        self.blocks = nnx.List(_Block(width, heads, query_key_norm, std, std_out, common) for _ in range(layers))
+        self.norm = nnx.RMSNorm(width, **common)
+        self.head = _linear(width, vocab_size, small, common)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns the logits [batch, time, vocab_size] of tokens [batch, time]; those at t see tokens[:, :t + 1]."""
+        fits = tokens.ndim == 2 and tokens.shape[1] <= self.max_length and jnp.issubdtype(tokens.dtype, jnp.integer)
+        _require(fits, "Transformer", "tokens", tokens, f"integers [batch, time <= {self.max_length}]")
+        hidden = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1])[None])
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(self.norm(hidden))
+
+
+class _Block(nnx.Module):
+    """One layer of `Transformer`, [batch, time, width] to the same: attention, then feed-forward."""
+
+    def __init__(self, width: int, heads: int, query_key_norm: bool, std: float, std_out: float, common: dict) -> None:
+        self.heads = heads
+        self.attention_norm, self.feed_forward_norm = nnx.RMSNorm(width, **common), nnx.RMSNorm(width, **common)
+        self.query, self.key, self.value = (_linear(width, width, std, common) for _ in range(3))
+        self.output = _linear(width, width, std_out, common)
+        self.query_norm = nnx.RMSNorm(width // heads, **common) if query_key_norm else None
+        self.key_norm = nnx.RMSNorm(width // heads, **common) if query_key_norm else None
+        self.expand = _linear(width, 4 * width, std, common)
+        self.contract = _linear(4 * width, width, std_out, common)
+
+    def queries_and_keys(self, normed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns both as [batch, time, heads, size]; an attention logit is a product of two / sqrt(size)."""
+        shape = (*normed.shape[:2], self.heads, -1)
+        query, key = self.query(normed).reshape(shape), self.key(normed).reshape(shape)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        normed = self.attention_norm(hidden)
+        query, key = self.queries_and_keys(normed)
+        value = self.value(normed).reshape(query.shape)
+        # Named because XLA's takes the softmax in float32 on every backend.
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
+        hidden = hidden + self.output(mixed.reshape(hidden.shape))
+        return hidden + self.contract(jax.nn.gelu(self.expand(self.feed_forward_norm(hidden))))
+
+
+def _linear(fan_in: int, fan_out: int, std: float, common: dict, *, use_bias: bool = False) -> nnx.Linear:
+    return nnx.Linear(fan_in, fan_out, use_bias=use_bias, kernel_init=nnx.initializers.normal(std), **common)
+
+
+def _require(valid: bool, owner: str, argument: str, value: Any, expected: str) -> None:
+    if not valid:
+        shown = f"{value.dtype}{list(value.shape)}" if getattr(value, "ndim", 0) else repr(value)
+        raise ValueError(f"{owner}: `{argument}` must be {expected}; got {shown}.")
+
+
+def _whole(owner: str, arguments: dict[str, Any], *, low: int = 1) -> None:
+    for name, value in arguments.items():
+        valid = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= low
+        _require(valid, owner, name, value, f"a whole number >= {low}")
+
+
+def _sizes(owner: str, argument: str, values: Any, *, at_least: int) -> tuple[int, ...]:
+    listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) >= at_least
+    _require(listed, owner, argument, values, f"a sequence of {at_least} or more whole numbers >= 1")
+    _whole(owner, {f"{argument}[{position}]": value for position, value in enumerate(values)})
+    return tuple(values)
+
+
+def _positive(owner: str, argument: str, value: Any) -> None:
+    valid = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    _require(valid, owner, argument, value, "a number in (0, inf)")
+
+
+def _common(owner: str, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
+    for name, value in {"dtype": dtype, "param_dtype": param_dtype}.items():
+        _require(jnp.issubdtype(value, jnp.floating), owner, name, value, "a floating dtype")
+    return {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+
+def _check_input(owner: str, argument: str, array: jax.Array, rank: int | None, features: int) -> None:
+    fits = array.ndim >= 1 and array.shape[-1] == features and rank in (None, array.ndim)
+    axes = "..., " if rank is None else "_, " * (rank - 1)
+    _require(fits, owner, argument, array, f"an array [{axes}{features}]")
