@@ -24,7 +24,7 @@ from optax_guard._apply import FastTransformation, mean_of, take_step
 from optax_guard._guard import _no_updates, _settle, find_states
 from optax_guard._statistics import first_look, widest_accumulator
 from optax_guard._step import next_step
-from optax_guard._tree import check_arrays, check_same_structure, is_gradient, leaf_names, positions
+from optax_guard._tree import check_arrays, check_same_structure, is_gradient, leaf_names, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["AccumulateState", "accumulate", "has_updated"]
@@ -35,7 +35,7 @@ class AccumulateState(NamedTuple):
 
     accumulated_state: Any  # the inner optimizer's state
     gradient_sum: PyTree  # f32 (or wider) in the parameters' shapes: weighted sum; stale while `added` is 0
-    weight_sum: jax.Array  # f32[] (f64[] with f64 leaves): sum of the weights in `gradient_sum`
+    accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): sum of the weights in `gradient_sum`
     added: jax.Array  # i32[]: micro-batches in `gradient_sum`
     micro_step: jax.Array  # i32[]: calls in this cycle, dropped ones included
     emitted: jax.Array  # bool[]: whether the last call ran the inner optimizer
@@ -122,14 +122,14 @@ def accumulate(
     def buffer(leaf: Any) -> jax.Array:
         if not is_gradient(leaf):
             return jnp.zeros((), jnp.float32)  # a placeholder: the emitting call's leaf is passed on
-        return jnp.zeros_like(leaf, dtype=jnp.promote_types(accumulator_dtype, leaf.dtype))
+        return jnp.zeros_like(leaf, dtype=wider_dtype(accumulator_dtype, leaf.dtype))
 
     def init(params: optax.Params) -> AccumulateState:
         check_arrays(name, params)
         return AccumulateState(
             accumulated_state=inner.init(params),
             gradient_sum=jax.tree.map(buffer, params),
-            weight_sum=jnp.zeros((), widest_accumulator(params)),
+            accumulated_weight=jnp.zeros((), widest_accumulator(params)),
             added=jnp.zeros((), jnp.int32),
             micro_step=jnp.zeros((), jnp.int32),
             emitted=jnp.zeros((), bool),
@@ -148,7 +148,7 @@ def accumulate(
         fast: bool,
     ) -> tuple[PyTree, AccumulateState]:
         updates = mean_of(total, factor, like)
-        weight = _weight(extra, state.weight_sum.dtype)
+        weight = _weight(extra, state.accumulated_weight.dtype)
         good = jnp.all(first_look(updates, axis_name).finite) & jnp.isfinite(weight) & (weight >= 0)
         # One branch per outcome: a `where` over the buffer would cost a second copy of it.
         new_sum = lax.cond(
@@ -157,7 +157,7 @@ def accumulate(
             lambda: positions(state.gradient_sum),
         )
         first = state.added == 0
-        weight_sum = jnp.where(first, 0, state.weight_sum) + jnp.where(good, weight, 0)
+        weight_sum = jnp.where(first, 0, state.accumulated_weight) + jnp.where(good, weight, 0)
         added = state.added + good.astype(jnp.int32)
         length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
         full = state.micro_step + 1 >= length
@@ -179,7 +179,7 @@ def accumulate(
         return result, AccumulateState(
             accumulated_state=inner_state,
             gradient_sum=_with_passengers(new_sum, state.gradient_sum),
-            weight_sum=jnp.where(full, 0, weight_sum),
+            accumulated_weight=jnp.where(full, 0, weight_sum),
             added=jnp.where(full, 0, added),
             micro_step=jnp.where(full, 0, state.micro_step + 1),
             emitted=emit,

@@ -23,7 +23,15 @@ from optax_guard import _validate
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._statistics import GradientStatistics, absolute_square, accumulator_dtype, safe_sqrt
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import NO_PARAMS_MSG, check_same_structure, is_gradient, map_gradients, path_name
+from optax_guard._tree import (
+    NO_PARAMS_MSG,
+    check_arrays,
+    check_same_structure,
+    is_gradient,
+    map_gradients,
+    path_name,
+    wider_dtype,
+)
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
 __all__ = ["ClipState", "adaptive_grad_clip", "clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value"]
@@ -180,6 +188,7 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra
+        check_arrays("clip_by_value", updates)
         bound, state = bound_and_state(max_value, state)
 
         def clip(leaf: jax.Array) -> jax.Array:
@@ -262,6 +271,7 @@ def adaptive_grad_clip(
         del extra
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
+        check_arrays(name, updates)
         check_same_structure(name, "updates", updates, "params", params)
         ratio, state = bound_and_state(clipping, state)
 
@@ -275,7 +285,7 @@ def adaptive_grad_clip(
             norm = _unit_norm(leaf, axes)
             inside = norm <= bound.astype(norm.dtype)
             scale = jnp.where(inside, 1, bound.astype(norm.dtype) / jnp.where(inside, 1, norm))
-            wide = jnp.promote_types(leaf.dtype, norm.dtype)
+            wide = wider_dtype(leaf.dtype, norm.dtype)
             return jnp.where(inside, leaf, (leaf.astype(wide) * scale.astype(wide)).astype(leaf.dtype))
 
         return jax.tree_util.tree_map_with_path(clip, updates, params, is_leaf=lambda leaf: leaf is None), state
@@ -320,7 +330,7 @@ def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
     wide = largest.astype(accumulator_dtype(x.dtype))
     size = jnp.where((wide > 0) & jnp.isfinite(wide), wide, 1)
-    complex_or_wide = jnp.promote_types(x.dtype, size.dtype)
+    complex_or_wide = wider_dtype(x.dtype, size.dtype)
     squares = absolute_square(x.astype(complex_or_wide) / size.astype(complex_or_wide))
     return size * safe_sqrt(jnp.sum(squares, axis=axes, keepdims=True))
 
@@ -339,7 +349,7 @@ def _axes_by_path(name: str, axis: Any, params: PyTree) -> dict[Any, Any]:
             raise ValueError(
                 f"{name}: `axis` must hold ints, tuples of ints or None; at `{path_name(path)}`: {entry!r}."
             )
-        if not any(leaf[: len(path)] == path for leaf in leaves):
+        if path and not any(leaf[: len(path)] == path for leaf in leaves):
             raise ValueError(f"{name}: `axis` names `{path_name(path)}`, which the parameters do not have.")
     return asked
 

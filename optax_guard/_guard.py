@@ -367,7 +367,8 @@ def _advance(
     bad_update = applied & (bad_leaf >= 0)
     happened = applied & ~bad_update
     nonfinite = ~judged.finite | bad_update
-    in_row = jnp.where(nonfinite, next_step(state.nonfinite_in_row), 0)
+    counted = jnp.where(nonfinite, next_step(state.nonfinite_in_row), 0)
+    in_row = jnp.where(state.halted, state.nonfinite_in_row, counted)  # what led to the halt stays told
     refused = judged.finite & judged.refused & ~applied & ~state.halted
     event = jnp.select(
         [state.halted, ~judged.finite, bad_update, refused, judged.refused, judged.clipped],

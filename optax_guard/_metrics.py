@@ -135,7 +135,7 @@ def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
 def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
     return {
         "micro_step": _array(state.micro_step),
-        "weight": _array(state.weight_sum),
+        "weight": _array(state.accumulated_weight),
         "emitted_total": _array(state.emitted_total),
         "dropped_total": _array(state.dropped_total),
         "empty_total": _array(state.empty_total),

@@ -23,7 +23,7 @@ from optax_guard._prng import key_implementation, leaf_key, raw_key
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, gradient_statistics
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import is_gradient, leaf_names, positions, resolve_mask
+from optax_guard._tree import check_arrays, is_gradient, leaf_names, positions, resolve_mask
 from optax_guard._typing import Mask, PRNGKeyLike, ScalarOrSchedule
 
 __all__ = ["NoiseState", "noise_injection"]
@@ -120,9 +120,10 @@ def noise_injection(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra
+        check_arrays(name, updates)
         step = state.noise_step
-        time = 1 + step.astype(jnp.float32)
-        variance = jnp.maximum(value_at(eta, step), 0) / time ** value_at(gamma, step)
+        start = jnp.maximum(value_at(eta, step), 0)
+        variance = start / (1 + step.astype(start.dtype)) ** value_at(gamma, step).astype(start.dtype)
         chosen = positions(updates) if mask is None else positions(resolve_mask(name, mask, updates))
         leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
         noise, rounding = [], []

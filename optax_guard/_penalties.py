@@ -21,7 +21,15 @@ import optax
 from optax_guard import _validate
 from optax_guard._statistics import accumulator_dtype
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import NO_PARAMS_MSG, check_same_structure, is_gradient, map_gradients, resolve_mask
+from optax_guard._tree import (
+    NO_PARAMS_MSG,
+    check_arrays,
+    check_same_structure,
+    is_gradient,
+    map_gradients,
+    resolve_mask,
+    wider_dtype,
+)
 from optax_guard._typing import Mask, PyTree, ScalarOrSchedule
 
 __all__ = ["PenaltyState", "l1_penalty"]
@@ -84,6 +92,7 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
     _validate.scalar_or_schedule(name, "strength", strength, low=0)
 
     def init(params: optax.Params) -> optax.OptState:
+        check_arrays(name, params)
         _chosen(name, mask, params)
         return PenaltyState(penalty_step=jnp.zeros((), jnp.int32)) if callable(strength) else optax.EmptyState()
 
@@ -93,6 +102,7 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
         del extra
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
+        check_arrays(name, updates)
         check_same_structure(name, "updates", updates, "params", params)
         force = value_at(strength, state.penalty_step if callable(strength) else None)
         if callable(strength):
@@ -101,7 +111,7 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
         def add(gradient: jax.Array, weight: jax.Array, chosen: bool) -> jax.Array:
             if not chosen:
                 return gradient
-            wide = jnp.promote_types(gradient.dtype, accumulator_dtype(gradient.dtype))
+            wide = wider_dtype(gradient.dtype, accumulator_dtype(gradient.dtype))
             push = force.astype(wide) * jnp.sign(weight).astype(wide)
             return (gradient.astype(wide) + push).astype(gradient.dtype)
 

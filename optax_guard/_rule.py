@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._statistics import GradientStatistics, gradient_statistics
-from optax_guard._tree import is_gradient
+from optax_guard._tree import is_gradient, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["Judge", "Rule", "Verdict", "rule"]
@@ -113,7 +113,7 @@ def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = Non
 
 
 def _scale_leaf(leaf: jax.Array, scale: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(leaf.dtype, scale.dtype)
+    wide = wider_dtype(leaf.dtype, scale.dtype)
     product = (leaf.astype(wide) * scale.astype(wide)).astype(leaf.dtype)
     # A product with 1 is not always the same bits: XLA flushes subnormals.
     return cast(jax.Array, jnp.where(scale == 1, leaf, product))

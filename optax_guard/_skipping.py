@@ -65,7 +65,7 @@ def skip_nonfinite(*, axis_name: AxisName | None = None) -> Rule:
         one = jnp.ones((), statistics.sum_squares.dtype)
         return Verdict(scale=one, skip=~jnp.all(statistics.finite)), state
 
-    return rule(lambda params: optax.EmptyState(), judge, axis_name=axis_name)
+    return rule(optax.identity().init, judge, axis_name=axis_name)
 
 
 def skip_large(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None) -> Rule:
@@ -89,8 +89,8 @@ def skip_large(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None)
     ==========================  =======================================
 
     Args:
-      max_norm: bound on the L2 norm of the whole gradient, >= 0: a number, a 0-d array (traced or not), or a schedule of
-        this rule's own step count.
+      max_norm: bound on the L2 norm of the whole gradient, >= 0: a number, a 0-d array (traced or not), or a schedule
+        of this rule's own step count.
       axis_name: as in `gradient_statistics`.
 
     Returns:

@@ -8,7 +8,7 @@ second look, scaled by the largest element. It sits in a branch of its own and c
 ===========================  ==============================================================
 Function                     Take it for
 ===========================  ==============================================================
-`global_norm(tree)`          logging; a drop-in for `optax.global_norm` that cannot overflow
+`global_norm(tree)`          logging; a drop-in for `optax.tree.norm` that cannot overflow
 `gradient_statistics(tree)`  writing a rule, or the norms of all leaves at once
 ===========================  ==============================================================
 """
@@ -210,7 +210,7 @@ def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array
       500.0
 
     See Also:
-      `optax.global_norm`: the same number for ordinary float32 trees.
+      `optax.tree.norm`: the same number for ordinary float32 trees.
     """
     return gradient_statistics(tree, axis_name=axis_name).norm
 
@@ -256,7 +256,7 @@ def _second_look(tree: PyTree, axis_name: AxisName | None) -> GradientStatistics
         magnitude = lax.stop_gradient(_power_of_two(largest))
         sums.append(sum(jnp.sum(jnp.square(part / magnitude)) for part in parts))
         magnitudes.append(magnitude)
-    dtype = jnp.result_type(*(s.dtype for s in sums))
+    dtype = widest_accumulator(leaves)
     sum_squares = jnp.stack([s.astype(dtype) for s in sums])
     if axis_name is not None:
         sum_squares = lax.psum(sum_squares, axis_name)

@@ -19,4 +19,4 @@ def next_step(step: jax.Array) -> jax.Array:
 def value_at(value: ScalarOrSchedule, step: Any) -> jax.Array:
     """A number, 0-d array or schedule at a step, in float32 or wider: a bfloat16 bound of 0.999 would be 1."""
     array = jnp.asarray(value(step) if callable(value) else value)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)

@@ -26,6 +26,7 @@ __all__ = [
     "path_name",
     "positions",
     "resolve_mask",
+    "wider_dtype",
 ]
 
 
@@ -61,6 +62,12 @@ def leaf_names(params: PyTree) -> list[str]:
 def is_gradient(leaf: Any) -> bool:
     """Whether a leaf is a real or complex floating-point array: integers, `float0`, keys and `None` are not."""
     return leaf is not None and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def wider_dtype(one: Any, other: Any) -> jnp.dtype:
+    """The dtype that holds both, also where users run with strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
 
 
 def map_gradients(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

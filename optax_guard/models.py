@@ -11,9 +11,8 @@ Model          Made unstable by                        Shows
                a high learning rate                    logits without bound: only `query_key_norm` cures them
 =============  ======================================  ========================================================
 
-A guard does not cure an unstable architecture. The published 32B run of the Marin project (its 32B retrospective)
-clipped gradients at norm 0.2, clipped updates by their history and skipped bad steps, all at once, and still spiked
-until its attention got query-key normalisation. `Transformer(query_key_norm=True)` is that cure.
+A guard does not cure an unstable architecture: the published 32B run of Marin still spiked with gradient clipping,
+update clipping and skipping all on, until query-key normalisation. `Transformer(query_key_norm=True)` is that cure.
 
 All are `flax.nnx` modules; `pip install 'optax_guard[flax]'` brings Flax. All take `dtype`, the floating dtype of the
 computation and of the logits (cast those to float32 before a cross-entropy), `param_dtype`, that of the parameters,
@@ -24,7 +23,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +35,6 @@ except ImportError as error:
     raise ImportError("optax_guard.models needs Flax: pip install 'optax_guard[flax]'") from error
 
 __all__ = ["GRU", "MLP", "RNN", "ConvNet", "Transformer"]
-
-Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class MLP(nnx.Module):
@@ -69,7 +66,7 @@ class MLP(nnx.Module):
         self,
         sizes: Sequence[int],
         *,
-        activation: Activation = jax.nn.relu,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
         init_scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -79,25 +76,23 @@ class MLP(nnx.Module):
         _require(callable(activation), "MLP", "activation", activation, "a function of an array")
         _positive("MLP", "init_scale", init_scale)
         common = _common("MLP", dtype, param_dtype, rngs)
-        self.in_features, self.activation = sizes[0], activation
-        pairs = itertools.pairwise(sizes)
+        self.in_features, self.activation, pairs = sizes[0], activation, itertools.pairwise(sizes)
         self.layers = nnx.List(_linear(i, o, init_scale * math.sqrt(2 / i), common, use_bias=True) for i, o in pairs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns the logits [..., sizes[-1]] of inputs [..., sizes[0]]."""
         _check_input("MLP", "inputs", inputs, None, self.in_features)
-        *hidden_layers, head = self.layers
-        for layer in hidden_layers:
+        for layer in self.layers[:-1]:
             inputs = self.activation(layer(inputs))
-        return head(inputs)
+        return self.layers[-1](inputs)
 
 
 class ConvNet(nnx.Module):
     """A convolutional net: images [batch, height, width, in_channels] -> logits [batch, num_classes].
 
     h <- relu(conv_3x3(h)) with stride 2 for each of `channels`, then the mean over positions, then a linear layer.
-    Kernels ~ N(0, init_scale^2 2 / fan_in), biases 0; each stage halves height and width. There is no
-    batch norm, on purpose: it would hide gradients too large for their filter.
+    Kernels ~ N(0, init_scale^2 2 / fan_in), biases 0; each stage halves height and width. There is no batch norm, on
+    purpose: it would hide gradients too large for their filter.
 
     Args:
       num_classes, in_channels: Number of logits and of the channels of the images, >= 1.
@@ -133,8 +128,7 @@ class ConvNet(nnx.Module):
         _positive("ConvNet", "init_scale", init_scale)
         common = _common("ConvNet", dtype, param_dtype, rngs)
         kernel_init = nnx.initializers.variance_scaling(2 * init_scale**2, "fan_in", "normal")
-        pairs = itertools.pairwise((in_channels, *channels))
-        self.in_channels = in_channels
+        self.in_channels, pairs = in_channels, itertools.pairwise((in_channels, *channels))
         self.stages = nnx.List(nnx.Conv(i, o, (3, 3), (2, 2), kernel_init=kernel_init, **common) for i, o in pairs)
         self.head = nnx.Linear(channels[-1], num_classes, kernel_init=kernel_init, **common)
 
@@ -177,8 +171,7 @@ class RNN(nnx.Module):
       (4, 3)
 
     References:
-      Pascanu, Mikolov, Bengio. On the difficulty of training Recurrent Neural Networks. 2013. arXiv 1211.5063,
-      section 2. Deviation: their activation is applied before U, not after it.
+      Pascanu, Mikolov, Bengio. On the difficulty of training RNNs. 2013. arXiv 1211.5063; their U follows activation.
     """
 
     _kernels: ClassVar[int] = 1
@@ -189,7 +182,7 @@ class RNN(nnx.Module):
         hidden_features: int,
         num_classes: int,
         *,
-        activation: Activation = jnp.tanh,
+        activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
         gain: float = 1.0,
         input_scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
@@ -197,8 +190,7 @@ class RNN(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         owner = type(self).__name__
-        sizes = {"in_features": in_features, "hidden_features": hidden_features, "num_classes": num_classes}
-        _whole(owner, sizes)
+        _whole(owner, {"in_features": in_features, "hidden_features": hidden_features, "num_classes": num_classes})
         _require(callable(activation), owner, "activation", activation, "a function of an array")
         _positive(owner, "gain", gain)
         _positive(owner, "input_scale", input_scale)
@@ -272,8 +264,7 @@ class Transformer(nnx.Module):
     Measured (4 layers of 64, characters, 400 steps of Adam at 0.03): the largest is about 3200 without and 9 with it.
 
     Args:
-      vocab_size: Number of tokens, >= 2. A token >= vocab_size is no error: its sequence becomes NaN.
-      max_length: Longest sequence, >= 1.
+      vocab_size, max_length: Number of tokens, >= 2 (one beyond it makes its sequence NaN); longest sequence, >= 1.
       width: Features of h, a multiple of `heads`.
       layers, heads: Pairs of attention and feed-forward, and attention heads in each, >= 1.
       query_key_norm: RMS-normalise queries and keys per head, with a learned scale per feature.
@@ -291,8 +282,7 @@ class Transformer(nnx.Module):
     References:
       Takase, Kiyono, Kobayashi, Suzuki. Spike No More. 2023. arXiv 2312.16903. Deviations: E + P is drawn at std 1
       instead of scaled up to it; RMS norm; V is not tied to E.
-      Henry, Dachapally, Pawar, Chen. Query-Key Normalization for Transformers. 2020. arXiv 2010.04245. Deviation: RMS
-      norm with a learned scale per feature, not L2 norm with one learned temperature.
+      Henry et al. Query-Key Normalization for Transformers. 2020. arXiv 2010.04245. Deviation: RMS norm, with scales.
     """
 
     def __init__(
@@ -321,7 +311,6 @@ class Transformer(nnx.Module):
         std, embedding_std = (small, 1.0) if init == "calm" else (4 * small, small)
         std_out = std / math.sqrt(2 * layers) if residual_scaling else std
         embedding_init = nnx.initializers.normal(embedding_std / math.sqrt(2))
-        self.max_length = max_length
         self.tokens = nnx.Embed(vocab_size, width, embedding_init=embedding_init, **common)
         self.positions = nnx.Embed(max_length, width, embedding_init=embedding_init, **common)
         self.blocks = nnx.List(_Block(width, heads, query_key_norm, std, std_out, common) for _ in range(layers))
@@ -330,8 +319,12 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the logits [batch, time, vocab_size] of tokens [batch, time]; those at t see tokens[:, :t + 1]."""
-        fits = tokens.ndim == 2 and tokens.shape[1] <= self.max_length and jnp.issubdtype(tokens.dtype, jnp.integer)
-        _require(fits, "Transformer", "tokens", tokens, f"integers [batch, time <= {self.max_length}]")
+        fits = (
+            tokens.ndim == 2
+            and tokens.shape[1] <= self.positions.num_embeddings
+            and jnp.issubdtype(tokens.dtype, jnp.integer)
+        )
+        _require(fits, "Transformer", "tokens", tokens, f"integers [batch, time <= {self.positions.num_embeddings}]")
         hidden = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1])[None])
         for block in self.blocks:
             hidden = block(hidden)
@@ -348,8 +341,7 @@ class _Block(nnx.Module):
         self.output = _linear(width, width, std_out, common)
         self.query_norm = nnx.RMSNorm(width // heads, **common) if query_key_norm else None
         self.key_norm = nnx.RMSNorm(width // heads, **common) if query_key_norm else None
-        self.expand = _linear(width, 4 * width, std, common)
-        self.contract = _linear(4 * width, width, std_out, common)
+        self.expand, self.contract = _linear(width, 4 * width, std, common), _linear(4 * width, width, std_out, common)
 
     def queries_and_keys(self, normed: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns both as [batch, time, heads, size]; an attention logit is a product of two / sqrt(size)."""
@@ -386,7 +378,7 @@ def _whole(owner: str, arguments: dict[str, Any], *, low: int = 1) -> None:
 
 
 def _sizes(owner: str, argument: str, values: Any, *, at_least: int) -> tuple[int, ...]:
-    listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) >= at_least
+    listed = isinstance(values, Sequence) and len(values) >= at_least
     _require(listed, owner, argument, values, f"a sequence of {at_least} or more whole numbers >= 1")
     _whole(owner, {f"{argument}[{position}]": value for position, value in enumerate(values)})
     return tuple(values)
@@ -399,7 +391,11 @@ def _positive(owner: str, argument: str, value: Any) -> None:
 
 def _common(owner: str, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
     for name, value in {"dtype": dtype, "param_dtype": param_dtype}.items():
-        _require(jnp.issubdtype(value, jnp.floating), owner, name, value, "a floating dtype")
+        try:
+            valid = value is not None and jnp.issubdtype(value, jnp.floating)
+        except TypeError:
+            valid = False
+        _require(valid, owner, name, value, "a floating dtype")
     return {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
 

@@ -1,0 +1,26 @@
+"""The settings under which every test runs: strict about dtypes and ranks, on 8 CPU devices."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # before the first computation starts a backend
+
+
+@pytest.fixture(autouse=True, scope="module")  # not per test, which Hypothesis would call an unsafe fixture
+def _strict() -> Iterator[None]:
+    """Strict promotion of dtypes and ranks.
+
+    A context and not a global setting, since doctests run in the same session and show stock Optax optimizers, which do
+    not work under it.
+    """
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """JAX's default promotion, for tests with stock Optax: its Adam, MultiSteps and schedules fail under the strict one."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
