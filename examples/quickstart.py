@@ -246,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
             accuracy[name] = float(np.mean(np.asarray(classify(last)) == test_labels))
     console.print(summary(arms, records, accuracy))
     console.print(
-        f"Corrupted: steps {faults['NaN pixels']} hold a NaN pixel, steps {faults['scaled by 1e4']} are scaled by 1e4.\n"
+        f"Corrupted: steps {faults['NaN pixels']} hold a NaN pixel, "
+        f"steps {faults['scaled by 1e4']} are scaled by 1e4.\n"
         f"`apply_if_finite(..., {NONFINITE_LIMIT})` lets in the sixth non-finite gradient in a row, by its documented "
         "behaviour: a larger limit would have outlived this shard.\n"
         "Chance is 0.1. Skipped: no parameter changed. What the guard's flight recorder shows of the worst steps:"

@@ -21,6 +21,6 @@ def _strict() -> Iterator[None]:
 
 @pytest.fixture
 def standard_promotion() -> Iterator[None]:
-    """JAX's default promotion, for tests with stock Optax: its Adam, MultiSteps and schedules fail under the strict one."""
+    """JAX's default promotion, for tests with stock Optax: Adam and MultiSteps fail under the strict one."""
     with jax.numpy_dtype_promotion("standard"):
         yield

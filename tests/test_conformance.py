@@ -1,7 +1,7 @@
 """What every public transformation guarantees, whatever it does: one test per guarantee, over the registry.
 
-Most hold already while a function is traced, which costs milliseconds; `jax.eval_shape` is used wherever that is so. What
-must be run goes through one jitted step per entry.
+Most hold already while a function is traced, which costs milliseconds; `jax.eval_shape` is used wherever that is so.
+What must be run goes through one jitted step per entry.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def test_wrappers_forward_every_extra_argument_to_the_inner_transformation(entry
             seen.update(extra)
             return updates, state
 
-        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+        return optax.GradientTransformationExtraArgs(optax.identity().init, update)
 
     tx, token = entry.make(inner=spying), object()
     extra = {"value": LOSS, "hint": token}
@@ -152,7 +152,7 @@ def test_guard_gives_rules_the_params_the_loss_and_every_other_extra_argument() 
         seen.update(extra, params=params)
         return og.Verdict(scale=jnp.ones(()), skip=jnp.zeros((), bool)), state
 
-    tx = og.guard(optax.sgd(0.1), og.rule(lambda params: optax.EmptyState(), judge))
+    tx = og.guard(optax.sgd(0.1), og.rule(optax.identity().init, judge))
     jax.eval_shape(lambda: tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=LOSS, hint=1))
     assert seen.keys() == {"params", "value", "hint"}
     assert seen["params"] is PARAMS
@@ -727,7 +727,7 @@ def test_traced_and_scheduled_values_are_never_validated(argument: str) -> None:
     assert types(jax.eval_shape(update, jnp.asarray(-1.0))) == types(PARAMS)  # traced
     assert types(jax.eval_shape(lambda: update(jnp.asarray(-1.0)))) == types(PARAMS)  # a concrete array
     if argument != "eps":
-        assert types(jax.eval_shape(lambda: update(lambda step: -1.0))) == types(PARAMS)
+        assert types(jax.eval_shape(lambda: update(lambda _: -1.0))) == types(PARAMS)
 
 
 @each(ENTRIES)
@@ -826,7 +826,8 @@ def test_equinox_models_train_with_the_gradient_of_filter_grad_and_with_filtered
 
 
 def test_import_brings_in_nothing_that_jax_and_optax_do_not() -> None:
-    code = "import sys, json, jax, optax; a = set(sys.modules); import optax_guard; print(json.dumps([*set(sys.modules) - a]))"
+    code = "import sys, json, jax, optax; a = set(sys.modules); import optax_guard; "
+    code += "print(json.dumps([*set(sys.modules) - a]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     new = {name.split(".")[0] for name in json.loads(out.stdout)}
     assert "optax_guard" in new

@@ -16,6 +16,8 @@ from flax import nnx
 
 from optax_guard.models import GRU, MLP, RNN, ConvNet, Transformer
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # Flax itself does not work under the strict one
+
 wrong: Any = partial  # Any, because the arguments given to it are of the wrong type on purpose
 SMALL = partial(Transformer, 7, 5, width=8, layers=2, heads=2)
 
