@@ -12,7 +12,7 @@ remember           its state is kept over held NaN steps       it must ignore no
 =================  ==========================================  ==============================================
 """
 
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -100,20 +100,21 @@ def rule(init: optax.TransformInitFn, judge: Judge, *, axis_name: AxisName | Non
 
 
 def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:
-    """Multiplies leaf i by `scale` or `scale[i]`, in float32 or wider; zeros where `skip`."""
+    """Multiplies leaf i by `scale` or `scale[i]`, in float32 or wider.
+
+    With `skip`, as a rule does it alone: zeros where it is True, and a leaf whose scale is 1 keeps its very bits.
+    Without, as `guard` does it on the way into arithmetic that flushes subnormals anyway: a plain product, which
+    compiles faster (0.7 of 8 seconds for 1 000 leaves).
+    """
     leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
     scaled = []
     for i, leaf in enumerate(leaves):
         if is_gradient(leaf):
-            leaf = _scale_leaf(leaf, scale if scale.ndim == 0 else scale[i])
+            factor = scale if scale.ndim == 0 else scale[i]
+            wide = wider_dtype(leaf.dtype, factor.dtype)
+            product = (leaf.astype(wide) * factor.astype(wide)).astype(leaf.dtype)
             if skip is not None:
-                leaf = jnp.where(skip, jnp.zeros_like(leaf), leaf)
+                product = jnp.where(skip, jnp.zeros_like(leaf), jnp.where(factor == 1, leaf, product))
+            leaf = product
         scaled.append(leaf)
     return jax.tree.unflatten(structure, scaled)
-
-
-def _scale_leaf(leaf: jax.Array, scale: jax.Array) -> jax.Array:
-    wide = wider_dtype(leaf.dtype, scale.dtype)
-    product = (leaf.astype(wide) * scale.astype(wide)).astype(leaf.dtype)
-    # A product with 1 is not always the same bits: XLA flushes subnormals.
-    return cast(jax.Array, jnp.where(scale == 1, leaf, product))
