@@ -11,10 +11,10 @@ import jax
 import optax
 
 from optax_guard._rule import scale_leaves
-from optax_guard._tree import cast_like, check_arrays, check_same_structure
+from optax_guard._tree import cast_like, check_arrays, check_same_structure, wider_dtype
 from optax_guard._typing import PyTree
 
-__all__ = ["FastTransformation", "apply_gradients", "mean_of", "take_step"]
+__all__ = ["FastTransformation", "add_updates", "apply_gradients", "mean_of", "take_step"]
 
 
 class ApplyFn(Protocol):
@@ -100,7 +100,19 @@ def take_step(
         return tx.apply(total, state, params, factor, like, extra)
     updates = mean_of(total, factor, like)
     updates, state = optax.with_extra_args_support(tx).update(updates, state, params, **extra)
-    return optax.apply_updates(params, updates), state
+    return add_updates(params, updates), state
+
+
+def add_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """`optax.apply_updates`, which also leaves alone what has no update: `None`, and the `float0` of an integer."""
+
+    def add(update: Any, param: Any) -> Any:
+        if update is None or update.dtype == jax.dtypes.float0:
+            return param
+        wide = wider_dtype(param.dtype, update.dtype)
+        return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
+
+    return jax.tree.map(add, updates, params, is_leaf=lambda leaf: leaf is None)
 
 
 def mean_of(total: PyTree, factor: jax.Array | None, like: PyTree) -> PyTree:

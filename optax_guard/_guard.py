@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
-from optax_guard._apply import FastTransformation, mean_of, take_step
+from optax_guard._apply import FastTransformation, add_updates, mean_of, take_step
 from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
 from optax_guard._rule import Rule
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
@@ -198,7 +198,7 @@ def guard(
             bad_leaf = _first_nonfinite(updates, axis_name)
             result, new_state = lax.cond(
                 bad_leaf < 0,
-                lambda: (optax.apply_updates(cast(PyTree, params), updates) if fast else updates, new_state),
+                lambda: (add_updates(params, updates) if fast else updates, new_state),
                 lambda: (untouched, state.guarded_state),
             )
             return result, new_state, bad_leaf
