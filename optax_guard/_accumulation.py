@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
-from optax_guard._apply import FastTransformation, mean_of, take_step
+from optax_guard._apply import FastTransformation, as_transformation, mean_of, take_step
 from optax_guard._guard import _no_updates, _settle, find_states
 from optax_guard._statistics import first_look, widest_accumulator
 from optax_guard._step import next_step
@@ -110,8 +110,7 @@ def accumulate(
       for ever.
     """
     name = "accumulate"
-    if not isinstance(inner, optax.GradientTransformation):
-        raise ValueError(f"{name}: `inner` must be an optax.GradientTransformation; got {inner!r}.")
+    inner = as_transformation(name, inner)
     if not callable(every):
         every = _validate.integer(name, "every", every, low=1)
     _validate.boolean(name, "use_mean", use_mean)

@@ -14,7 +14,7 @@ from optax_guard._rule import scale_leaves
 from optax_guard._tree import cast_like, check_arrays, check_same_structure, wider_dtype
 from optax_guard._typing import PyTree
 
-__all__ = ["FastTransformation", "add_updates", "apply_gradients", "mean_of", "take_step"]
+__all__ = ["FastTransformation", "add_updates", "apply_gradients", "as_transformation", "mean_of", "take_step"]
 
 
 class ApplyFn(Protocol):
@@ -41,6 +41,15 @@ class FastTransformation(optax.GradientTransformationExtraArgs):
         self = super().__new__(cls, init, update)
         self.apply = apply
         return self
+
+
+def as_transformation(function: str, inner: Any) -> optax.GradientTransformation:
+    """`inner` itself, or a pair made of an object that has `init` and `update`, as `optax.MultiSteps` does."""
+    if isinstance(inner, optax.GradientTransformation):
+        return inner
+    if callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None)):
+        return optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    raise ValueError(f"{function}: `inner` must be an optax.GradientTransformation; got {inner!r}.")
 
 
 def apply_gradients(

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
-from optax_guard._apply import FastTransformation, add_updates, mean_of, take_step
+from optax_guard._apply import FastTransformation, add_updates, as_transformation, mean_of, take_step
 from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
 from optax_guard._rule import Rule
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
@@ -136,8 +136,7 @@ def guard(
     halt_after = _validate.integer(name, "halt_after", halt_after, low=1)
     history = _validate.integer(name, "history", history, low=1)
     _validate.boolean(name, "check_updates", check_updates)
-    if not isinstance(inner, optax.GradientTransformation):
-        raise ValueError(f"{name}: `inner` must be an optax.GradientTransformation; got {inner!r}.")
+    inner = as_transformation(name, inner)
     for position, each in enumerate(rules):
         if not isinstance(each, Rule):
             raise ValueError(

@@ -280,3 +280,11 @@ def test_the_guarded_step_copies_nothing() -> None:
         step = jax.jit(lambda p, s, g, tx=tx: og.apply_gradients(tx, g, s, p), donate_argnums=(0, 1))
         analysis = step.lower(params, tx.init(params), params).compile().memory_analysis()
         assert analysis.temp_size_in_bytes < 0.05 * size
+
+
+def test_the_object_optax_multisteps_can_be_guarded_as_it_is() -> None:
+    tx = og.guard(optax.MultiSteps(optax.sgd(1.0), 2), og.clip_by_global_norm(1e6))
+    params, state = PARAMS, tx.init(PARAMS)
+    for number in (1.0, 3.0):
+        params, state = og.apply_gradients(tx, constant(number), state, params)
+    np.testing.assert_allclose(PARAMS["b"] - params["b"], 2.0)
