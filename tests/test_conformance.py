@@ -615,7 +615,8 @@ WRONG_ARGUMENTS = {  # the call, and what the message must say: function, argume
         lambda: og.accumulate(SGD, 2, accumulator_dtype=jnp.int32),
         "accumulate: `accumulator_dtype` int32 floating",
     ),
-    "MultiSteps as inner": (lambda: og.guard(optax.MultiSteps(SGD, 2)), "guard: `inner` MultiSteps"),
+    "a schedule as inner": (lambda: og.guard(schedule), "guard: `inner` schedule"),
+    "a schedule as inner of accumulate": (lambda: og.accumulate(schedule, 2), "accumulate: `inner` schedule"),
 }
 
 
