@@ -408,7 +408,7 @@ def test_donating_the_state_leaves_the_callers_key_alive(key: Callable[[], jax.A
     jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones_like(x), s), donate_argnums=0)(state))
     assert state.noise_key.is_deleted()
     assert not mine.is_deleted()
-    tx.init(PARAMS)
+    assert not tx.init(PARAMS).noise_key.is_deleted()
 
 
 # 8. Under strict settings (see conftest.py), debug_nans (above, jitted) and x64
@@ -752,6 +752,8 @@ def test_no_value_of_a_gradient_raises_and_wrappers_keep_their_states_finite(ent
         chex.assert_tree_all_finite([x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)])
     if entry.wraps and not np.isfinite(number):
         chex.assert_tree_all_finite(params)
+    if entry.name == "guard" and not np.isfinite(number):
+        assert state.nonfinite_total == 3
 
 
 # The meta-gradient, and the rest of the ecosystem
