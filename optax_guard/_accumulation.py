@@ -12,7 +12,7 @@ batches of unequal token counts        the same, and `weight=` the number of tok
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,27 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
-from optax_guard._apply import FastTransformation, as_transformation, mean_of, take_step
-from optax_guard._guard import _no_updates, _settle, find_states
+from optax_guard._apply import (
+    FastTransformation,
+    as_transformation,
+    fast_transformation,
+    mean_of,
+    no_updates,
+    settle,
+    take_step,
+)
 from optax_guard._statistics import first_look, widest_accumulator
 from optax_guard._step import next_step
-from optax_guard._tree import check_arrays, check_same_structure, is_gradient, leaf_names, positions, wider_dtype
+from optax_guard._tree import (
+    check_arrays,
+    check_same_structure,
+    find_states,
+    is_gradient,
+    leaf_names,
+    positions,
+    unwrapped,
+    wider_dtype,
+)
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["AccumulateState", "accumulate", "has_updated"]
@@ -146,6 +162,7 @@ def accumulate(
         extra: dict[str, Any],
         fast: bool,
     ) -> tuple[PyTree, AccumulateState]:
+        _check_shapes(state.gradient_sum, total)
         updates = mean_of(total, factor, like)
         weight = _weight(extra, state.accumulated_weight.dtype)
         good = jnp.all(first_look(updates, axis_name).finite) & jnp.isfinite(weight) & (weight >= 0)
@@ -168,12 +185,12 @@ def accumulate(
         def propose() -> tuple[PyTree, Any]:
             mean = mean_of(sum_tree, mean_factor, updates)
             new_updates, new_state = update_inner(mean, state.accumulated_state, params, **extra)
-            return new_updates, _settle(new_state, state.accumulated_state)
+            return new_updates, settle(name, new_state, state.accumulated_state)
 
         def step() -> tuple[PyTree, Any]:
             return take_step(inner, sum_tree, state.accumulated_state, params, mean_factor, updates, extra)
 
-        untouched = params if fast else _no_updates(jax.eval_shape(propose)[0], updates)
+        untouched = params if fast else no_updates(jax.eval_shape(propose)[0], updates)
         result, inner_state = lax.cond(emit, step if fast else propose, lambda: (untouched, state.accumulated_state))
         return result, AccumulateState(
             accumulated_state=inner_state,
@@ -187,23 +204,7 @@ def accumulate(
             empty_total=jnp.where(full & ~emit, next_step(state.empty_total), state.empty_total),
         )
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        check_arrays(name, updates)
-        if params is not None:
-            check_same_structure(name, "updates", updates, "params", params)
-        state = cast(AccumulateState, state)
-        _check_shapes(state.gradient_sum, updates)
-        return run(updates, state, params, None, updates, extra, fast=False)
-
-    def apply(
-        total: PyTree, state: Any, params: PyTree, factor: jax.Array | None, like: PyTree, extra: dict[str, Any]
-    ) -> tuple[PyTree, Any]:
-        _check_shapes(state.gradient_sum, total)
-        return run(total, state, params, factor, like, extra, fast=True)
-
-    return FastTransformation(init, update, apply)
+    return fast_transformation(name, init, run)
 
 
 def has_updated(state: optax.OptState) -> jax.Array:
@@ -233,7 +234,7 @@ def has_updated(state: optax.OptState) -> jax.Array:
     states = find_states(state, AccumulateState)
     if len(states) != 1:
         raise ValueError(f"has_updated: expected one `accumulate` in this state, found {len(states)}.")
-    return jax.tree.leaves(states[0].emitted)[0]
+    return unwrapped(states[0].emitted)
 
 
 def _weight(extra: dict[str, Any], dtype: Any) -> jax.Array:

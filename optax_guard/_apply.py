@@ -8,13 +8,24 @@ copy of the parameters and the moments. A transformation that is given the param
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_guard._rule import scale_leaves
-from optax_guard._tree import cast_like, check_arrays, check_same_structure, wider_dtype
+from optax_guard._tree import cast_like, check_arrays, check_same_structure, is_gradient, wider_dtype
 from optax_guard._typing import PyTree
 
-__all__ = ["FastTransformation", "add_updates", "apply_gradients", "as_transformation", "mean_of", "take_step"]
+__all__ = [
+    "FastTransformation",
+    "add_updates",
+    "apply_gradients",
+    "as_transformation",
+    "fast_transformation",
+    "mean_of",
+    "no_updates",
+    "settle",
+    "take_step",
+]
 
 
 class ApplyFn(Protocol):
@@ -41,6 +52,42 @@ class FastTransformation(optax.GradientTransformationExtraArgs):
         self = super().__new__(cls, init, update)
         self.apply = apply
         return self
+
+
+class RunFn(Protocol):
+    """As `ApplyFn`; `fast` returns new parameters, otherwise updates, for which `params` may be None."""
+
+    def __call__(
+        self,
+        total: PyTree,
+        state: Any,
+        params: PyTree | None,
+        factor: jax.Array | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+    ) -> tuple[PyTree, Any]:
+        """Takes one step in either way."""
+        ...
+
+
+def fast_transformation(function: str, init: Any, run: RunFn) -> FastTransformation:
+    """Both ways to take a step, Optax's and the fast one, from one function."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        check_arrays(function, updates)
+        if params is not None:
+            check_same_structure(function, "updates", updates, "params", params)
+        return run(updates, state, params, None, updates, extra, fast=False)
+
+    def apply(
+        total: PyTree, state: Any, params: PyTree, factor: jax.Array | None, like: PyTree, extra: dict[str, Any]
+    ) -> tuple[PyTree, Any]:
+        return run(total, state, params, factor, like, extra, fast=True)
+
+    return FastTransformation(init, update, apply)
 
 
 def as_transformation(function: str, inner: Any) -> optax.GradientTransformation:
@@ -129,3 +176,28 @@ def mean_of(total: PyTree, factor: jax.Array | None, like: PyTree) -> PyTree:
     if factor is not None:
         total = scale_leaves(total, factor)
     return cast_like(total, like)
+
+
+def settle(function: str, new_state: Any, old_state: Any) -> Any:
+    """The new inner state with the dtypes of the old one, or an error that says why it cannot be held."""
+    if jax.tree.structure(new_state) != jax.tree.structure(old_state):
+        raise ValueError(
+            f"{function}: the inner optimizer changes the structure of its state in `update`, so a step cannot be held "
+            f"(`optax.monitor` does this): {jax.tree.structure(old_state)} became {jax.tree.structure(new_state)}."
+        )
+    return cast_like(new_state, old_state)
+
+
+def no_updates(shapes: PyTree, updates: PyTree) -> PyTree:
+    """-0.0 everywhere: the one number that, added, changes no other, not even the sign of a zero."""
+    alike = jax.tree.structure(shapes) == jax.tree.structure(updates)
+
+    def zero(shape: jax.ShapeDtypeStruct, leaf: Any) -> Any:
+        if not is_gradient(shape):
+            return leaf if alike else jnp.zeros(shape.shape, shape.dtype)
+        number = complex(-0.0, -0.0) if jnp.issubdtype(shape.dtype, jnp.complexfloating) else -0.0
+        if alike and leaf.shape == shape.shape:
+            return jnp.full_like(leaf, number, dtype=shape.dtype)  # keeps the gradient's sharding
+        return jnp.full(shape.shape, number, shape.dtype)
+
+    return jax.tree.map(zero, shapes, updates if alike else shapes)

@@ -9,23 +9,33 @@ Function                                     Take it
 ===========================================  ==================================================================
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from optax_guard import _validate
-from optax_guard._apply import FastTransformation, add_updates, as_transformation, mean_of, take_step
+from optax_guard._apply import (
+    FastTransformation,
+    add_updates,
+    as_transformation,
+    fast_transformation,
+    mean_of,
+    no_updates,
+    settle,
+    take_step,
+)
 from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
 from optax_guard._rule import Rule
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
 from optax_guard._step import next_step
-from optax_guard._tree import cast_like, check_arrays, check_same_structure, is_gradient, leaf_names, positions
+from optax_guard._tree import cast_like, check_arrays, find_states, is_gradient, leaf_names, positions, unwrapped
 from optax_guard._typing import AxisName, PyTree
 
-__all__ = ["GuardState", "TrainingHalted", "clear_halt", "find_states", "guard", "raise_if_halted"]
+__all__ = ["GuardState", "TrainingHalted", "clear_halt", "guard", "raise_if_halted"]
 
 _CODE = {name: code for code, name in enumerate(EVENTS)}
 
@@ -181,16 +191,16 @@ def guard(
 
         def propose() -> tuple[PyTree, Any]:
             updates, new_state = update_inner(mean_of(total, scale, like), state.guarded_state, params, **extra)
-            return updates, _settle(new_state, state.guarded_state)
+            return updates, settle(name, new_state, state.guarded_state)
 
-        untouched = params if fast else _no_updates(jax.eval_shape(propose)[0], like)
+        untouched = params if fast else no_updates(jax.eval_shape(propose)[0], like)
 
         def act() -> tuple[PyTree, Any, jax.Array]:
             nothing_bad = jnp.full((), -1, jnp.int32)
             if fast and not check_updates:
                 gradient = mean_of(total, scale, like)
                 new_params, new_state = take_step(inner, gradient, state.guarded_state, params, None, like, extra)
-                return new_params, _settle(new_state, state.guarded_state), nothing_bad
+                return new_params, settle(name, new_state, state.guarded_state), nothing_bad
             updates, new_state = propose()
             if not check_updates:
                 return updates, new_state, nothing_bad
@@ -211,33 +221,7 @@ def guard(
         result, inner_state, bad_leaf = lax.cond(applied, act, hold)
         return result, _advance(state, judged, inner_state, applied, bad_leaf, halt_after, extra.get("value"))
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        check_arrays(name, updates)
-        if params is not None:
-            check_same_structure(name, "updates", updates, "params", params)
-        return run(updates, cast(GuardState, state), params, None, updates, extra, fast=False)
-
-    def apply(
-        total: PyTree, state: Any, params: PyTree, factor: jax.Array | None, like: PyTree, extra: dict[str, Any]
-    ) -> tuple[PyTree, Any]:
-        return run(total, state, params, factor, like, extra, fast=True)
-
-    return FastTransformation(init, update, apply)
-
-
-def find_states(state: PyTree, kind: type) -> list[Any]:
-    """Every state of a kind, outer before inner, in any nesting (chains, dicts, `nnx.Optimizer`'s wrapped leaves)."""
-    found: list[Any] = []
-
-    def look(node: Any) -> bool:
-        if isinstance(node, kind):
-            found.append(node)
-        return False
-
-    jax.tree.leaves(state, is_leaf=look)
-    return found
+    return fast_transformation(name, init, run)
 
 
 def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:
@@ -267,7 +251,7 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
     if not states:
         raise ValueError("raise_if_halted: there is no guard in this state; wrap the optimizer in `guard` first.")
     for each in states:
-        if bool(jax.tree.leaves(each.halted)[0]):
+        if bool(unwrapped(each.halted)):
             raise TrainingHalted(_story(each, params))
 
 
@@ -403,31 +387,6 @@ def _add(total: jax.Array, event: jax.Array) -> jax.Array:
     return jnp.where(event, next_step(total), total)
 
 
-def _settle(new_state: Any, old_state: Any) -> Any:
-    """The new inner state with the dtypes of the old one, or an error that says why it cannot be guarded."""
-    if jax.tree.structure(new_state) != jax.tree.structure(old_state):
-        raise ValueError(
-            "guard: the inner optimizer changes the structure of its state in `update`, so a step cannot be held "
-            f"(`optax.monitor` does this): {jax.tree.structure(old_state)} became {jax.tree.structure(new_state)}."
-        )
-    return cast_like(new_state, old_state)
-
-
-def _no_updates(shapes: PyTree, updates: PyTree) -> PyTree:
-    """-0.0 everywhere: the one number that, added, changes no other, not even the sign of a zero."""
-    alike = jax.tree.structure(shapes) == jax.tree.structure(updates)
-
-    def zero(shape: jax.ShapeDtypeStruct, leaf: Any) -> Any:
-        if not is_gradient(shape):
-            return leaf if alike else jnp.zeros(shape.shape, shape.dtype)
-        number = complex(-0.0, -0.0) if jnp.issubdtype(shape.dtype, jnp.complexfloating) else -0.0
-        if alike and leaf.shape == shape.shape:
-            return jnp.full_like(leaf, number, dtype=shape.dtype)  # keeps the gradient's sharding
-        return jnp.full(shape.shape, number, shape.dtype)
-
-    return jax.tree.map(zero, shapes, updates if alike else shapes)
-
-
 def _first_nonfinite(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
     """The position of the first leaf that is not finite, -1 if all are."""
     bad = [jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) if is_gradient(x) else jnp.int32(0) for x in positions(updates)]
@@ -451,8 +410,7 @@ def _checked_value(extra: dict[str, Any], axis_name: AxisName | None) -> dict[st
 
 def _story(state: GuardState, params: PyTree | None) -> str:
     """What the last rows of the recorder tell of a halt, in words."""
-    recorder = FlightRecorder(*(jax.tree.leaves(x)[0] for x in state.recorder))
-    rows = read_rows(recorder)
+    rows = read_rows(state.recorder)
     bad = rows[(rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update")]
     if len(bad) == 0:
         return "halted; the flight recorder no longer reaches back to the cause."
@@ -463,11 +421,13 @@ def _story(state: GuardState, params: PyTree | None) -> str:
         where += f" of `{leaf_names(params)[leaf]}`" if params is not None else f" of leaf {leaf}"
     if last["event"] == "nonfinite_update":
         seen = f"the gradient was finite, but the update of {where.removeprefix('the gradient of ')} was not"
-    elif last["grad_norm"] != last["grad_norm"]:
+    elif np.isnan(last["grad_norm"]):
         seen = f"{where} held NaN"
+    elif np.isfinite(last["grad_norm"]):
+        seen = "the gradient was finite, but a rule answered with a scale that was not"
     else:
         seen = f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
-    in_row = int(jax.tree.leaves(state.nonfinite_in_row)[0])
+    in_row = int(unwrapped(state.nonfinite_in_row))
     steps = "step" if in_row == 1 else "steps"
     return (
         f"halted at step {int(last['step'])} after {in_row} non-finite {steps} in a row: {seen}. The parameters are "

@@ -8,16 +8,15 @@ Function               Take it for
 =====================  ============================================================
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optax_guard._accumulation import AccumulateState
-from optax_guard._guard import GuardState, find_states
-from optax_guard._record import EVENTS, FlightRecorder, last_row, read_rows
+from optax_guard._guard import GuardState
+from optax_guard._record import EVENTS, last_row, read_rows
+from optax_guard._tree import find_states, unwrapped
 
 __all__ = ["flight_log", "metrics"]
 
@@ -98,17 +97,12 @@ def flight_log(state: optax.OptState) -> np.ndarray:
         raise ValueError(
             f"flight_log: expected one guard in this state, found {len(states)}; pass the guard's own state."
         )
-    return read_rows(FlightRecorder(*(_array(x) for x in states[0].recorder)))
-
-
-def _array(field: Any) -> jax.Array:
-    """The array in a state's field; flax.nnx wraps each in a Variable, which is a tree of one leaf."""
-    return jax.tree.leaves(field)[0]
+    return read_rows(states[0].recorder)
 
 
 def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
-    step = _array(state.guard_step)
-    row = last_row(FlightRecorder(*(_array(x) for x in state.recorder)), step)
+    step = unwrapped(state.guard_step)
+    row = last_row(state.recorder, step)
     held = jnp.array([e in ("skipped", "nonfinite", "nonfinite_update", "halted") for e in EVENTS], jnp.int32)
     return {
         "grad_norm": row.grad_norm,
@@ -118,7 +112,7 @@ def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
         "worst_leaf": row.worst_leaf,
         "step": step,
         **{
-            name: _array(getattr(state, name))
+            name: unwrapped(getattr(state, name))
             for name in (
                 "clipped_total",
                 "skipped_total",
@@ -134,10 +128,10 @@ def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
 
 def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
     return {
-        "micro_step": _array(state.micro_step),
-        "weight": _array(state.accumulated_weight),
-        "emitted_total": _array(state.emitted_total),
-        "dropped_total": _array(state.dropped_total),
-        "empty_total": _array(state.empty_total),
-        "updated": _array(state.emitted),
+        "micro_step": unwrapped(state.micro_step),
+        "weight": unwrapped(state.accumulated_weight),
+        "emitted_total": unwrapped(state.emitted_total),
+        "dropped_total": unwrapped(state.dropped_total),
+        "empty_total": unwrapped(state.empty_total),
+        "updated": unwrapped(state.emitted),
     }

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._tree import unwrapped
+
 __all__ = ["EVENTS", "FlightRecorder", "Row", "add_row", "empty_recorder", "last_row", "read_rows"]
 
 EVENTS = (
@@ -75,15 +77,16 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
 
 def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     """The row of step `step - 1`; works inside `jit`. Before the first step, its event is -1 and its numbers are 0."""
-    place = (step - 1) % recorder.codes.shape[0]
-    codes = recorder.codes[place]
-    numbers = _unpack(recorder.numbers[place], jnp.maximum(codes[4], 0), jnp)
+    all_numbers, all_codes = map(unwrapped, recorder)
+    place = (step - 1) % all_codes.shape[0]
+    codes = all_codes[place]
+    numbers = _unpack(all_numbers[place], jnp.maximum(codes[4], 0), jnp)
     return Row(codes[0], *numbers, event=codes[1], rule=codes[2], worst_leaf=codes[3])
 
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:
     """All rows on the host, oldest first, as a structured array."""
-    numbers, codes = (np.asarray(x) for x in jax.device_get((recorder.numbers, recorder.codes)))
+    numbers, codes = (np.asarray(x) for x in jax.device_get(tuple(map(unwrapped, recorder))))
     written = codes[:, 0] >= 0
     numbers, codes = numbers[written], codes[written]
     order = np.argsort(codes[:, 0], kind="stable")

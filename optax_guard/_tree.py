@@ -20,12 +20,14 @@ __all__ = [
     "cast_like",
     "check_arrays",
     "check_same_structure",
+    "find_states",
     "is_gradient",
     "leaf_names",
     "map_gradients",
     "path_name",
     "positions",
     "resolve_mask",
+    "unwrapped",
     "wider_dtype",
 ]
 
@@ -122,3 +124,21 @@ def resolve_mask(function: str, mask: Mask, params: PyTree) -> PyTree:
     except (ValueError, TypeError) as error:
         check_same_structure(function, "mask", booleans, "params", params)
         raise ValueError(f"{function}: `mask` does not match the structure of the parameters: {error}") from error
+
+
+def find_states(state: PyTree, kind: type) -> list[Any]:
+    """Every state of a kind, outer before inner, in any nesting (chains, dicts, `nnx.Optimizer`'s wrapped leaves)."""
+    found: list[Any] = []
+
+    def look(node: Any) -> bool:
+        if isinstance(node, kind):
+            found.append(node)
+        return False
+
+    jax.tree.leaves(state, is_leaf=look)
+    return found
+
+
+def unwrapped(field: Any) -> jax.Array:
+    """The array in a state's field; flax.nnx wraps each in a Variable, which is a tree of one leaf."""
+    return jax.tree.leaves(field)[0]

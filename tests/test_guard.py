@@ -221,6 +221,10 @@ def test_a_rule_that_answers_nan_is_held_and_counted() -> None:
     params, state = og.apply_gradients(tx, constant(1.0), tx.init(PARAMS), PARAMS)
     assert bits(params) == bits(PARAMS)
     assert og.metrics(state)["guard/nonfinite_total"] == 1
+    tx = og.guard(optax.sgd(1.0), og.clip_by_global_norm(lambda step: jnp.nan * step), halt_after=1)
+    _, state = og.apply_gradients(tx, constant(1.0), tx.init(PARAMS), PARAMS)
+    with pytest.raises(og.TrainingHalted, match="gradient was finite, but a rule answered with a scale that was not"):
+        og.raise_if_halted(state, PARAMS)
 
 
 def test_the_recorder_keeps_the_last_rows_and_the_loss_as_it_was() -> None:
