@@ -1,16 +1,22 @@
-"""Noise on the gradient.
+"""Noise in training: on the gradient, on the update, or on the weights that the loss sees.
 
-========================================  ============================================================
-Function                                  Adds
-========================================  ============================================================
-`noise_injection(eta, gamma, key=seed)`   Gaussian noise whose variance falls with the step
-========================================  ============================================================
+=============================================  =======================================================  ==================
+Function                                       Adds                                                     Where
+=============================================  =======================================================  ==================
+`noise_injection(eta, gamma, key=seed)`        noise to the gradient, its variance falling with time    before the optimizer
+`anticorrelated_noise(sigma, key=seed)`        the difference of two draws to the update                after it
+`langevin_noise(learning_rate, temperature)`   the noise of Langevin dynamics to the update             after it
+`perturb_weights(loss_fn, sigma)`              noise to the weights, for the forward and backward pass  around the loss
+=============================================  =======================================================  ==================
 
-Noise goes after the clip and before the optimizer: its norm is sigma * sqrt(number of weights), so a clip behind it
-would throw the gradient away. In `guard` that order comes by itself. This is *not* differential privacy: for that the
-gradient of each example must be clipped and the noise calibrated to it, which `jax-privacy` does.
+Noise on the gradient goes after the clip: its norm is sigma * sqrt(number of weights), so a clip behind it would throw
+the gradient away. In `guard` that order comes by itself, and nothing is sampled on a held step or between the emissions
+of `accumulate`. None of this is differential privacy: for that the gradient of each example must be clipped and the
+noise calibrated to it, which `jax-privacy` does.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,21 +25,28 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
-from optax_guard._prng import key_implementation, leaf_key, raw_key
+from optax_guard._prng import Words, bits, leaf_words, normal, raw_key, salt, step_words, uniform
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, gradient_statistics
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import check_arrays, is_gradient, leaf_names, positions, resolve_mask
-from optax_guard._typing import Mask, PRNGKeyLike, ScalarOrSchedule
+from optax_guard._typing import Mask, PRNGKeyLike, PyTree, ScalarOrSchedule
 
-__all__ = ["NoiseState", "noise_injection"]
+__all__ = ["NoiseState", "anticorrelated_noise", "langevin_noise", "noise_injection", "perturb_weights"]
 
 
 class NoiseState(NamedTuple):
-    """What `noise_injection` carries."""
+    """What the noise transformations carry."""
 
     noise_key: jax.Array  # u32[2]: raw key data (length by generator); never changes
-    noise_step: jax.Array  # i32[]: calls, t in the variance
+    noise_step: jax.Array  # i32[]: calls, t in the equations
+
+
+class _Draw(NamedTuple):
+    """Per position: standard normals, and bits to round with; None where nothing is drawn."""
+
+    normals: list[Any]
+    rounding: list[Any]
 
 
 def noise_injection(
@@ -41,22 +54,26 @@ def noise_injection(
     gamma: ScalarOrSchedule = 0.55,
     *,
     key: PRNGKeyLike = 0,
+    kind: str = "gaussian",
     max_norm: ScalarOrSchedule | None = None,
     relative_to: str = "none",
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Add annealed Gaussian noise to the gradient.
+    """Add annealed noise to the gradient.
 
-    g <- g + n,   n_j ~ N(0, sigma_t^2),   sigma_t^2 = eta / (1 + t)^gamma,   t = 0, 1, ...
-    with a bound:   n <- n * min(1, max_norm * r / ||n||_2),   r = 1, or ||g||_2 for relative_to="gradient"
+    g <- g + n,   sigma_t^2 = eta / (1 + t)^gamma,   t = 0, 1, ...
+    "gaussian":      n_j ~ N(0, sigma_t^2), independent
+    "uniform_ball":  n ~ uniform in the ball of radius sigma_t (the whole tree is one vector)
+    with a bound:    n <- n * min(1, max_norm * r / ||n||_2),   r = 1, or ||g||_2 for relative_to="gradient"
 
     Guarantees:
-      - The noise of a leaf at step t is a function of (key, t, path of the leaf) alone: the same after a restart, for
-        any sharding (with JAX's default generator), and when leaves are added elsewhere in the tree.
+      - The noise of a leaf at step t is a function of (key, t, path of the leaf) alone: the same after a restart,
+        for any sharding, and when leaves are added elsewhere in the tree. With the same key the other kinds of noise in
+        this module draw other numbers.
       - Sampled in float32 or wider (float16 and bfloat16 normals are not Gaussian: 128 distinct values). Into 16-bit
         gradients the sum is rounded stochastically, so that noise below their resolution still acts on average.
-      - With `max_norm` the norm of the noise over all leaves is at most the bound (before rounding to 16 bits).
-      - The caller's key is copied: donating the state does not delete it.
+      - A gradient that is not perturbed (masked out, integer) is returned bit for bit.
+      - A key passed in survives the donation of the state.
 
     =========================================  ===========================================================
     Case                                       Result
@@ -67,15 +84,19 @@ def noise_injection(
     NaN or Inf in a leaf                       stays in its leaf (a relative bound then takes the finite leaves)
     integer, `float0`, `None` leaf             unchanged
     complex leaf                               variance sigma^2 / 2 in each of the two parts
-    two instances with the same key            the same noise twice: give each its own key
+    two instances with the same key            the same numbers twice: give each its own key
+    inside `shard_map`                         every device draws the same numbers for its own shard, and `max_norm`
+                                               bounds each shard: put it outside, under `jit`
     =========================================  ===========================================================
 
     Args:
-      eta: variance at step 0, in squared units of the gradient, >= 0: a number, a 0-d array or a schedule. The paper
-        tried 0.01, 0.3 and 1.0.
-      gamma: exponent of the decay, >= 0: a number, a 0-d array or a schedule. 0 for constant noise.
+      eta: variance at step 0 (squared radius for the ball), in squared units of the gradient, >= 0: a number, a 0-d
+        array or a schedule. The paper tried 0.01, 0.3 and 1.0.
+      gamma: exponent of the decay, >= 0: a number, a 0-d array or a schedule. 0 for constant noise, or for an `eta`
+        that is a schedule itself.
       key: an int, a PRNG key or raw uint32 key data. Under `optax.inject_hyperparams` list it in `static_args`, with
-        `relative_to` and `mask`.
+        `kind`, `relative_to` and `mask`.
+      kind: "gaussian", or "uniform_ball" for perturbed gradient descent.
       max_norm: bound on the norm of the noise over the whole tree, >= 0; None for none. In high dimension ||n|| hardly
         varies around sigma * sqrt(size), so an absolute bound is either always or never active: the relative one is the
         useful one.
@@ -97,18 +118,263 @@ def noise_injection(
 
     References:
       Neelakantan et al., "Adding gradient noise improves learning for very deep networks", 2015, arXiv 1511.06807,
-      equation 1.
+      equation 1. The ball: Jin et al., "How to escape saddle points efficiently", 2017, arXiv 1703.00887, algorithm 1,
+      which perturbs only near saddle points; here every step is perturbed.
 
     See Also:
-      `optax.add_noise`: samples in the gradient's dtype, splits its key at every step, refuses raw keys.
+      `optax.add_noise`: samples in the gradient's dtype, splits its key at every step, refuses raw keys, and takes
+      three times as long to draw on a CPU.
     """
     name = "noise_injection"
     _validate.scalar_or_schedule(name, "eta", eta, low=0)
     _validate.scalar_or_schedule(name, "gamma", gamma, low=0)
+    _validate.one_of(name, "kind", kind, ("gaussian", "uniform_ball"))
     if max_norm is not None:
         _validate.scalar_or_schedule(name, "max_norm", max_norm, low=0)
     _validate.one_of(name, "relative_to", relative_to, ("none", "gradient"))
-    implementation = key_implementation(key)
+    salted = salt(name, kind)
+
+    def perturb(updates: PyTree, state: NoiseState) -> PyTree:
+        step = state.noise_step
+        start = jnp.maximum(value_at(eta, step), 0)
+        variance = start / (1 + step.astype(start.dtype)) ** value_at(gamma, step).astype(start.dtype)
+        sigma = jnp.sqrt(variance)
+        stream = step_words(state.noise_key, step, salted)
+        draw = _draw(name, stream, updates, mask)
+        if kind == "uniform_ball":
+            sigma = sigma * _ball_factor(stream, draw.normals)
+        if max_norm is None:
+            return _add(updates, draw, sigma)
+        # The bound needs the norm before anything is added: kept, or XLA would sample twice.
+        draw = _Draw(lax.optimization_barrier(draw.normals), draw.rounding)
+        bound = jnp.maximum(value_at(max_norm, step), 0)
+        norm = _norm(draw.normals)
+        sigma = sigma.astype(norm.dtype)
+        norm, bound = norm * sigma, bound.astype(norm.dtype)
+        if relative_to == "gradient":
+            bound = bound * _norm(updates)
+        factor = jnp.where(norm <= bound, 1, bound / jnp.where(norm <= bound, 1, norm))
+        return _add(updates, draw, sigma * factor)
+
+    return _noise(name, key, mask, perturb)
+
+
+def anticorrelated_noise(
+    sigma: ScalarOrSchedule, *, key: PRNGKeyLike = 0, mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Add to the update the difference of two draws, so that the noise in the parameters never adds up.
+
+    u <- u + (xi_{t+1} - xi_t),   xi_t ~ N(0, sigma^2), independent,   t = 0, 1, ...
+
+    Guarantees:
+      - After t steps the noise in the parameters is xi_t - xi_0: its variance stays 2 sigma^2, whatever t.
+      - Nothing but a key and a counter is stored: the earlier draw is made again.
+      - As in `noise_injection`: a function of (key, step, path) alone, sampled in float32 or wider, stochastic rounding
+        into 16 bits (each rounded by itself, so there the differences cancel only on average).
+
+    ======================================  ==================================================
+    Case                                    Result
+    ======================================  ==================================================
+    `sigma` = 0                             unchanged
+    `sigma` a schedule                      sigma_{t+1} xi_{t+1} - sigma_t xi_t: still cancels
+    NaN or Inf in a leaf                    stays in its leaf
+    a step held by a guard around the       not drawn: the next step goes on from the same xi
+    optimizer
+    ======================================  ==================================================
+
+    Args:
+      sigma: standard deviation of one draw, in units of the parameters, >= 0: a number, a 0-d array or a schedule.
+      key: as in `noise_injection`; under `optax.inject_hyperparams` in `static_args`, with `mask`.
+      mask: which leaves to perturb, as in `l1_penalty`. Default: all.
+
+    Returns:
+      A transformation that goes last in the chain, after the learning rate.
+
+    Raises:
+      ValueError: wrong static arguments; a mask that does not match.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(0.1), anticorrelated_noise(0.01, key=3))
+      >>> params, state = jnp.zeros(1000), tx.init(jnp.zeros(1000))
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jnp.zeros(1000), state)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.std(params) < 0.016)  # 0.01 * sqrt(2), not 0.01 * sqrt(100)
+      True
+
+    References:
+      Orvieto et al., "Anticorrelated noise injection for improved generalization", 2022, arXiv 2202.02831 (Anti-PGD).
+
+    See Also:
+      `noise_injection`, whose noise adds up. Optax has neither a noise of this kind nor one after the learning rate.
+    """
+    name = "anticorrelated_noise"
+    _validate.scalar_or_schedule(name, "sigma", sigma, low=0)
+    salted = salt(name)
+
+    def perturb(updates: PyTree, state: NoiseState) -> PyTree:
+        step = state.noise_step
+        later = _draw(name, step_words(state.noise_key, step + 1, salted), updates, mask)
+        earlier = _draw(name, step_words(state.noise_key, step, salted), updates, mask)
+        new, old = jnp.maximum(value_at(sigma, step + 1), 0), jnp.maximum(value_at(sigma, step), 0)
+        difference = [
+            None if z is None else new.astype(z.dtype) * z - old.astype(z.dtype) * y
+            for z, y in zip(later.normals, earlier.normals, strict=True)
+        ]
+        return _add(updates, _Draw(difference, later.rounding), jnp.ones((), new.dtype))
+
+    return _noise(name, key, mask, perturb)
+
+
+def langevin_noise(
+    learning_rate: ScalarOrSchedule,
+    temperature: ScalarOrSchedule = 1.0,
+    *,
+    key: PRNGKeyLike = 0,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Add to the update the noise that turns gradient descent into Langevin dynamics.
+
+    u <- u + sqrt(2 * learning_rate * temperature) * z,   z_j ~ N(0, 1)
+
+    With `optax.sgd(learning_rate)` in front and small steps, parameters are distributed as exp(-loss / temperature).
+
+    Guarantees:
+      - As in `noise_injection`: a function of (key, step, path) alone, sampled in float32 or wider, stochastic rounding
+        into 16 bits.
+
+    ==========================================  ================================
+    Case                                        Result
+    ==========================================  ================================
+    `learning_rate` or `temperature` zero       unchanged
+    either negative, from a schedule or array   counts as zero
+    NaN or Inf in a leaf                        stays in its leaf
+    after Adam                                  noise of this size; not the stationary distribution above
+    ==========================================  ================================
+
+    Args:
+      learning_rate: the one of the optimizer in front, >= 0: a number, a 0-d array or the same schedule.
+      temperature: in units of the loss, >= 0: a number, a 0-d array or a schedule.
+      key: as in `noise_injection`; under `optax.inject_hyperparams` in `static_args`, with `mask`.
+      mask: which leaves to perturb, as in `l1_penalty`. Default: all.
+
+    Returns:
+      A transformation that goes last in the chain, after the learning rate.
+
+    Raises:
+      ValueError: wrong static arguments; a mask that does not match.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(0.1), langevin_noise(0.1, temperature=0.5))
+      >>> updates, _ = tx.update(jnp.zeros(100_000), tx.init(jnp.zeros(100_000)))
+      >>> round(float(jnp.var(updates)), 2)  # 2 * 0.1 * 0.5
+      0.1
+
+    References:
+      Welling and Teh, "Bayesian learning via stochastic gradient Langevin dynamics", 2011, equation 4, with their step
+      epsilon = 2 * learning_rate and a temperature.
+
+    See Also:
+      `optax.noisy_sgd`, which multiplies its noise with the learning rate and is no Langevin dynamics.
+    """
+    name = "langevin_noise"
+    _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
+    _validate.scalar_or_schedule(name, "temperature", temperature, low=0)
+    salted = salt(name)
+
+    def perturb(updates: PyTree, state: NoiseState) -> PyTree:
+        step = state.noise_step
+        rate, heat = value_at(learning_rate, step), value_at(temperature, step)
+        sigma = jnp.sqrt(2 * jnp.maximum(rate.astype(jnp.result_type(rate, heat)) * heat, 0))
+        return _add(updates, _draw(name, step_words(state.noise_key, step, salted), updates, mask), sigma)
+
+    return _noise(name, key, mask, perturb)
+
+
+def perturb_weights(
+    loss_fn: Callable[..., Any], sigma: float, *, relative_to: str = "none", mask: Mask | None = None
+) -> Callable[..., Any]:
+    """A loss whose weights are perturbed anew at every call, for `jax.grad` or `jax.value_and_grad`.
+
+    noisy_loss(w, ...) = loss_fn(w + n, ...),   n_j ~ N(0, (sigma * r)^2),   r = 1, or the leaf's root mean square
+
+    It wraps the loss and is no transformation, because the noise must be there in the forward pass while the step is
+    taken from the clean weights.
+
+    Guarantees:
+      - The gradient is that of `loss_fn` at w + n: n counts as a constant, also where its size depends on w.
+      - The noise is a function of (`noise_key`, path) alone; sampled in float32 or wider, rounded stochastically into
+        16-bit weights.
+      - Masked-out and integer leaves reach `loss_fn` as they are.
+
+    ============================  ====================================
+    Case                          Result
+    ============================  ====================================
+    `sigma` = 0                   `loss_fn` itself
+    zero leaf, "weights"          unperturbed
+    NaN or Inf in a leaf          stays in its leaf
+    ============================  ====================================
+
+    Args:
+      loss_fn: its first argument is the parameters.
+      sigma: standard deviation, >= 0, a number or 0-d array: in units of the weights, or as a share of each leaf's root
+        mean square. AWP and variational-noise papers use 0.005 to 0.075 of it.
+      relative_to: "none" or "weights".
+      mask: which leaves to perturb, as in `l1_penalty`. Default: all.
+
+    Returns:
+      A function with the signature of `loss_fn` plus the keyword `noise_key`, a PRNG key: pass a new one each step, for
+      instance `jax.random.fold_in(key, step)`.
+
+    Raises:
+      ValueError: wrong static arguments; a mask that does not match; a `noise_key` that is no key.
+
+    Example:
+      >>> def loss_fn(w, x):
+      ...     return jnp.sum(w * x) ** 2
+      >>> noisy_loss = perturb_weights(loss_fn, 0.1)
+      >>> grads = jax.grad(noisy_loss)(jnp.ones(3), jnp.ones(3), noise_key=jax.random.key(0))
+      >>> bool(jnp.all(grads != 6.0)), bool(jnp.all(jnp.abs(grads - 6.0) < 2.0))
+      (True, True)
+
+    References:
+      Graves, "Practical variational inference for neural networks", 2011 (fixed weight noise); the relative form:
+      Wu et al., "Adversarial weight perturbation helps robust generalization", 2020, arXiv 2004.05884, with a random
+      direction instead of the adversarial one.
+    """
+    name = "perturb_weights"
+    if not callable(loss_fn):
+        raise ValueError(f"{name}: `loss_fn` must be a function of the parameters; got {loss_fn!r}.")
+    _validate.scalar(name, "sigma", sigma, low=0)
+    _validate.one_of(name, "relative_to", relative_to, ("none", "weights"))
+    salted = salt(name)
+
+    @functools.wraps(loss_fn)
+    def noisy_loss(params: PyTree, *args: Any, noise_key: PRNGKeyLike, **kwargs: Any) -> Any:
+        check_arrays(name, params)
+        stream = step_words(raw_key(name, noise_key), jnp.zeros((), jnp.uint32), salted)
+        clean = lax.stop_gradient(params)
+        draw = _draw(name, stream, clean, mask)
+        if relative_to == "weights":
+            pairs = zip(draw.normals, positions(clean), strict=True)
+            draw = _Draw([None if z is None else z * _root_mean_square(w, z) for z, w in pairs], draw.rounding)
+        noisy = _add(clean, draw, value_at(sigma, None))
+        shifted = jax.tree.map(
+            lambda w, c, n: w + lax.stop_gradient(n - c) if is_gradient(w) else w,
+            params,
+            clean,
+            noisy,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        return loss_fn(shifted, *args, **kwargs)
+
+    return noisy_loss
+
+
+def _noise(
+    name: str, key: PRNGKeyLike, mask: Mask | None, perturb: Callable[[PyTree, NoiseState], PyTree]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation from what it does to the updates at a step."""
     data = raw_key(name, key)
 
     def init(params: optax.Params) -> NoiseState:
@@ -121,60 +387,70 @@ def noise_injection(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra
         check_arrays(name, updates)
-        step = state.noise_step
-        start = jnp.maximum(value_at(eta, step), 0)
-        variance = start / (1 + step.astype(start.dtype)) ** value_at(gamma, step).astype(start.dtype)
-        chosen = positions(updates) if mask is None else positions(resolve_mask(name, mask, updates))
-        leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
-        noise, rounding = [], []
-        for leaf, path, use in zip(leaves, leaf_names(updates), chosen, strict=True):
-            if use is False or not is_gradient(leaf):
-                noise.append(None)
-                rounding.append(None)
-                continue
-            sample_key, rounding_key = jax.random.split(leaf_key(state.noise_key, implementation, step, path))
-            noise.append(_sample(sample_key, leaf, jnp.sqrt(variance)))
-            rounding.append(rounding_key)
-        # Without the barrier XLA samples again in every fusion that reads the noise.
-        noise = lax.optimization_barrier(noise)
-        if max_norm is not None:
-            bound = jnp.maximum(value_at(max_norm, step), 0)
-            if relative_to == "gradient":
-                size, root = gradient_statistics(updates).finite_norm_parts
-                bound = bound * (size * root).astype(bound.dtype)
-            noise = _bounded(noise, bound)
-        noisy = [leaf if n is None else _add(leaf, n, k) for leaf, n, k in zip(leaves, noise, rounding, strict=True)]
-        return jax.tree.unflatten(structure, noisy), NoiseState(noise_key=state.noise_key, noise_step=next_step(step))
+        noisy = perturb(updates, state)
+        return noisy, NoiseState(noise_key=state.noise_key, noise_step=next_step(state.noise_step))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _sample(key: jax.Array, leaf: jax.Array, sigma: jax.Array) -> jax.Array:
-    real = accumulator_dtype(leaf.dtype)
-    dtype = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else real
-    return sigma.astype(dtype) * jax.random.normal(key, leaf.shape, dtype)
+def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None) -> _Draw:
+    """Standard normals for every chosen leaf."""
+    chosen = positions(updates) if mask is None else positions(resolve_mask(name, mask, updates))
+    normals, rounding = [], []
+    names = leaf_names(updates)
+    for leaf, words, use in zip(positions(updates), leaf_words(stream, names), chosen, strict=True):
+        if use is False or not is_gradient(leaf):
+            z, spare = None, None
+        else:
+            is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+            z, spare = normal(words, leaf, leaf.dtype if is_complex else accumulator_dtype(leaf.dtype))
+        normals.append(z)
+        rounding.append(spare)
+    return _Draw(normals, rounding)
 
 
-def _bounded(noise: list[jax.Array | None], bound: jax.Array) -> list[jax.Array | None]:
-    size, root = gradient_statistics(noise).finite_norm_parts
-    norm = size * root
-    bound = bound.astype(norm.dtype)
-    return scale_leaves(noise, jnp.where(norm <= bound, 1, bound / jnp.where(norm <= bound, 1, norm)))
+def _add(updates: PyTree, draw: _Draw, sigma: jax.Array) -> PyTree:
+    leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
+    noise = scale_leaves(draw.normals, sigma)
+    noisy = [
+        leaf if n is None else _add_leaf(leaf, n, spare)
+        for leaf, n, spare in zip(leaves, noise, draw.rounding, strict=True)
+    ]
+    # Without the barrier XLA samples again in every fusion that reads the result: Adam has three.
+    return jax.tree.unflatten(structure, lax.optimization_barrier(noisy))
 
 
-def _add(leaf: jax.Array, noise: jax.Array, key: jax.Array) -> jax.Array:
+def _add_leaf(leaf: jax.Array, noise: jax.Array, spare: jax.Array) -> jax.Array:
     wide = leaf.astype(noise.dtype) + noise
     if leaf.dtype not in (jnp.float16, jnp.bfloat16):
         return wide.astype(leaf.dtype)
-    return _round_stochastically(wide, leaf.dtype, key)
+    return _round_stochastically(wide, leaf.dtype, spare)
 
 
-def _round_stochastically(wide: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
+def _round_stochastically(wide: jax.Array, dtype: jnp.dtype, spare: jax.Array) -> jax.Array:
     """One of the two neighbours of each number in `dtype`, so that the mean over keys is the number itself."""
     near = wide.astype(dtype)
     towards = jnp.where(wide > near.astype(wide.dtype), jnp.inf, -jnp.inf).astype(dtype)
     other = jnp.nextafter(near, towards)
     gap = jnp.abs(other.astype(wide.dtype) - near.astype(wide.dtype))
     share = jnp.abs(wide - near.astype(wide.dtype)) / jnp.where(gap > 0, gap, 1)
-    use_other = (jax.random.uniform(key, wide.shape, wide.dtype) < share) & jnp.isfinite(other)
+    use_other = (uniform(spare) < share) & jnp.isfinite(other)
     return jnp.where(use_other, other, near)
+
+
+def _norm(tree: PyTree) -> jax.Array:
+    size, root = gradient_statistics(tree).finite_norm_parts
+    return size * root
+
+
+def _root_mean_square(leaf: jax.Array, like: jax.Array) -> jax.Array:
+    return (_norm([leaf]) / max(leaf.size, 1) ** 0.5).astype(like.dtype)
+
+
+def _ball_factor(stream: Words, normals: list[Any]) -> jax.Array:
+    """||n|| / ||z|| for n uniform in the unit ball: U^(1 / dimension) / ||z||, U uniform in (0, 1]."""
+    drawn = [z for z in normals if z is not None]
+    dimension = sum(z.size * (2 if jnp.issubdtype(z.dtype, jnp.complexfloating) else 1) for z in drawn)
+    share = 1 - uniform(bits(stream, jnp.zeros(())).second)
+    norm = _norm(normals)
+    return share ** (1 / max(dimension, 1)) / jnp.where(norm > 0, norm, 1).astype(jnp.float32)

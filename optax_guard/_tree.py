@@ -5,6 +5,7 @@ leaf, the static part of an Equinox module) has the same positions as its parame
 and so no position, on both sides.
 """
 
+import fnmatch
 from collections.abc import Callable
 from typing import Any
 
@@ -114,7 +115,9 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def resolve_mask(function: str, mask: Mask, params: PyTree) -> PyTree:
-    """A tree of Python bools in the structure of `params`, from a prefix tree or a function of the parameters."""
+    """A tree of Python bools in the structure of `params`, from a path pattern, a prefix tree or a function."""
+    if isinstance(mask, str):
+        return _matching(function, mask, params)
     booleans = mask(params) if callable(mask) else mask
     for path, leaf in jax.tree_util.tree_leaves_with_path(booleans):
         if not isinstance(leaf, (bool, np.bool_)):
@@ -124,6 +127,13 @@ def resolve_mask(function: str, mask: Mask, params: PyTree) -> PyTree:
     except (ValueError, TypeError) as error:
         check_same_structure(function, "mask", booleans, "params", params)
         raise ValueError(f"{function}: `mask` does not match the structure of the parameters: {error}") from error
+
+
+def _matching(function: str, pattern: str, params: PyTree) -> PyTree:
+    chosen = jax.tree_util.tree_map_with_path(lambda path, _: fnmatch.fnmatchcase(path_name(path), pattern), params)
+    if jax.tree.leaves(params) and not any(jax.tree.leaves(chosen)):
+        raise ValueError(f"{function}: `mask` {pattern!r} matches no leaf; the leaves are {leaf_names(params)}.")
+    return chosen
 
 
 def find_states(state: PyTree, kind: type) -> list[Any]:

@@ -11,5 +11,6 @@ __all__ = ["AxisName", "Mask", "PRNGKeyLike", "PyTree", "ScalarOrSchedule"]
 PyTree: TypeAlias = Any
 ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
 AxisName: TypeAlias = Hashable  # one mesh axis, or a tuple of them
-Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]  # booleans in the structure of (a prefix of) the parameters
+# Booleans in the structure of (a prefix of) the parameters, a function to them, or a pattern of paths ("*/kernel").
+Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 PRNGKeyLike: TypeAlias = int | jax.Array  # a seed, a typed key, or raw uint32 key data
