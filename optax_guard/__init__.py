@@ -27,8 +27,18 @@ from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, ra
 from optax_guard._metrics import flight_log, metrics
 
 # Change the gradient on purpose
-from optax_guard._noise import NoiseState, noise_injection
-from optax_guard._penalties import PenaltyState, l1_penalty
+from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
+from optax_guard._penalties import PenaltyState, dense_penalty, elastic_net_penalty, l1_penalty, shrink_gradients
+
+# Make weights exactly zero
+from optax_guard._proximal import (
+    ProximalState,
+    Sparsity,
+    proximal_elastic_net,
+    proximal_group_lasso,
+    proximal_l1,
+    sparsity,
+)
 from optax_guard._record import FlightRecorder
 
 # Write a rule of one's own
@@ -53,27 +63,39 @@ __all__ = [
     "GuardState",
     "NoiseState",
     "PenaltyState",
+    "ProximalState",
     "Rule",
+    "Sparsity",
     "TrainingHalted",
     "Verdict",
     "accumulate",
     "adaptive_grad_clip",
+    "anticorrelated_noise",
     "apply_gradients",
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
     "clip_by_value",
+    "dense_penalty",
+    "elastic_net_penalty",
     "flight_log",
     "global_norm",
     "gradient_statistics",
     "guard",
     "has_updated",
     "l1_penalty",
+    "langevin_noise",
     "leaf_names",
     "metrics",
     "noise_injection",
+    "perturb_weights",
+    "proximal_elastic_net",
+    "proximal_group_lasso",
+    "proximal_l1",
     "raise_if_halted",
     "rule",
+    "shrink_gradients",
     "skip_large",
     "skip_nonfinite",
+    "sparsity",
 ]

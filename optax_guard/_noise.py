@@ -1,13 +1,13 @@
 """Noise in training: on the gradient, on the update, or on the weights that the loss sees.
 
-=============================================  =======================================================  ==================
-Function                                       Adds                                                     Where
-=============================================  =======================================================  ==================
-`noise_injection(eta, gamma, key=seed)`        noise to the gradient, its variance falling with time    before the optimizer
-`anticorrelated_noise(sigma, key=seed)`        the difference of two draws to the update                after it
-`langevin_noise(learning_rate, temperature)`   the noise of Langevin dynamics to the update             after it
-`perturb_weights(loss_fn, sigma)`              noise to the weights, for the forward and backward pass  around the loss
-=============================================  =======================================================  ==================
+============================================  =====================================================  ===================
+Function                                      Adds                                                   Optimizer
+============================================  =====================================================  ===================
+`noise_injection(eta, gamma, key=seed)`       noise to the gradient, its variance falling with time  ahead of it
+`anticorrelated_noise(sigma, key=seed)`       the difference of two draws to the update              behind it
+`langevin_noise(learning_rate, temperature)`  the noise of Langevin dynamics to the update           behind it
+`perturb_weights(loss_fn, sigma)`             noise to the weights that the loss sees                (around the loss)
+============================================  =====================================================  ===================
 
 Noise on the gradient goes after the clip: its norm is sigma * sqrt(number of weights), so a clip behind it would throw
 the gradient away. In `guard` that order comes by itself, and nothing is sampled on a held step or between the emissions

@@ -1,0 +1,459 @@
+"""Proximal steps: penalties that make weights exactly zero.
+
+===================================  ======================================================================
+Function                             Shrinks, after the optimizer's step
+===================================  ======================================================================
+`proximal_l1(optimizer, s)`          every weight towards zero, and holds small ones there (lasso)
+`proximal_elastic_net(opt, l1, l2)`  the same, and the rest by a factor
+`proximal_group_lasso(opt, s)`       whole groups: rows, columns, channels
+`sparsity(params)`                   (nothing: counts the exact zeros)
+===================================  ======================================================================
+
+They wrap the optimizer, inside `guard` and `accumulate`: `guard(proximal_l1(optax.adamw(1e-3), ...))`. A member of a
+chain could not do it: the shrinkage needs the finished update, and under Adam also the second moment, by which Adam
+divides the penalty as it divides the gradient. Soft-thresholding an Adam step by learning_rate * strength solves
+another problem, and finds next to no zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard import _validate
+from optax_guard._accumulation import AccumulateState
+from optax_guard._apply import FastTransformation, as_transformation, fast_transformation, mean_of
+from optax_guard._guard import GuardState
+from optax_guard._penalties import penalised
+from optax_guard._second_moment import curvatures, injected_learning_rate
+from optax_guard._statistics import accumulator_dtype
+from optax_guard._step import next_step, value_at
+from optax_guard._tree import NO_PARAMS_MSG, check_arrays, find_states, is_gradient, leaf_names, positions, wider_dtype
+from optax_guard._typing import Mask, PyTree, ScalarOrSchedule
+
+__all__ = [
+    "ProximalState",
+    "Sparsity",
+    "proximal_elastic_net",
+    "proximal_group_lasso",
+    "proximal_l1",
+    "sparsity",
+]
+
+METRICS = ("auto", "second_moment", "identity")
+
+
+class ProximalState(NamedTuple):
+    """What a proximal wrapper carries."""
+
+    proximal_state: Any  # the inner optimizer's state
+    proximal_step: jax.Array  # i32[]: steps taken, the argument of the schedules
+
+
+class Sparsity(NamedTuple):
+    """Exact zeros, by leaf path and in all."""
+
+    zeros: dict[str, jax.Array]  # i32[]: number of elements that are exactly zero
+    share: dict[str, jax.Array]  # f32[]: the same over the size of the leaf
+    total_share: jax.Array  # f32[]: over all leaves
+
+
+def proximal_l1(
+    inner: optax.GradientTransformation,
+    strength: ScalarOrSchedule,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    metric: str = "auto",
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mask: Mask | None = None,
+) -> FastTransformation:
+    """Wraps an optimizer so that it minimises loss + strength * sum |w|, with exact zeros.
+
+    x = w + u                                               (u: the update of `inner`)
+    w <- sign(x) * max(|x| - learning_rate * strength / C, 0)
+    C = 1 (SGD),   or sqrt(v_hat) + eps (Adam), at least `strength`; where v is 0 nothing is shrunk
+
+    Guarantees:
+      - A weight that is shrunk to zero is exactly 0.0, for every pair of dtypes, through `apply_gradients` and through
+        `optax.apply_updates`.
+      - A stationary point is one of loss + strength * sum |w|, under SGD, momentum, Adam and their kin alike.
+      - No weight is shrunk by more than the learning rate in a step under a second moment, and one whose gradient has
+        always been zero (an unused embedding row) not at all.
+      - Only masked-in leaves are shrunk. A NaN or Inf in the update stays visible: it is not shrunk to zero.
+
+    =====================================  ========================================================================
+    Case                                   Result
+    =====================================  ========================================================================
+    `strength` = 0                         `inner` alone (to rounding)
+    zero gradient, zero weight             zero
+    second moment 0                        the weight is not shrunk
+    inside `accumulate` or `guard`         one shrink per applied step
+    `guard` or `accumulate` as `inner`     refused: it would shrink on held steps too
+    integer, `float0`, `None` leaf         as `inner` leaves it
+    complex leaf                           the modulus is shrunk
+    =====================================  ========================================================================
+
+    Args:
+      inner: the whole optimizer, its learning rate included.
+      strength: weight of the penalty, >= 0, in units of loss per unit of weight: a number, a 0-d array or a schedule of
+        this wrapper's steps.
+      learning_rate: that of `inner`, >= 0: a number, a 0-d array or the same schedule. None reads it from the state of
+        `optax.inject_hyperparams(...)` in `inner`.
+      metric: "auto" takes the second moment that it finds in the state of `inner` (Adam and its kin, AMSGrad, RMSProp,
+        Adagrad, AdaBelief; in chains, masks, partitions), 1 where `inner` is SGD with or without momentum, and refuses
+        what it does not know. "second_moment" insists on one. "identity" is always 1: for Lion and other sign methods
+        it bounds the pull, but the stationary point is another.
+      b2: decay of the second moment of `inner`, in [0, 1); needed because Optax does not keep it in the state. A wrong
+        one only matters for the first 1 / (1 - b2) steps.
+      eps: the eps of `inner`, >= 0.
+      mask: which leaves to shrink, as in `l1_penalty`. Default: arrays of rank 2 and more.
+
+    Returns:
+      A transformation; its `update` needs `params`. Updates come in the wider dtype of update and parameter, which is
+      what exact zeros need.
+
+    Raises:
+      ValueError: wrong static arguments; no learning rate; a metric that `inner` lacks; a mask that does not match.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(og.proximal_l1(optax.sgd(0.5), 0.1, learning_rate=0.5))
+      >>> params = {"kernel": jnp.array([[1.0, 0.02, -2.0]])}
+      >>> grads = jax.tree.map(jnp.zeros_like, params)
+      >>> params, state = og.apply_gradients(tx, grads, tx.init(params), params)
+      >>> params["kernel"]
+      Array([[ 0.95,  0.  , -1.95]], dtype=float32)
+
+    References:
+      Yun, Lozano and Yang, "Adaptive proximal gradient methods for structured neural networks" (ProxGen), 2021, arXiv
+      2006.07065, update (2) with the diagonal metric. Deviations: C is at least `strength` and infinite where v is 0;
+      in the paper a coordinate with v = 0 is erased by its first step.
+    """
+    name = "proximal_l1"
+    _validate.scalar_or_schedule(name, "strength", strength, low=0)
+
+    def shrink(x: jax.Array, step: jax.Array, metric: jax.Array | None, force: jax.Array) -> jax.Array:
+        return _soft_threshold(x, _threshold(step, force, metric))
+
+    return _proximal(name, inner, (strength,), learning_rate, metric, b2, eps, mask, shrink)
+
+
+def proximal_elastic_net(
+    inner: optax.GradientTransformation,
+    l1: ScalarOrSchedule,
+    l2: ScalarOrSchedule,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    metric: str = "auto",
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mask: Mask | None = None,
+) -> FastTransformation:
+    """Wraps an optimizer so that it minimises loss + l1 * sum |w| + l2 / 2 * sum w^2, with exact zeros.
+
+    x = w + u
+    w <- sign(x) * max(|x| - learning_rate * l1 / C, 0) / (1 + learning_rate * l2 / C)
+
+    Guarantees:
+      - Those of `proximal_l1`; with `l2` = 0 it is `proximal_l1`.
+
+    =====================  ====================================
+    Case                   Result
+    =====================  ====================================
+    `l1` = 0               every weight shrinks by a factor
+    `l2` = 0               `proximal_l1`
+    all others             as in `proximal_l1`
+    =====================  ====================================
+
+    Args:
+      inner: as in `proximal_l1`.
+      l1: weight of sum |w|, >= 0: a number, a 0-d array or a schedule.
+      l2: weight of sum w^2 / 2, >= 0: likewise.
+      learning_rate: as in `proximal_l1`.
+      metric: as in `proximal_l1`.
+      b2: as in `proximal_l1`.
+      eps: as in `proximal_l1`.
+      mask: as in `proximal_l1`.
+
+    Returns:
+      As `proximal_l1`.
+
+    Raises:
+      ValueError: as `proximal_l1`.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.proximal_elastic_net(optax.sgd(1.0), 0.5, 1.0, learning_rate=1.0)
+      >>> params = jnp.array([[2.5, 0.1]])
+      >>> og.apply_gradients(tx, jnp.zeros((1, 2)), tx.init(params), params)[0]
+      Array([[1., 0.]], dtype=float32)
+
+    References:
+      Zou and Hastie, "Regularization and variable selection via the elastic net", 2005; the metric as in `proximal_l1`.
+    """
+    name = "proximal_elastic_net"
+    _validate.scalar_or_schedule(name, "l1", l1, low=0)
+    _validate.scalar_or_schedule(name, "l2", l2, low=0)
+
+    def shrink(
+        x: jax.Array, step: jax.Array, metric: jax.Array | None, sparse: jax.Array, dense: jax.Array
+    ) -> jax.Array:
+        shrunk = _soft_threshold(x, _threshold(step, sparse, metric))
+        return shrunk / (1 + _threshold(step, dense, metric)).astype(x.dtype)
+
+    return _proximal(name, inner, (l1, l2), learning_rate, metric, b2, eps, mask, shrink)
+
+
+def proximal_group_lasso(
+    inner: optax.GradientTransformation,
+    strength: ScalarOrSchedule,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    axis: int = -1,
+    metric: str = "auto",
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mask: Mask | None = None,
+) -> FastTransformation:
+    """Wraps an optimizer so that whole groups of weights become exactly zero: units, channels, inputs.
+
+    minimises loss + strength * sum over groups of sqrt(size) * ||w_group||_2
+    x = w + u
+    w_group <- argmin_y  1/2 sum_i C_i (y_i - x_i)^2 + t ||y||_2,   t = learning_rate * strength * sqrt(size)
+
+    For C = 1 that is x * max(0, 1 - t / ||x||). For a second moment there is no closed form: the norm of y is the root
+    of a scalar equation, found by Newton's method from below, which cannot overshoot.
+
+    Guarantees:
+      - A group is exactly zero if and only if ||C x|| <= t, and then all of it.
+      - A group whose second moments are all 0 is not shrunk.
+      - Those of `proximal_l1` on dtypes, masks and non-finite numbers.
+
+    =======================  ========================================================
+    Case                     Result
+    =======================  ========================================================
+    zero group               zero
+    groups of one element    `proximal_l1`
+    `strength` = 0           `inner` alone (to rounding)
+    all others               as in `proximal_l1`
+    =======================  ========================================================
+
+    Args:
+      inner: as in `proximal_l1`.
+      strength: weight of the penalty, >= 0: a number, a 0-d array or a schedule.
+      learning_rate: as in `proximal_l1`.
+      axis: the axis whose index names the group; a group is everything that shares it. -1, the last: an output unit or
+        channel of a Flax kernel. -2: an input.
+      metric: as in `proximal_l1`.
+      b2: as in `proximal_l1`.
+      eps: as in `proximal_l1`.
+      mask: as in `proximal_l1`; every leaf in it must have the axis.
+
+    Returns:
+      As `proximal_l1`.
+
+    Raises:
+      ValueError: as `proximal_l1`, and a leaf without that axis.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.proximal_group_lasso(optax.sgd(1.0), 0.1, learning_rate=1.0)
+      >>> params = jnp.array([[3.0, 0.1], [4.0, 0.0]])
+      >>> kernel, _ = og.apply_gradients(tx, jnp.zeros((2, 2)), tx.init(params), params)
+      >>> [round(float(x), 3) for x in kernel[:, 0]], kernel[:, 1]
+      ([2.915, 3.887], Array([0., 0.], dtype=float32))
+
+    References:
+      Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006. Deleu and Bengio,
+      "Structured sparsity inducing adaptive optimizers for deep learning", 2021, arXiv 2102.03869, for the metric; here
+      Newton's method works on 1 / ||s||, which is concave, so that it converges from any start below the root.
+    """
+    name = "proximal_group_lasso"
+    _validate.scalar_or_schedule(name, "strength", strength, low=0)
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise ValueError(f"{name}: `axis` must be a whole number; got {axis!r}.")
+
+    def shrink(x: jax.Array, step: jax.Array, metric: jax.Array | None, force: jax.Array) -> jax.Array:
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(f"{name}: `axis` {axis} is out of range for a leaf of shape {x.shape}; mask it out.")
+        others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+        size = max(x.size // max(x.shape[axis], 1), 1)
+        bound = step * force * jnp.sqrt(jnp.asarray(size, step.dtype))
+        return x * _group_share(jnp.abs(x), bound, metric, jnp.asarray(force, step.dtype), others).astype(x.dtype)
+
+    return _proximal(name, inner, (strength,), learning_rate, metric, b2, eps, mask, shrink)
+
+
+def sparsity(params: PyTree) -> Sparsity:
+    """Counts the exact zeros of every leaf.
+
+    Args:
+      params: arrays of any dtype; `None` leaves are left out.
+
+    Returns:
+      A `Sparsity`: counts and shares by leaf path, and the share of all. Works under `jit`.
+
+    Example:
+      >>> sparsity({"kernel": jnp.array([[0.0, 2.0], [-0.0, 1e-30]])}).zeros
+      {'kernel': Array(2, dtype=int32)}
+    """
+    check_arrays("sparsity", params)
+    named = [
+        (name, leaf)
+        for name, leaf in zip(leaf_names(params), positions(params), strict=True)
+        if leaf is not None and leaf.dtype != jax.dtypes.float0
+    ]
+    zeros = {name: jnp.sum(leaf == 0, dtype=jnp.int32) for name, leaf in named}
+    share = {name: (zeros[name] / max(leaf.size, 1)).astype(jnp.float32) for name, leaf in named}
+    weights = [(share[name], float(leaf.size)) for name, leaf in named]
+    size = sum(size for _, size in weights)
+    total = jnp.asarray(sum(part * (size_ / size) for part, size_ in weights) if size else 0.0, jnp.float32)
+    return Sparsity(zeros=zeros, share=share, total_share=total)
+
+
+def _proximal(
+    name: str,
+    inner: optax.GradientTransformation,
+    strengths: tuple[ScalarOrSchedule, ...],
+    learning_rate: ScalarOrSchedule | None,
+    metric: str,
+    b2: float,
+    eps: float,
+    mask: Mask | None,
+    shrink: Callable[..., jax.Array],
+) -> FastTransformation:
+    """A wrapper from `shrink(x, learning rate, C or None, *strengths)`; all in float32 or wider."""
+    inner = as_transformation(name, inner)
+    if learning_rate is not None:
+        _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
+    _validate.one_of(name, "metric", metric, METRICS)
+    _validate.scalar(name, "b2", b2, low=0, high=1)
+    _validate.scalar(name, "eps", eps, low=0)
+    if isinstance(b2, (int, float)) and b2 == 1:
+        raise ValueError(f"{name}: `b2` must be a number in [0, 1); got {b2!r}.")
+    update_inner = optax.with_extra_args_support(inner).update
+
+    def init(params: optax.Params) -> ProximalState:
+        check_arrays(name, params)
+        penalised(name, mask, params)
+        state = inner.init(params)
+        for kind in (GuardState, AccumulateState, optax.MultiStepsState, optax.ApplyIfFiniteState):
+            if find_states(state, kind):
+                raise ValueError(
+                    f"{name}: `inner` holds steps back ({kind.__name__}), and a held step must not be shrunk: put the "
+                    f"wrapper that makes it around {name}."
+                )
+        if learning_rate is None:
+            injected_learning_rate(name, state)
+        curvatures(name, state, params, penalised(name, mask, params), metric, b2, eps)
+        return ProximalState(proximal_state=state, proximal_step=jnp.zeros((), jnp.int32))
+
+    def run(
+        total: PyTree,
+        state: ProximalState,
+        params: PyTree | None,
+        factor: jax.Array | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+    ) -> tuple[PyTree, ProximalState]:
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        updates, new_state = update_inner(mean_of(total, factor, like), state.proximal_state, params, **extra)
+        step = state.proximal_step
+        rate = injected_learning_rate(name, new_state) if learning_rate is None else value_at(learning_rate, step)
+        forces = [jnp.maximum(value_at(strength, step), 0) for strength in strengths]
+        chosen = penalised(name, mask, params)
+        metrics = curvatures(name, new_state, params, chosen, metric, b2, eps)
+
+        def move(update: Any, param: Any, use: bool | None, curvature: jax.Array | None) -> Any:
+            if update is None or not is_gradient(param) or update.dtype == jax.dtypes.float0:
+                return param if fast else update
+            both = wider_dtype(param.dtype, update.dtype)
+            if not use:
+                return (param.astype(both) + update.astype(both)).astype(param.dtype) if fast else update
+            wide = wider_dtype(both, accumulator_dtype(both))
+            real = accumulator_dtype(both)
+            old = param.astype(wide)
+            new = shrink(
+                old + update.astype(wide),
+                rate.astype(real),
+                None if curvature is None else curvature.astype(real),
+                *(force.astype(real) for force in forces),
+            )
+            if fast:
+                return new.astype(param.dtype)
+            # What `apply_updates` adds in `both`: -p where the sum must be exactly zero, for q - p rounds.
+            return jnp.where(new == 0, -old, new - old).astype(both)
+
+        flat = [positions(tree) for tree in (updates, params, chosen)]
+        moved = [move(*parts) for parts in zip(*flat, metrics, strict=True)]
+        result = jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda leaf: leaf is None), moved)
+        return result, ProximalState(proximal_state=new_state, proximal_step=next_step(step))
+
+    return fast_transformation(name, init, run)
+
+
+def _floored(metric: jax.Array, force: jax.Array) -> jax.Array:
+    """C, at least the strength: like Adam's own step, a shrinkage is then never longer than the learning rate."""
+    return jnp.maximum(jnp.maximum(metric, force), jnp.finfo(metric.dtype).tiny)
+
+
+def _threshold(step: jax.Array, force: jax.Array, metric: jax.Array | None) -> jax.Array:
+    """learning_rate * strength / C; C is infinite, and the threshold 0, where there has never been a gradient."""
+    if metric is None:
+        return step * force
+    return jnp.where(jnp.isinf(metric), 0, step * (force / _floored(metric, force)))
+
+
+def _soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        size = jnp.abs(x)
+        return x * jnp.where(size > threshold, 1 - threshold / jnp.where(size > 0, size, 1), 0).astype(x.dtype)
+    return x - jnp.clip(x, -threshold, threshold)  # x - x is exactly zero, and NaN stays NaN
+
+
+def _group_share(
+    size: jax.Array, bound: jax.Array, metric: jax.Array | None, force: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    """By how much each element of a group is multiplied: 0 for the whole group if ||C x|| <= bound."""
+
+    def norm(values: jax.Array) -> jax.Array:
+        largest = jnp.max(values, axis=axes, keepdims=True, initial=0)
+        scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        return scale * jnp.sqrt(jnp.sum(jnp.square(values / scale), axis=axes, keepdims=True))
+
+    if metric is None:
+        length = norm(size)
+        share = 1 - bound / jnp.where(length > bound, length, 1)
+        return jnp.where(length <= bound, 0, share) * jnp.ones_like(size)
+    dead = jnp.isinf(metric)
+    untouched = jnp.all(dead, axis=axes, keepdims=True)
+    curvature = _floored(jnp.where(dead, 0, metric), force)
+    pull = curvature * size
+    zero = norm(pull) <= bound
+    safe_bound = jnp.where(bound > 0, bound, 1)
+
+    def newton(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        length, _, turn = carry
+        denominator = curvature * length + safe_bound
+        s = pull / denominator
+        n = norm(s)
+        slope = jnp.sum(jnp.square(s / jnp.where(n > 0, n, 1)) * (curvature / denominator), axis=axes, keepdims=True)
+        change = jnp.where(zero | (slope <= 0), 0, (n - 1) / jnp.where(slope > 0, slope, 1))
+        return length + change, change, turn + 1
+
+    def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        length, change, turn = carry
+        return (turn < 50) & jnp.any(change > 4 * jnp.finfo(length.dtype).eps * length)
+
+    start = jnp.zeros_like(jnp.sum(size, axis=axes, keepdims=True))
+    length, _, _ = lax.while_loop(unfinished, newton, (start, start + 1, jnp.zeros((), jnp.int32)))
+    share = curvature * length / (curvature * length + safe_bound)
+    shrunk = jnp.where(zero, 0, jnp.where(bound > 0, share, 1))
+    bad = ~jnp.isfinite(jnp.sum(pull, axis=axes, keepdims=True))
+    return jnp.where(untouched | bad, 1, shrunk)
