@@ -296,7 +296,7 @@ def test_anticorrelated_noise_leaves_two_draws_behind_whatever_the_step(sigma: A
     """The sum of the first t updates is sigma_t xi_t - sigma_0 xi_0."""
     tx = og.anticorrelated_noise(sigma, key=3)
     draws = noise_of(tx, 50_000, 8)
-    at = sigma if callable(sigma) else lambda step: sigma
+    at = sigma if callable(sigma) else lambda _: sigma
     total = np.sum(draws, axis=0)
     np.testing.assert_allclose(total.var(), at(8) ** 2 + at(0) ** 2, rtol=0.03)
     np.testing.assert_allclose(draws[0].var(), at(1) ** 2 + at(0) ** 2, rtol=0.03)
