@@ -485,3 +485,20 @@ def test_sparsity_counts_exact_zeros_of_every_kind_and_works_under_jit() -> None
     assert float(og.sparsity({}).total_share) == 0
     with pytest.raises(ValueError, match="sparsity: leaf `a` is not an array"):
         og.sparsity({"a": 1.0})
+
+
+# `PYTHONPATH=. python tests/test_proximal.py` prints the table of docs/penalties.md
+
+if __name__ == "__main__":
+    ROWS = {f"`proximal_l1`, {name}": make for name, make in OPTIMIZERS.items()} | {
+        'soft-threshold after Adam (`metric="identity"`)': lambda: l1(optax.adam(0.01), 0.01, metric="identity"),
+        "momentum not told (`momentum=0`)": lambda: l1(optax.sgd(0.01, 0.9), 0.01, momentum=0),
+        "`chain(l1_penalty, sgd)`": lambda: optax.chain(og.l1_penalty(STRENGTH), optax.sgd(0.1)),
+        "`chain(l1_penalty, adam)`": lambda: optax.chain(og.l1_penalty(STRENGTH), optax.adam(0.01)),
+    }
+    lines = ["| step | zeros | excess | minibatch: zeros | excess |", "|---|---|---|---|---|"]
+    for row, make in ROWS.items():
+        (full, _), (noisy, zeros) = train(make()), train(make(), batch=20)
+        excess, noisy_excess = (max(objective(w) - objective(LASSO), 0) for w in (full, noisy))
+        lines.append(f"| {row} | {np.sum(full == 0)} | {excess:.0e} | {zeros:.1f} | {noisy_excess:.0e} |")
+    print("\n".join(lines))  # noqa: T201  (this is the table)
