@@ -373,6 +373,34 @@ def test_each_leaf_has_the_metric_of_its_own_optimizer() -> None:
     assert_close(both["b"], trained(og.proximal_l1(optax.sgd(0.1, 0.9), 0.3, learning_rate=0.1, momentum=0.9))["b"])
 
 
+REST = {
+    "momentum": (optax.sgd(0.1, 0.9), {"momentum": 0.9}),
+    "Adam": (optax.adam(0.1), {}),
+    "AMSGrad": (optax.amsgrad(0.1), {}),
+    "RMSProp": (optax.rmsprop(0.01), {}),
+    "RMSProp, corrected": (optax.rmsprop(0.01, bias_correction=True), {}),
+    "Adagrad": (optax.adagrad(0.1), {}),
+    "AdaBelief": (optax.adabelief(0.1), {}),
+}
+
+
+@pytest.mark.parametrize("name", REST)
+def test_a_weight_whose_gradient_balances_the_penalty_rests_however_small_both_are(name: str) -> None:
+    """At g = -strength * sign(w), from the first step: what the optimizer adds, the shrinkage takes away."""
+    inner, options = REST[name]
+    rate = 0.01 if "RMSProp" in name else 0.1
+    weights = jnp.array([[2.0, -3.0]])
+    for strength in (1e-6, 1e-4, 0.1):
+        tx = og.proximal_l1(inner, strength, learning_rate=rate, **options)
+        params, state = weights, tx.init(weights)
+        bare, bare_state = weights, inner.init(weights)
+        grads = -strength * jnp.sign(weights)
+        for _ in range(4):
+            params, state = og.apply_gradients(tx, grads, state, params)
+            bare, bare_state = og.apply_gradients(inner, grads, bare_state, bare)
+        np.testing.assert_allclose(params, weights, atol=1e-3 * float(jnp.max(jnp.abs(bare - weights))) + 2e-6)
+
+
 def test_the_shrinkage_under_momentum_grows_with_its_steps() -> None:
     """Constant gradients of zero and no weight at rest: lr * s * (1 + 0.9 + ... ) after three steps."""
     tx = og.proximal_l1(optax.sgd(0.1, 0.9), 0.3, learning_rate=0.1, momentum=0.9)
