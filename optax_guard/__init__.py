@@ -24,6 +24,7 @@ from optax_guard._clipping import (
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
 
 # See what happened
+from optax_guard._leaf_record import LeafLog, LeafRecordState, leaf_log, record_leaves
 from optax_guard._metrics import flight_log, metrics
 
 # Change the gradient on purpose
@@ -61,6 +62,8 @@ __all__ = [
     "FlightRecorder",
     "GradientStatistics",
     "GuardState",
+    "LeafLog",
+    "LeafRecordState",
     "NoiseState",
     "PenaltyState",
     "ProximalState",
@@ -85,6 +88,7 @@ __all__ = [
     "has_updated",
     "l1_penalty",
     "langevin_noise",
+    "leaf_log",
     "leaf_names",
     "metrics",
     "noise_injection",
@@ -93,6 +97,7 @@ __all__ = [
     "proximal_group_lasso",
     "proximal_l1",
     "raise_if_halted",
+    "record_leaves",
     "rule",
     "shrink_gradients",
     "skip_large",
