@@ -161,7 +161,14 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
 
 
 def load(path: str | Path) -> TrainingLog:
-    """`load_checkpoint` for a folder, `load_log` for a file."""
+    """`load_checkpoint` for a folder, `load_log` for a file.
+
+    Args:
+      path: the folder or file.
+
+    Returns:
+      A `TrainingLog`.
+    """
     return load_checkpoint(path) if Path(path).is_dir() else load_log(path)
 
 
