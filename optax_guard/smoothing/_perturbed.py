@@ -107,8 +107,9 @@ def perturbed_accuracy(
     """
     name = "perturbed_accuracy"
     _arguments.check_apply_fn(name, apply_fn)
-    for argument, value in {"input_sigma": input_sigma, "weight_sigma": weight_sigma, "max_norm": max_norm}.items():
-        _arguments.number(name, argument, value, 0, math.inf, closed_low=True)
+    given = {"input_sigma": input_sigma, "weight_sigma": weight_sigma, "max_norm": max_norm}
+    sizes = [_arguments.number(name, size, value, 0, math.inf, closed_low=True) for size, value in given.items()]
+    input_sigma, weight_sigma, max_norm = sizes
     draws, batch_size = _arguments.whole(name, "draws", draws), _arguments.whole(name, "batch_size", batch_size)
     _validate.boolean(name, "progress", progress)
     images, data = _arguments.check_inputs(name, inputs), raw_key(name, key)
@@ -139,7 +140,6 @@ def perturbed_accuracy(
                 accuracy(params, draw, input_sigma, max_norm, advance),
             )
     by_input, by_weight, clamped = (math.fsum(column) / draws for column in noisy.T)
-    sizes = float(input_sigma), float(weight_sigma), float(max_norm)
     return PerturbedAccuracy(clean, by_input, by_weight, clamped, *sizes)
 
 
@@ -160,14 +160,12 @@ def _right(
     stream = step_words(data, jnp.uint32(_sampling.PERTURB), _sampling.SALT)
     places = first_input + jnp.arange(len(inputs), dtype=jnp.uint32)
 
-    def clamped(x: jax.Array, place: jax.Array) -> jax.Array:
-        drawn = _sampling.noise(stream, x, place, draw)
-        drawn = drawn * sigma.astype(drawn.dtype)
-        norm = jnp.sqrt(jnp.sum(drawn * drawn))
-        limit = bound.astype(norm.dtype)
-        return drawn * jnp.where(norm <= limit, 1, limit / jnp.where(norm <= limit, 1, norm))
-
-    answers = _sampling.answers(apply_fn(params, _sampling.shift(inputs, jax.vmap(clamped)(inputs, places))))
+    drawn = _sampling.noise(stream, inputs, places, jnp.full_like(places, draw))
+    drawn = drawn * sigma.astype(drawn.dtype)
+    norm = jnp.sqrt(jnp.sum(drawn * drawn, axis=tuple(range(1, drawn.ndim)), keepdims=True))
+    limit = bound.astype(norm.dtype)
+    drawn = drawn * jnp.where(norm <= limit, 1, limit / jnp.where(norm <= limit, 1, norm))
+    answers = _sampling.answers(apply_fn(params, _sampling.shift(inputs, drawn)))
     return jnp.sum((answers == labels) & counted, dtype=jnp.int32)
 
 

@@ -84,8 +84,9 @@ def _count(
 
     def add_chunk(chunk: jax.Array, counted: jax.Array) -> jax.Array:
         copies = chunk * np.uint32(samples) + jnp.arange(samples, dtype=jnp.uint32)
-        each = jax.vmap(lambda x, place: jax.vmap(lambda copy: noise(stream, x, place, copy))(copies))
-        noisy = shift(inputs[:, None], each(inputs, places) * sigma.astype(accumulator_dtype(inputs.dtype)))
+        place, copy = jnp.meshgrid(places, copies, indexing="ij")
+        drawn = noise(stream, jnp.broadcast_to(inputs[:, None], (*place.shape, *inputs.shape[1:])), place, copy)
+        noisy = shift(inputs[:, None], drawn * sigma.astype(drawn.dtype))
         logits = apply_fn(params, noisy.reshape(rows * samples, *inputs.shape[1:]))
         votes = jnp.where((copies < n)[None], answers(logits).reshape(rows, samples), ABSTAIN)
         return counted + jnp.sum(jax.nn.one_hot(votes, classes, dtype=jnp.int32), axis=1, dtype=jnp.int32)
@@ -93,9 +94,15 @@ def _count(
     return lax.fori_loop(span[0], span[1], add_chunk, counts)
 
 
-def noise(stream: Words, x: jax.Array, place: jax.Array, copy: jax.Array) -> jax.Array:
-    """Standard normals for one copy of one input."""
-    return normal(threefry(stream, Words(place, copy)), x, accumulator_dtype(x.dtype))[0]
+def noise(stream: Words, inputs: jax.Array, place: jax.Array, copy: jax.Array) -> jax.Array:
+    """Standard normals for each input [*batch, ...] from its place and copy [*batch]."""
+
+    def draw(x: jax.Array, place: jax.Array, copy: jax.Array) -> jax.Array:
+        return normal(threefry(stream, Words(place, copy)), x, accumulator_dtype(x.dtype))[0]
+
+    for _ in range(place.ndim):
+        draw = jax.vmap(draw)
+    return draw(inputs, place, copy)
 
 
 def shift(inputs: jax.Array, noise: jax.Array) -> jax.Array:
