@@ -83,8 +83,8 @@ def train(apply_fn: Callable[..., jax.Array], params: Any, data: Any, sigma: flo
 def tables(certificates: dict[str, smoothing.Certificate], robustness: dict[str, Any], labels: Any) -> list[Table]:
     """Certified accuracy by radius, and accuracy under noise."""
     certified = Table(title=f"Certified accuracy of {len(labels)} held-out digits, by L2 radius")
-    for column in ("net, and the noise it is smoothed with", "abstains", *(f"r = {radius:g}" for radius in RADII)):
-        certified.add_column(column, justify="left" if column.startswith("net") else "right")
+    for column in ("trained, smoothed with", "abstains", *(f"r = {radius:g}" for radius in RADII)):
+        certified.add_column(column, justify="left" if column.startswith("trained") else "right")
     for name, certificate in certificates.items():
         shares = smoothing.certified_accuracy(certificate, labels, RADII)
         abstains = np.mean(certificate.prediction == smoothing.ABSTAIN)
@@ -118,7 +118,9 @@ def picture(certificates: dict[str, smoothing.Certificate], labels: Any, n: int,
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains three nets, certifies them, prints the tables, writes the picture."""
-    parser = argparse.ArgumentParser(description="Certified accuracy of nets trained with noise and without, on digits.")
+    parser = argparse.ArgumentParser(
+        description="Certified accuracy of nets trained with noise and without, on digits."
+    )
     parser.add_argument("--samples", type=int, default=10_000, help="noisy copies of each digit (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of data split, parameters and noise (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("smoothing.png"), help="the picture (default: smoothing.png)")
@@ -137,10 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
     certificates, robustness = {}, {}
     for sigma in (0.0, *SIGMAS):
         trained = train(apply_fn, params, data, sigma, steps, options.seed)
-        training = f"noise {sigma:g}" if sigma else "without noise"
+        training = f"with noise {sigma:g}" if sigma else "without noise"
         smoothed = smoothing.smooth(apply_fn, sigma or SIGMAS[0])
-        certificates[f"trained {'with ' if sigma else ''}{training}, smoothed with {smoothed.sigma:g}"] = (
-            smoothing.certify(smoothed, trained, inputs, n=samples, alpha=ALPHA, key=options.seed)
+        certificates[f"{training}, smoothed {smoothed.sigma:g}"] = smoothing.certify(
+            smoothed, trained, inputs, n=samples, alpha=ALPHA, key=options.seed
         )
         robustness[training] = smoothing.perturbed_accuracy(
             apply_fn, trained, inputs, labels, input_sigma=SIGMAS[0], weight_sigma=0.2, key=options.seed
