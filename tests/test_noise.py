@@ -1,4 +1,4 @@
-"""What is added to the gradient on purpose: L1 and noise."""
+"""Noise added to the gradient."""
 
 from typing import Any
 
@@ -11,72 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_guard as og
 
-PARAMS = {
-    "kernel": jnp.array([[2.0, 0.0], [-3.0, -0.0]]),
-    "bias": jnp.array([1.0, -1.0]),
-    "deep": {"k": jnp.ones((1, 2, 2))},
-}
-ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
-
 
 def once(tx: optax.GradientTransformation, grads: Any, params: Any = None) -> Any:
     return tx.update(grads, tx.init(grads if params is None else params), params)[0]
-
-
-def test_l1_adds_the_sign_and_leaves_exact_zeros_and_vectors_alone() -> None:
-    updates = once(og.l1_penalty(0.1), ZEROS, PARAMS)
-    np.testing.assert_allclose(updates["kernel"], [[0.1, 0], [-0.1, 0]])
-    np.testing.assert_array_equal(updates["bias"], 0)
-    np.testing.assert_allclose(updates["deep"]["k"], 0.1)
-    assert jax.grad(lambda w: jnp.abs(w))(0.0) == 1  # why it is not written as a loss term
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        {"kernel": False, "bias": True, "deep": False},  # a prefix of the tree
-        {"kernel": False, "bias": True, "deep": {"k": False}},
-        lambda params: jax.tree.map(lambda x: x.ndim == 1, params),
-    ],
-)
-def test_l1_mask_by_tree_prefix_or_function(mask: Any) -> None:
-    updates = once(og.l1_penalty(0.5, mask=mask), ZEROS, PARAMS)
-    np.testing.assert_array_equal(updates["kernel"], 0)
-    np.testing.assert_allclose(updates["bias"], [0.5, -0.5])
-    np.testing.assert_array_equal(updates["deep"]["k"], 0)
-
-
-def test_l1_bad_masks_are_named() -> None:
-    with pytest.raises(ValueError, match=r"l1_penalty: `mask` lacks leaf `deep/k`"):
-        og.l1_penalty(0.1, mask={"kernel": True, "bias": True}).init(PARAMS)
-    with pytest.raises(ValueError, match=r"`mask` must hold True or False; at `bias` it holds 2"):
-        og.l1_penalty(0.1, mask={"kernel": True, "bias": 2, "deep": True}).init(PARAMS)
-    with pytest.raises(ValueError, match="not passing `params`"):
-        once(og.l1_penalty(0.1), ZEROS)
-
-
-def test_l1_strength_as_a_schedule_and_in_float16() -> None:
-    tx = og.l1_penalty(lambda step: 0.25 * step.astype(float))
-    state = tx.init(PARAMS)
-    for expected in (0.0, 0.25, 0.5):
-        updates, state = tx.update(ZEROS, state, PARAMS)
-        np.testing.assert_allclose(updates["kernel"][0, 0], expected)
-    half = jax.tree.map(lambda x: x.astype(jnp.float16), PARAMS)
-    assert once(og.l1_penalty(0.1), half, half)["kernel"].dtype == jnp.float16
-
-
-def test_l1_shrinks_weights_that_the_data_do_not_hold() -> None:
-    """Lasso by subgradient: towards the optimum, without exact zeros."""
-    tx = optax.chain(og.l1_penalty(0.1), optax.sgd(0.05))
-    params, target = {"w": jnp.full((1, 2), 3.0)}, jnp.array([[0.02, 2.0]])
-    state = tx.init(params)
-    for _ in range(400):
-        updates, state = tx.update({"w": params["w"] - target}, state, params)
-        params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(params["w"], [[0.0, 1.9]], atol=6e-3)
-
-
-# Noise
 
 
 def noise_of(tx: optax.GradientTransformation, size: int, steps: int) -> list[np.ndarray]:
