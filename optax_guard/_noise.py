@@ -80,6 +80,7 @@ def noise_injection(
     =========================================  ===========================================================
     `eta` = 0                                  unchanged
     `eta` or `gamma` from a schedule negative  `eta` below 0 counts as 0; `gamma` below 0 grows the noise
+    `eta`, `gamma` or `max_norm` NaN           NaN: a wrong schedule stays visible
     gradient zero                              noise alone; with relative_to="gradient" and a bound: zero
     NaN or Inf in a leaf                       stays in its leaf (a relative bound then takes the finite leaves)
     integer, `float0`, `None` leaf             unchanged
@@ -142,7 +143,7 @@ def noise_injection(
         stream = step_words(state.noise_key, step, salted)
         draw = _draw(name, stream, updates, mask)
         if kind == "uniform_ball":
-            sigma = sigma * _ball_factor(stream, draw.normals)
+            sigma = sigma * _ball_factor(stream, draw.normals).astype(sigma.dtype)
         if max_norm is None:
             return _add(updates, draw, sigma)
         # The bound needs the norm before anything is added: kept, or XLA would sample twice.

@@ -32,6 +32,7 @@ NOT_TRANSFORMATIONS = {
     "has_updated": "reads a state",
     "leaf_names": "a function of a tree",
     "metrics": "reads a state",
+    "perturb_weights": "wraps a loss",
     "raise_if_halted": "reads a state",
 }
 
@@ -133,6 +134,7 @@ def schedule(step: jax.Array) -> jax.Array:
 
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
+NOISE_STATIC = ("key", "kind", "relative_to", "mask")
 
 ENTRIES = (
     Entry("clip_by_global_norm", "", og.clip_by_global_norm, {"max_norm": 1.0}),
@@ -145,14 +147,17 @@ ENTRIES = (
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),
-    Entry("noise_injection", "", og.noise_injection, {"key": 7}, ("key", "relative_to", "mask")),
+    Entry("noise_injection", "", og.noise_injection, {"key": 7}, NOISE_STATIC),
+    Entry("noise_injection", "uniform_ball", og.noise_injection, {"kind": "uniform_ball"}, NOISE_STATIC),
     Entry(
         "noise_injection",
         "relative",
         og.noise_injection,
         {"eta": schedule, "max_norm": 0.5, "relative_to": "gradient"},
-        ("key", "relative_to", "mask"),
+        NOISE_STATIC,
     ),
+    Entry("anticorrelated_noise", "", og.anticorrelated_noise, {"sigma": 0.1, "key": 7}, ("key", "mask")),
+    Entry("langevin_noise", "", og.langevin_noise, {"learning_rate": 0.1, "key": 7}, ("key", "mask")),
     Entry("guard", "", guarded, {}, GUARD_STATIC, wraps=True, parameter_copies=1),
     Entry(
         "guard",
