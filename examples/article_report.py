@@ -4,10 +4,12 @@ Which of the article's claims hold is not written here: every claim names a quan
 the runs decide.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 from rich.table import Table
 
@@ -107,8 +109,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     def switch(name: str) -> tuple[dict[str, bool], dict[str, bool], tuple[str, str]]:
         return {name: True}, {name: False}, (f"with {SWITCHES[name]}", "without")
 
-    told_half, told_heldout = f"the training loss after {half} epochs", "the loss on held-out images"
-    told_gap = "the gap between the losses on held-out and on training images"
+    told_half, told_heldout, told_gap = f"training loss after {half} epochs", "held-out loss", "gap"
     longer = compare(results, heldout, {}, {}, "heldout_loss_halfway")
     of_l1, of_dense, of_both = ("with L1", "without"), ("with dense", "with L1"), ("with both", "with L1 alone")
     of_rate = ("at 0.001", "at 0.01")
@@ -122,7 +123,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         claim(
             "A learning rate of 0.001 tames the gradient",
             "clipped_share",
-            "the share of clipped steps",
+            "share of clipped steps",
             small,
             usual,
             of_rate,
@@ -132,7 +133,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         claim(
             "Accumulation makes the gradient smaller",
             "largest_gradient_norm",
-            "the largest gradient norm",
+            "largest gradient norm",
             *switch("accumulation"),
             "lower",
         ),
@@ -143,14 +144,14 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         claim(
             "Noise in training makes robust against noise in the image",
             "input_noise_loss",
-            "the loss on noisy held-out images",
+            "loss on noisy images",
             *switch("noise"),
             "lower",
         ),
         claim(
             "Noise in training makes robust against noise in the weights",
             "weight_noise_loss",
-            "the held-out loss with noisy weights",
+            "loss with noisy weights",
             *switch("noise"),
             "lower",
         ),
@@ -161,10 +162,10 @@ def sentence(claim: Claim) -> str:
     """The claim with its numbers."""
     found = claim.found
     count = found.lower if claim.expected == "lower" else found.higher
-    compared = f"{claim.quantity} is {number(found.changed)} {claim.changed} and {number(found.before)} {claim.before}"
+    compared = f"{claim.quantity} {number(found.changed)} {claim.changed}, {number(found.before)} {claim.before}"
     if found.direction == "the same":
-        compared += ", no difference that the seeds agree on"
-    return f"*{claim.claim}*: {compared}; it is {claim.expected} in {count} of {found.pairs} pairs of settings."
+        compared += " (no difference that the seeds agree on)"
+    return f"*{claim.claim}*: {compared}; {claim.expected} in {count} of {found.pairs} pairs."
 
 
 def clamped_noise(results: dict[str, Any]) -> str:
@@ -195,56 +196,100 @@ def paragraphs(results: dict[str, Any]) -> tuple[str, str]:
     return good, bad + " " + clamped_noise(results)
 
 
-def strengths(results: dict[str, Any], kind: str) -> list[tuple[float, np.ndarray]]:
-    """(factor on the strength, held-out losses) at the article's setting."""
-    [row] = select(results, **ARTICLE | {"regularisation": kind})
-    found = [(1.0, value(row, "heldout_loss"))]
-    for each in results["rows"]:
-        if each.get("more", "").startswith(f"{kind} x "):
-            found.append((float(each["more"].split(" x ")[1]), value(each, "heldout_loss")))
-    return sorted(found, key=lambda pair: pair[0])
+class Strength(NamedTuple):
+    """A strength of a penalty at the article's setting, and what came of it."""
+
+    factor: float  # on the strength that the table has
+    losses: np.ndarray  # held out, one per seed
+    gap: float
 
 
-def best(results: dict[str, Any], kind: str) -> tuple[float, float]:
-    """The strength with the lowest held-out loss, as a factor, and that loss."""
-    factor, losses = min(strengths(results, kind), key=lambda pair: pair[1].mean())
-    return factor, float(losses.mean())
+def strengths(results: dict[str, Any], kind: str) -> list[Strength]:
+    """All strengths of a penalty that were run."""
+    rows = [(1.0, select(results, **ARTICLE | {"regularisation": kind})[0])]
+    rows += [
+        (float(r["more"].split(" x ")[1]), r) for r in results["rows"] if r.get("more", "").startswith(f"{kind} x ")
+    ]
+    found = [Strength(factor, value(row, "heldout_loss"), float(value(row, "gap").mean())) for factor, row in rows]
+    return sorted(found, key=lambda each: each.factor)
+
+
+def best(results: dict[str, Any], kind: str) -> Strength:
+    """The strength with the lowest held-out loss."""
+    return min(strengths(results, kind), key=lambda each: each.losses.mean())
 
 
 def about_strengths(results: dict[str, Any]) -> str:
     """Whether the comparison of L1 with dense hangs on the strengths chosen."""
-    (l1_factor, l1_loss), (dense_factor, dense_loss) = (best(results, kind) for kind in ("L1", "dense"))
+    l1, dense = best(results, "L1"), best(results, "dense")
+    l1_loss, dense_loss = float(l1.losses.mean()), float(dense.losses.mean())
     [plain] = select(results, **ARTICLE)
     winner = "dense" if dense_loss < l1_loss else "L1"
     options = results["options"]
-    below = [name for name, loss in (("L1", l1_loss), ("dense", dense_loss)) if loss < value(plain, "heldout_loss").mean()]
+    below = [
+        name for name, loss in (("L1", l1_loss), ("dense", dense_loss)) if loss < value(plain, "heldout_loss").mean()
+    ]
     compared = {2: "both below", 1: f"only {''.join(below)} below", 0: "neither below"}[len(below)]
     return (
         f"Each at the best of four strengths, {winner} is better: a held-out loss of {number(l1_loss)} with L1 at "
-        f"{options['l1'] * l1_factor:g}, {number(dense_loss)} with dense at {options['dense'] * dense_factor:g}, "
-        f"{compared} the {number(value(plain, 'heldout_loss').mean())} of plain training."
+        f"{options['l1'] * l1.factor:g}, {number(dense_loss)} with dense at {options['dense'] * dense.factor:g}, "
+        f"{compared} the {number(value(plain, 'heldout_loss').mean())} of plain training; the gap is then "
+        f"{number(l1.gap)} with L1 and {number(dense.gap)} with dense."
     )
 
 
 def about_shrinking(results: dict[str, Any]) -> str:
     """What the article's formulas do to the letter, on the gradient."""
-    rows = {r["more"]: r for r in results["rows"] if r.get("more", "").startswith("gradient shrunk")}
+    rows = {r["more"]: r for r in results["rows"] if r.get("more", "").startswith("shrink")}
     if not rows:
         return ""
     [plain] = select(results, **ARTICLE)
     parts, zeros, better = [], 0.0, []
     for name, row in rows.items():
         loss = value(row, "heldout_loss")
-        parts.append(f"{number(loss.mean())} ({name.removeprefix('gradient shrunk, ')})")
+        parts.append(f"{number(loss.mean())} ({name.removeprefix('shrink, ')})")
         zeros = max(zeros, value(row, "exact_zeros").max())
         better.append(loss.mean() < value(plain, "heldout_loss").mean() * (1 - SAME))
     none = "no weight is exactly zero" if zeros == 0 else f"at most {zeros:.0%} of the weights are exactly zero"
     end = "None beats it" if not any(better) else "All beat it" if all(better) else "Some of them beat it"
     return (
-        f"Applied to the gradient itself, to the letter, the formulas give a held-out loss of {', '.join(parts)} against "
-        f"{number(value(plain, 'heldout_loss').mean())} of plain training. {end}, and {none}: they filter the gradient "
-        "and do not regularise the weights."
+        f"Applied to the gradient itself, to the letter, the formulas give a held-out loss of {', '.join(parts)} "
+        f"against {number(value(plain, 'heldout_loss').mean())} of plain training. {end}, and {none}: they filter the "
+        "gradient and do not regularise the weights."
     )
+
+
+def about_zeros(results: dict[str, Any]) -> str:
+    """The two forms of L1."""
+    rows = {r["more"]: r for r in results["rows"] if "more" in r}
+    [proximal] = select(results, **ARTICLE | {"regularisation": "L1"})
+    loss, zeros = (
+        [value(row, name).mean() for row in (proximal, rows["L1 in the gradient"])]
+        for name in ("heldout_loss", "exact_zeros")
+    )
+    return (
+        f"L1 as a proximal step gives a held-out loss of {number(loss[0])} with {zeros[0]:.0%} of the weights exactly "
+        f"zero; the same penalty in the gradient gives {number(loss[1])} with {zeros[1]:.0%}."
+    )
+
+
+def about_clip(results: dict[str, Any]) -> str:
+    """What becomes of plain training without the clip."""
+    rows = {r["more"]: r for r in results["rows"] if "more" in r}
+    told, worse = [], []
+    for name, rate in (("no clip", 0.01), ("no clip, rate 0.1", 0.1)):
+        [clipped] = select(results, **ARTICLE | {"learning_rate": rate})
+        with_clip, without = value(clipped, "heldout_loss"), value(rows[name], "heldout_loss")
+        told.append(f"{number(without.mean())} instead of {number(with_clip.mean())} at {rate:g}")
+        worse.append(bool((without > with_clip).all() and without.mean() > with_clip.mean() * (1 + SAME)))
+    found = (
+        "The clip pays"
+        if all(worse)
+        else "The clip pays at one of two rates"
+        if any(worse)
+        else "The clip does not pay"
+    )
+    return f"{found}: without it the held-out loss of plain training is {' and '.join(told)}."
 
 
 def number(x: float) -> str:
@@ -263,7 +308,7 @@ COLUMNS = (
     ("held-out loss", lambda r: spread(value(r, "heldout_loss"))),
     ("largest norm", lambda r: f"{value(r, 'largest_gradient_norm').mean():.1f}"),
     ("clipped", lambda r: f"{value(r, 'clipped_share').mean():.0%}"),
-    ("exact zeros", lambda r: f"{value(r, 'exact_zeros').mean():.1%}"),
+    ("zeros", lambda r: f"{value(r, 'exact_zeros').mean():.1%}"),
     ("noisy images", lambda r: f"{value(r, 'input_noise_loss').mean():.3f}"),
     ("noisy weights", lambda r: f"{value(r, 'weight_noise_loss').mean():.3f}"),
     ("clamped noise", lambda r: f"{value(r, 'clamped_noise_loss').mean():.3f}"),
@@ -295,14 +340,20 @@ def effect_rows(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, told in SWITCHES.items():
         cells = [told]
-        for quantity in ("train_loss", "heldout_loss", "largest_gradient_norm", "input_noise_loss", "weight_noise_loss"):
+        for quantity in (
+            "train_loss",
+            "heldout_loss",
+            "largest_gradient_norm",
+            "input_noise_loss",
+            "weight_noise_loss",
+        ):
             pairs = [
                 (value(select(results, **{k: r[k] for k in ARTICLE} | {name: True})[0], quantity), value(r, quantity))
                 for r in select(results, **{name: False})
             ]
             ratio = float(np.median([new.mean() / old.mean() for new, old in pairs]))
             found = compare(results, quantity, {name: True}, {name: False})
-            cells.append(f"x {ratio:.2f} ({found.lower} of {found.pairs} lower)")
+            cells.append(f"x {ratio:.2f} ({found.lower}/{found.pairs})")
         rows.append(cells)
     return rows
 
@@ -313,7 +364,7 @@ EFFECTS = ("switched on", "training loss", "held-out loss", "largest norm", "noi
 def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> Table:
     table = Table(title=title)
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(name.replace(" ", "\n") if i else name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -348,18 +399,20 @@ def words(results: dict[str, Any]) -> str:
     """docs/article.md."""
     options, versions = results["options"], results["versions"]
     good, bad = paragraphs(results)
+    further = " ".join(tell(results) for tell in (about_strengths, about_zeros, about_shrinking, about_clip))
     skipped = sum(int(value(r, "steps_skipped").sum()) for r in results["rows"])
     runs = len(results["rows"]) * len(options["seeds"])
     names = tuple(name for name, _ in COLUMNS)
     half = options["epochs"] // 2
     shape = "-".join(str(x) for x in options["sizes"])
-    return f"""# The article's programme, and the table it never showed
+    clamp = f"`max_norm={options['clamp']:g}` is the article's clamp"
+    text = f"""# The article's programme, and the table it never showed
 
-This project started from an article on exploding gradients. It regularises the gradient of an autoencoder by L1 and by a
-"dense", continuous formula, one after the other, trains by SGD (learning rate 0.01, momentum {options["momentum"]}) for
-{half} and for {options["epochs"]} epochs, and advises smaller learning rates, accumulation, more epochs, more varied data
-and noise. `examples/article.py` runs all of it on scikit-learn's digits. This page is written by that script from the
-numbers of a run; no verdict in it is written by hand.
+This project started from an article on exploding gradients. It regularises the gradient of an autoencoder by L1 and by
+a "dense", continuous formula, one after the other, trains by SGD (learning rate 0.01, momentum {options["momentum"]})
+for {half} and for {options["epochs"]} epochs, and advises smaller learning rates, accumulation, more epochs, more
+varied data and noise. `examples/article.py` runs all of it on scikit-learn's digits. This page is written by that
+script from the numbers of a run; no verdict in it is written by hand.
 
 ![L1 and dense regularisation compared](article.png)
 
@@ -376,49 +429,53 @@ python examples/article.py --write-docs    # this page, the picture and benchmar
 | one composed after the other | both at once; a sum of penalties has no order |
 | its formulas to the letter | `shrink_gradients`, "soft" and "dense", on the gradient itself |
 | gradient accumulation | `accumulate`, {options["every"]} batches a step: as many epochs, a quarter of the steps |
-| noise | `noise_injection` of variance {options["eta"]:g} at first; `max_norm={options["clamp"]:g}` is the article's clamp |
-| more varied data | the same images, turned by up to 15 degrees and shifted by up to a pixel, anew in each epoch |
+| noise | `noise_injection` of variance {options["eta"]:g} at first; {clamp} |
+| more varied data | the same images, turned by up to 10 degrees and shifted by up to half a pixel, anew in each epoch |
 
-An autoencoder of {shape} units ({options["parameters"]} parameters) learns {options["train_images"]} images in batches of
-{options["batch"]}; {options["heldout_images"]} others are held out. Images are centred and scaled to a mean square of 1, so
-a loss of 1 is that of the mean image. All runs are under `guard` with `clip_by_global_norm({options["max_norm"]:g})`. The
-strengths, {options["l1"]:g} for L1 and {options["dense"]:g} for dense, make both penalties about equal at the initial
-weights. Every number is a mean over {len(options["seeds"])} seeds, ± the standard deviation; a seed decides images held
-out, initial weights, batches and noise. {runs} runs; steps held because a gradient was not finite: {skipped}.
+An autoencoder of {shape} units ({options["parameters"]} parameters) learns {options["train_images"]} images in batches
+of {options["batch"]}; {options["heldout_images"]} others are held out. Images are centred and scaled to a mean square
+of 1, so a loss of 1 is that of the mean image. All runs but two are under `guard` with
+`clip_by_global_norm({options["max_norm"]:g})`. The strengths, {options["l1"]:g} for L1 and {options["dense"]:g} for
+dense, make both penalties about equal at the initial weights. Every number is a mean over {len(options["seeds"])}
+seeds, ± the standard deviation; a seed decides images held out, initial weights, batches and noise. {runs} runs; steps
+held because a gradient was not finite: {skipped}.
 
 ## Which claims hold
 
-A claim holds if it is true at the article's setting in every seed, and by more than 1 % in three quarters of all pairs of
-settings that differ in nothing else; it fails if it is neither true at the article's setting nor in half of the pairs.
-Numbers are those at the article's setting.
+A claim holds if it is true at the article's setting in every seed, and by more than {SAME:.0%} in three quarters of all
+pairs of settings that differ in nothing else; it fails if it is neither true at the article's setting nor in more than
+half of the pairs. Numbers are those at the article's setting; the gap is the held-out loss minus the training loss.
 
 {good}
 
 {bad}
 
-{about_strengths(results)} {about_shrinking(results)}
+{further}
 
 ## The table
 
-"Largest norm" is that of the gradient before the clip, "clipped" the share of steps that were. "Noisy images" is the loss
-on held-out images that are to be restored from Gaussian noise of {options["input_sigma"]:g} per pixel, "noisy weights" the
-held-out loss with Gaussian noise on the weights, {options["weight_sigma"]:g} of each kernel's root mean square; "clamped
-noise" is noise on the image with a norm of {options["clamp"]:g}. Accumulation, noise and varied data are off here.
+"Zeros" is the share of weights that are exactly zero, "largest norm" that of the gradient before the clip, "clipped"
+the share of steps that were. "Noisy images" is the loss on held-out images that are to be restored from Gaussian noise
+of {options["input_sigma"]:g} per pixel, "noisy weights" the held-out loss with Gaussian noise on the weights,
+{options["weight_sigma"]:g} of the root mean square of each array; "clamped noise" is noise on the image with a norm of
+{options["clamp"]:g}. Accumulation, noise and varied data are off here.
 
 {markdown(("regularisation", "rate", *names), main_rows(results))}
 
 What the three switches change: the median over all pairs of settings of the ratio on / off, and in how many pairs the
-quantity is lower by more than 1 %.
+quantity is lower by more than {SAME:.0%}.
 
 {markdown(EFFECTS, effect_rows(results))}
 
-Beyond the table, at a learning rate of 0.01 with all switches off:
+Beyond the table, at a learning rate of 0.01 (where not told otherwise) with all switches off:
 
 {markdown(("row", *names), more_rows(results))}
 
 All {len(select(results))} rows of the table, with every seed, are in `benchmarks/results/article.json`. Made with
 {", ".join(f"{name} {version}" for name, version in versions.items() if name != "optax_guard")}, on a CPU.
 """
+    blocks = text.split("\n\n")
+    return "\n\n".join(textwrap.fill(x, 120) if x[0].isalnum() or x[0] in '*"' else x for x in blocks).rstrip() + "\n"
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
@@ -446,7 +503,8 @@ def _losses(axis: Any, rows: dict[str, Any]) -> None:
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend(frameon=False)
     axis.set_xlabel("epoch")
-    axis.set_title("Loss", loc="left", fontweight="bold")
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.set_title("Loss, on held-out and on training images", loc="left", fontweight="bold")
 
 
 def _weights(axis: Any, rows: dict[str, Any], edges: np.ndarray) -> None:
@@ -457,12 +515,13 @@ def _weights(axis: Any, rows: dict[str, Any], edges: np.ndarray) -> None:
         share = 100 * counts / counts.sum()
         axis.plot(middles, share[2:-1], color=COLORS[kind], lw=2)
         axis.bar(zero_at + 0.25 * (i - 1), share[0], 0.25, color=COLORS[kind])
-        axis.text(zero_at + 0.5, 30 - 3 * i, f"{kind}: {share[0]:.0f} %", color=COLORS[kind], fontweight="bold")
-    axis.text(zero_at + 0.5, 33, "exactly 0", fontsize=10)
+        told = f"{kind}: {share[0]:.0f} %"
+        axis.text(0.15, 0.83 - 0.07 * i, told, color=COLORS[kind], fontweight="bold", transform=axis.transAxes)
+    axis.text(0.15, 0.9, "exactly 0", transform=axis.transAxes)
     ticks = np.arange(np.ceil(edges[0]), edges[-1] + 0.1, 2)
     axis.set_xticks([zero_at, *ticks], ["0", *(f"1e{int(t)}" if t else "1" for t in ticks)])
     axis.set_xlabel("size of a weight")
-    axis.set_title("Weights, % of all", loc="left", fontweight="bold")
+    axis.set_title("Where the weights end, % of all", loc="left", fontweight="bold")
 
 
 def _strengths(axis: Any, results: dict[str, Any], rows: dict[str, Any]) -> None:
@@ -470,16 +529,18 @@ def _strengths(axis: Any, results: dict[str, Any], rows: dict[str, Any]) -> None
     axis.axhline(plain.mean(), color=COLORS["plain"], lw=2)
     for kind in ("L1", "dense"):
         found = strengths(results, kind)
-        losses = np.array([x.mean() for _, x in found])
-        error = np.array([x.std(ddof=1) if len(x) > 1 else 0 for _, x in found])
-        axis.errorbar([f for f, _ in found], losses, error, fmt="o-", color=COLORS[kind], lw=2, capsize=3)
-        axis.annotate(kind, (found[-1][0], losses[-1]), (6, 0), textcoords="offset points", color=COLORS[kind], va="center")
-    axis.annotate("plain", (found[0][0], plain.mean()), (0, 5), textcoords="offset points", color=COLORS["plain"])
+        losses = np.array([each.losses.mean() for each in found])
+        error = np.array([each.losses.std(ddof=1) if len(each.losses) > 1 else 0 for each in found])
+        ticks = [each.factor for each in found]
+        axis.errorbar(ticks, losses, error, fmt="o-", color=COLORS[kind], lw=2, capsize=3)
+        axis.annotate(
+            kind, (ticks[-1], losses[-1]), (6, 0), textcoords="offset points", color=COLORS[kind], va="center"
+        )
+    axis.annotate("plain", (ticks[0], plain.mean()), (0, 5), textcoords="offset points", color=COLORS["plain"])
     axis.set_xscale("log")
-    ticks = [f for f, _ in found]
     axis.set_xticks(ticks, [f"x {f:g}" for f in ticks])
     axis.set_xticks([], minor=True)
     axis.margins(x=0.15)
     options = results["options"]
     axis.set_xlabel(f"strength (x 1: {options['l1']:g} for L1, {options['dense']:g} for dense)")
-    axis.set_title("Held-out loss at the end", loc="left", fontweight="bold")
+    axis.set_title("Held-out loss, by strength of the penalty", loc="left", fontweight="bold")
