@@ -36,7 +36,7 @@ try:
     import flax
     import numpy as np
     import sklearn
-    from article_report import effects_table, main_table, more_table, picture, words
+    from article_report import ARTICLE, effects_table, main_table, more_table, picture, words
     from flax import nnx
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -68,6 +68,8 @@ CLAMP = 1e-4  # the article's bound on the norm of its noise
 SHRINK = 1e-3  # a quarter of the root mean square of the gradient's elements once the loss has settled
 INPUT_SIGMA = 0.5  # of the noise at test time, where images have variance 1
 WEIGHT_SIGMA = 0.1  # the same on the weights, as a share of each kernel's root mean square
+START = 0.5  # factor on the initial weights in the rows of a smaller start
+LONG = 5  # times as many epochs, in two rows beyond the table
 RATES = (0.01, 0.001, 0.1)  # the article's first
 REGULARISATIONS = {"plain": (0.0, 0.0), "L1": (L1, 0.0), "dense": (0.0, DENSE), "L1 then dense": (L1, DENSE)}
 EDGES = np.linspace(-6, 0.5, 53)  # of the histogram of log10 |w|
@@ -87,6 +89,7 @@ class Arm(NamedTuple):
     shrink_dense: Any = 0.0
     l1_subgradient: Any = 0.0  # strength of `l1_penalty`: the same penalty without exact zeros
     max_norm: Any = MAX_NORM
+    start: Any = 1.0  # factor on the initial weights
 
 
 class Data(NamedTuple):
@@ -138,7 +141,14 @@ def vary(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     row, column = np.mgrid[:8, :8].astype(np.float32)[:, None] - np.float32(3.5)
     rows = np.cos(angle) * row - np.sin(angle) * column + shift[0] + np.float32(3.5)
     columns = np.sin(angle) * row + np.cos(angle) * column + shift[1] + np.float32(3.5)
-    return np.asarray(jax.vmap(lambda x, *at: map_coordinates(x, at, order=1))(images, rows, columns))
+    return np.asarray(interpolated(images, rows, columns))
+
+
+@jax.jit
+@jax.vmap
+def interpolated(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """The image at other places than its pixels."""
+    return map_coordinates(image, (rows, columns), order=1)
 
 
 def make_run(graph: Any) -> Callable[[Arm, Data], dict[str, jax.Array]]:
@@ -165,7 +175,8 @@ def make_run(graph: Any) -> Callable[[Arm, Data], dict[str, jax.Array]]:
             ends = [loss_fn(carry[0], x, x) for x in (data.train, data.heldout)]
             return carry, (jnp.mean(losses), *ends, jnp.max(norms))
 
-        carry = (data.params, tx.init(data.params))
+        params = jax.tree.map(lambda x: x * arm.start, data.params)
+        carry = (params, tx.init(params))
         (params, state), curves = jax.lax.scan(epoch, carry, (data.varied, data.order))
         seen = og.metrics(state)
         half = len(data.order) // 2 - 1
@@ -214,7 +225,7 @@ def histogram(params: Any) -> jax.Array:
 
 
 def make_arms(quick: bool) -> list[tuple[dict[str, Any], Arm]]:
-    """The table's 96 arms with their names, and the rows beyond it; the quick mode has an eighth of them."""
+    """The table's 96 arms with their names, and the rows beyond it; a few of both for the quick mode."""
     switches = (False,) if quick else (False, True)
     arms = []
     for name, rate, accumulated, noisy, augmented in itertools.product(
@@ -232,20 +243,26 @@ def make_arms(quick: bool) -> list[tuple[dict[str, Any], Arm]]:
         f"noise of norm {CLAMP:g}": Arm(eta=ETA, noise_norm=CLAMP),
         "no clip": Arm(max_norm=np.inf),
         "no clip, rate 0.1": Arm(0.1, max_norm=np.inf),
+        "longer": Arm(),
+        "longer, varied data": Arm(augmented=True),
     }
     for factor in (0.1, 0.3, 3.0):
         more |= {f"L1 x {factor:g}": Arm(l1=L1 * factor), f"dense x {factor:g}": Arm(dense=DENSE * factor)}
-    rows = list(more.items())[:5] if quick else more.items()
-    return arms + [({"more": name}, arm) for name, arm in rows]
+    rows = [({"more": name}, arm) for name, arm in more.items()]
+    changes = [{"regularisation": x} for x in REGULARISATIONS] + [{"learning_rate": 0.001}]
+    changes += [{name: True} for name in ("accumulation", "noise", "augmented")]
+    smaller = [(label, arm._replace(start=START)) for label, arm in arms if label in [ARTICLE | x for x in changes]]
+    return arms + (rows[:5] if quick else rows + [({"more": "smaller start"} | label, arm) for label, arm in smaller])
 
 
 def run_all(seeds: int, epochs: int, quick: bool, console: Console) -> dict[str, Any]:
     """Runs every arm for every seed on two threads; returns what goes into the results file."""
     start = time.perf_counter()
-    graph, *data = make_data(0, epochs)
-    data += [make_data(seed, epochs)[1] for seed in range(1, seeds)]
-    run = make_run(graph)
     arms = make_arms(quick)
+    graph = make_data(0, 1)[0]
+    data = [make_data(seed, epochs)[1] for seed in range(seeds)]
+    longer = [] if quick else [make_data(seed, LONG * epochs)[1] for seed in range(seeds)]
+    run = make_run(graph)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: dict[tuple[int, int], Any] = {}
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(max_workers=2) as pool:
@@ -256,8 +273,8 @@ def run_all(seeds: int, epochs: int, quick: bool, console: Console) -> dict[str,
         programme(results[0, 0]["epoch_loss"], progress.console)
         jobs = {
             pool.submit(lambda arm, part: jax.device_get(run(arm, part)), arm, part): (i, seed)
-            for i, arm in enumerate(typed)
-            for seed, part in enumerate(data)
+            for i, ((label, _), arm) in enumerate(zip(arms, typed, strict=True))
+            for seed, part in enumerate(longer if label.get("more", "").startswith("longer") else data)
             if (i, seed) != (0, 0)
         }
         for job in as_completed(jobs):
@@ -267,10 +284,7 @@ def run_all(seeds: int, epochs: int, quick: bool, console: Console) -> dict[str,
     for i, (label, _) in enumerate(arms):
         by_seed = [results[i, seed] for seed in range(seeds)]
         row = {name: [rounded(each[name]) for each in by_seed] for name in by_seed[0]}
-        shown = ("more" not in label and label["learning_rate"] == RATES[0]) and not any(
-            label[x] for x in ("accumulation", "noise", "augmented")
-        )
-        if not shown:  # curves of all arms would be most of the file
+        if label | {"regularisation": "plain"} != ARTICLE:  # curves of all arms would be most of the file
             row = {name: values for name, values in row.items() if not isinstance(values[0], list)}
         rows.append(label | row)
     sizes = [int(x.size) for x in jax.tree.leaves(data[0].params)]
@@ -279,6 +293,8 @@ def run_all(seeds: int, epochs: int, quick: bool, console: Console) -> dict[str,
         "options": {
             "seeds": list(range(seeds)),
             "epochs": epochs,
+            "longer": LONG * epochs,
+            "start": START,
             "quick": quick,
             "sizes": SIZES,
             "parameters": sum(sizes),

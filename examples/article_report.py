@@ -24,14 +24,21 @@ COLORS = {"plain": "#666666", "L1": "#D55E00", "dense": "#0072B2"}
 
 
 class Comparison(NamedTuple):
-    """One quantity with and without a change: at the article's setting, and over all others."""
+    """One quantity with and without a change: at the article's setting, from a smaller start, and over all settings."""
 
-    changed: float  # mean over the seeds, at the article's setting
-    before: float
-    direction: str  # "lower" or "higher": in every seed, and by more than SAME in the mean; else "the same"
+    here: "Difference"  # at the article's setting
+    start: "Difference | None"  # the same from smaller initial weights
     lower: int  # in how many pairs of settings the mean is lower by more than SAME
     higher: int
     pairs: int
+
+
+class Difference(NamedTuple):
+    """Means over the seeds, and whether the seeds agree."""
+
+    changed: float
+    before: float
+    direction: str  # "lower" or "higher": in every seed, and by more than SAME in the mean; else "the same"
 
 
 class Claim(NamedTuple):
@@ -73,26 +80,40 @@ def compare(
         if partner:
             pairs.append((row, value(partner[0], quantity), value(row, quantity_before or quantity)))
     means = [(float(new.mean()), float(old.mean())) for _, new, old in pairs]
-    [(new, old)] = [(new, old) for row, new, old in pairs if all(row[k] == v for k, v in (ARTICLE | before).items())]
-    large = abs(new.mean() - old.mean()) > SAME * abs(old.mean())
-    direction = "lower" if large and (new < old).all() else "higher" if large and (new > old).all() else "the same"
+    [here] = [
+        difference(new, old) for row, new, old in pairs if all(row[k] == v for k, v in (ARTICLE | before).items())
+    ]
+    settings = ARTICLE | before
+    ends = [
+        value(row, name)
+        for wanted, name in ((settings | changed, quantity), (settings, quantity_before or quantity))
+        for row in results["rows"]
+        if row.get("more") == "smaller start" and all(row[k] == v for k, v in wanted.items())
+    ]
     return Comparison(
-        changed=float(new.mean()),
-        before=float(old.mean()),
-        direction=direction,
+        here=here,
+        start=difference(*ends) if len(ends) == 2 else None,
         lower=sum(a < b - SAME * abs(b) for a, b in means),
         higher=sum(a > b + SAME * abs(b) for a, b in means),
         pairs=len(pairs),
     )
 
 
+def difference(new: np.ndarray, old: np.ndarray) -> Difference:
+    """Of one quantity, seed by seed."""
+    large = abs(new.mean() - old.mean()) > SAME * abs(old.mean())
+    direction = "lower" if large and (new < old).all() else "higher" if large and (new > old).all() else "the same"
+    return Difference(float(new.mean()), float(old.mean()), direction)
+
+
 def verdict(claim: Claim) -> str:
-    """Holds: at the article's setting and in three quarters of all others. Fails: neither there nor in half of them."""
+    """Holds: here, from a smaller start, and in three quarters of all pairs. Fails: neither, nor in half of them."""
     found = claim.found
     share = (found.lower if claim.expected == "lower" else found.higher) / found.pairs
-    if found.direction == claim.expected:
-        return "holds" if share >= 0.75 else "holds in places"
-    return "fails" if share <= 0.5 else "holds in places"
+    agree = [each.direction == claim.expected for each in (found.here, found.start) if each is not None]
+    if all(agree) and share >= 0.75:
+        return "holds"
+    return "fails" if not any(agree) and share <= 0.5 else "holds in places"
 
 
 def claims(results: dict[str, Any]) -> list[Claim]:
@@ -162,10 +183,12 @@ def sentence(claim: Claim) -> str:
     """The claim with its numbers."""
     found = claim.found
     count = found.lower if claim.expected == "lower" else found.higher
-    compared = f"{claim.quantity} {number(found.changed)} {claim.changed}, {number(found.before)} {claim.before}"
-    if found.direction == "the same":
-        compared += " (no difference that the seeds agree on)"
-    return f"*{claim.claim}*: {compared}; {claim.expected} in {count} of {found.pairs} pairs."
+    told = [f"{number(each.changed)} {claim.changed}, {number(each.before)} {claim.before}" for each in (found.here,)]
+    if found.start is not None:
+        told.append(f"{number(found.start.changed)} and {number(found.start.before)} from the smaller start")
+    unclear = [each is not None and each.direction == "the same" for each in (found.here, found.start)]
+    told = [text + " (the same)" * same for text, same in zip(told, unclear, strict=False)]
+    return f"*{claim.claim}*: {claim.quantity} {'; '.join(told)}; {claim.expected} in {count} of {found.pairs} pairs."
 
 
 def clamped_noise(results: dict[str, Any]) -> str:
@@ -273,6 +296,36 @@ def about_zeros(results: dict[str, Any]) -> str:
     )
 
 
+def about_start(results: dict[str, Any]) -> str:
+    """How much hangs on the size of the initial weights."""
+    usual = select(results, **{name: x for name, x in ARTICLE.items() if name != "regularisation"})
+    smaller = [r for r in results["rows"] if r.get("more") == "smaller start"]
+    smaller = [r for r in smaller if r | {"regularisation": "plain"} == r | ARTICLE]
+    told, firsts = [], []
+    for rows in (usual, smaller):
+        lowest = min(rows, key=lambda r: value(r, "heldout_loss").mean())
+        [plain] = [r for r in rows if r["regularisation"] == "plain"]
+        told.append(f"{lowest['regularisation']} ({number(value(lowest, 'heldout_loss').mean())})")
+        firsts.append((lowest["regularisation"], f"{value(plain, 'largest_gradient_norm').mean():.1f}"))
+    change = "does not change" if firsts[0][0] == firsts[1][0] else "changes"
+    return (
+        f"The size of the initial weights {change} which of the four is best on held-out images: {told[0]} as "
+        f"initialised, {told[1]} from weights {results['options']['start']:g} times as large, where the largest "
+        f"gradient norm of plain training is {firsts[1][1]} instead of {firsts[0][1]}."
+    )
+
+
+def about_longer(results: dict[str, Any]) -> str:
+    """Whether varied data pay when there is time to learn them."""
+    rows = {r["more"]: r for r in results["rows"] if "more" in r}
+    plain, varied = (value(rows[name], "heldout_loss") for name in ("longer", "longer, varied data"))
+    better = (varied < plain).all() and varied.mean() < plain.mean() * (1 - SAME)
+    return (
+        f"Given {results['options']['longer']} epochs, varied data {'pay' if better else 'do not pay'}: a "
+        f"held-out loss of {number(varied.mean())} against {number(plain.mean())} without."
+    )
+
+
 def about_clip(results: dict[str, Any]) -> str:
     """What becomes of plain training without the clip."""
     rows = {r["more"]: r for r in results["rows"] if "more" in r}
@@ -331,8 +384,17 @@ def main_rows(results: dict[str, Any], everything: bool = False) -> list[list[st
 
 def more_rows(results: dict[str, Any]) -> list[list[str]]:
     """The rows beyond the table, after plain training."""
-    rows = [("plain", *select(results, **ARTICLE)), *((r["more"], r) for r in results["rows"] if "more" in r)]
+    rows = [("plain", *select(results, **ARTICLE))]
+    for row in results["rows"]:
+        changes = [name_of(key, row[key]) for key, usual in ARTICLE.items() if row.get(key, usual) != usual]
+        if "more" in row:
+            rows.append((", ".join([row["more"], *changes]), row))
     return [[name, *(show(row) for _, show in COLUMNS)] for name, row in rows]
+
+
+def name_of(setting: str, value: Any) -> str:
+    """A setting that is not the article's, in words."""
+    return SWITCHES.get(setting) or (f"rate {value:g}" if setting == "learning_rate" else value)
 
 
 def effect_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -395,11 +457,14 @@ def markdown(header: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+ABOUT = (about_strengths, about_start, about_longer, about_zeros, about_shrinking, about_clip)
+
+
 def words(results: dict[str, Any]) -> str:
     """docs/article.md."""
     options, versions = results["options"], results["versions"]
     good, bad = paragraphs(results)
-    further = " ".join(tell(results) for tell in (about_strengths, about_zeros, about_shrinking, about_clip))
+    further = " ".join(tell(results) for tell in ABOUT)
     skipped = sum(int(value(r, "steps_skipped").sum()) for r in results["rows"])
     runs = len(results["rows"]) * len(options["seeds"])
     names = tuple(name for name, _ in COLUMNS)
@@ -442,9 +507,10 @@ held because a gradient was not finite: {skipped}.
 
 ## Which claims hold
 
-A claim holds if it is true at the article's setting in every seed, and by more than {SAME:.0%} in three quarters of all
-pairs of settings that differ in nothing else; it fails if it is neither true at the article's setting nor in more than
-half of the pairs. Numbers are those at the article's setting; the gap is the held-out loss minus the training loss.
+A claim holds if it is true at the article's setting and from initial weights {options["start"]:g} times as large (the
+smaller start), each time in every seed, and in three quarters of all pairs of settings that differ in nothing else; it
+fails if it is true in neither and in no more than half of the pairs. Differences below {SAME:.0%} do not count. Numbers
+are those at the article's setting and from the smaller start; the gap is the held-out loss minus the training loss.
 
 {good}
 
@@ -467,7 +533,8 @@ quantity is lower by more than {SAME:.0%}.
 
 {markdown(EFFECTS, effect_rows(results))}
 
-Beyond the table, at a learning rate of 0.01 (where not told otherwise) with all switches off:
+Beyond the table, at a learning rate of 0.01 (where not told otherwise) with all switches off ("smaller start": initial
+weights {options["start"]:g} times as large; "longer": {options["longer"]} epochs):
 
 {markdown(("row", *names), more_rows(results))}
 
@@ -503,7 +570,7 @@ def _losses(axis: Any, rows: dict[str, Any]) -> None:
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend(frameon=False)
     axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 5, 10]))
     axis.set_title("Loss, on held-out and on training images", loc="left", fontweight="bold")
 
 
