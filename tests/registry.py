@@ -21,7 +21,9 @@ NOT_TRANSFORMATIONS = {
     "GuardState": "a state",
     "NoiseState": "a state",
     "PenaltyState": "a state",
+    "ProximalState": "a state",
     "Rule": "the type of a rule",
+    "Sparsity": "what `sparsity` answers",
     "TrainingHalted": "an exception",
     "Verdict": "what a rule answers",
     "apply_gradients": "takes a step with a transformation",
@@ -34,6 +36,7 @@ NOT_TRANSFORMATIONS = {
     "metrics": "reads a state",
     "perturb_weights": "wraps a loss",
     "raise_if_halted": "reads a state",
+    "sparsity": "a function of a tree",
 }
 
 
@@ -48,6 +51,7 @@ class Entry:
     static_args: tuple[str, ...] = ()  # what its docstring asks for under `optax.inject_hyperparams`
     needs_params: bool = False
     wraps: bool = False  # takes an inner optimizer, as the argument `inner`
+    holds: bool = False  # a wrapper that lets no number that is not finite into its state
     strict: bool = True  # works under strict promotion; stock Adam inside does not
     parameter_copies: int = 0  # trees in the parameters' shapes in its state
 
@@ -99,6 +103,10 @@ def momentum(learning_rate: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def schedule(step: jax.Array) -> jax.Array:
+    return 0.5 / (1.0 + step.astype(jnp.float32))
+
+
 def guarded(learning_rate=0.1, max_norm=1.0, inner=momentum, check_updates=False, axis_name=None):
     rules = og.clip_by_global_norm(max_norm, axis_name=axis_name), og.skip_large(100.0, axis_name=axis_name)
     return og.guard(inner(learning_rate), *rules, history=4, check_updates=check_updates, axis_name=axis_name)
@@ -111,6 +119,18 @@ def accumulated(learning_rate=0.1, inner=momentum, every=2, axis_name=None):
 def accumulated_guard(learning_rate=0.1, max_norm=1.0, inner=momentum, every=2, axis_name=None):
     tx = og.guard(inner(learning_rate), og.clip_by_global_norm(max_norm, axis_name=axis_name), axis_name=axis_name)
     return og.accumulate(tx, every, axis_name=axis_name)
+
+
+def proximal_l1(learning_rate=0.1, strength=0.05, inner=momentum):
+    return og.proximal_l1(inner(learning_rate), strength, learning_rate=learning_rate, momentum=0.5)
+
+
+def proximal_elastic_net(learning_rate=0.1, l1=0.05, l2=schedule, inner=momentum):
+    return og.proximal_elastic_net(inner(learning_rate), l1, l2, learning_rate=learning_rate, momentum=0.5)
+
+
+def proximal_group_lasso(learning_rate=0.1, strength=0.05, inner=momentum):
+    return og.proximal_group_lasso(inner(learning_rate), strength, learning_rate=learning_rate, momentum=0.5)
 
 
 def halving_rule(threshold=1.0, axis_name=None):
@@ -128,10 +148,6 @@ def halving_rule(threshold=1.0, axis_name=None):
     return og.rule(init, judge, axis_name=axis_name)
 
 
-def schedule(step: jax.Array) -> jax.Array:
-    return 0.5 / (1.0 + step.astype(jnp.float32))
-
-
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 NOISE_STATIC = ("key", "kind", "relative_to", "mask")
@@ -147,6 +163,18 @@ ENTRIES = (
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),
+    Entry("dense_penalty", "", og.dense_penalty, {"strength": 0.1}, ("kind", "mask"), needs_params=True),
+    Entry(
+        "dense_penalty",
+        "pseudo_huber",
+        og.dense_penalty,
+        {"strength": schedule, "kind": "pseudo_huber", "delta": 0.1},
+        ("kind", "mask"),
+        needs_params=True,
+    ),
+    Entry("elastic_net_penalty", "", og.elastic_net_penalty, {"l1": 0.1, "l2": schedule}, ("mask",), needs_params=True),
+    Entry("shrink_gradients", "", og.shrink_gradients, {"threshold": 0.1}, ("kind",)),
+    Entry("shrink_gradients", "dense", og.shrink_gradients, {"threshold": schedule, "kind": "dense"}, ("kind",)),
     Entry("noise_injection", "", og.noise_injection, {"key": 7}, NOISE_STATIC),
     Entry("noise_injection", "uniform_ball", og.noise_injection, {"kind": "uniform_ball"}, NOISE_STATIC),
     Entry(
@@ -158,7 +186,7 @@ ENTRIES = (
     ),
     Entry("anticorrelated_noise", "", og.anticorrelated_noise, {"sigma": 0.1, "key": 7}, ("key", "mask")),
     Entry("langevin_noise", "", og.langevin_noise, {"learning_rate": 0.1, "key": 7}, ("key", "mask")),
-    Entry("guard", "", guarded, {}, GUARD_STATIC, wraps=True, parameter_copies=1),
+    Entry("guard", "", guarded, {}, GUARD_STATIC, wraps=True, holds=True, parameter_copies=1),
     Entry(
         "guard",
         "adamw",
@@ -167,11 +195,21 @@ ENTRIES = (
         GUARD_STATIC,
         needs_params=True,
         wraps=True,
+        holds=True,
         strict=False,
         parameter_copies=2,
     ),
-    Entry("guard", "check_updates", guarded, {"check_updates": True}, GUARD_STATIC, wraps=True, parameter_copies=1),
-    Entry("accumulate", "", accumulated, {}, ACCUMULATE_STATIC, wraps=True, parameter_copies=2),
+    Entry(
+        "guard",
+        "check_updates",
+        guarded,
+        {"check_updates": True},
+        GUARD_STATIC,
+        wraps=True,
+        holds=True,
+        parameter_copies=1,
+    ),
+    Entry("accumulate", "", accumulated, {}, ACCUMULATE_STATIC, wraps=True, holds=True, parameter_copies=2),
     Entry(
         "accumulate",
         "guard_adamw",
@@ -180,7 +218,23 @@ ENTRIES = (
         ACCUMULATE_STATIC,
         needs_params=True,
         wraps=True,
+        holds=True,
         strict=False,
         parameter_copies=3,
+    ),
+    *(
+        Entry(
+            factory.__name__,
+            inner.__name__ if inner is adamw else "",
+            factory,
+            {"inner": inner},
+            ("inner",),
+            needs_params=True,
+            wraps=True,
+            strict=inner is momentum,
+            parameter_copies=1 + (inner is adamw),
+        )
+        for factory in (proximal_l1, proximal_elastic_net, proximal_group_lasso)
+        for inner in (momentum, adamw)
     ),
 )
