@@ -1,14 +1,18 @@
 # make demo   the quickstart: four arms, one table, quickstart.png
 # make test   the whole test suite          make lint   format, lint, types
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
+# make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
 # make bench  the overhead table (results in benchmarks/results/)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs api conformance clean
+.PHONY: demo article test lint bench docs api conformance clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
+
+article: $(VENV)/.installed
+	$(BIN)/python examples/article.py --write-docs
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2

@@ -1,19 +1,9 @@
 """The examples run as a person runs them, in their short mode."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def example(*arguments: str, script: str = "quickstart.py") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+from running import example
 
 
 def test_quickstart_shows_four_arms_of_which_the_guarded_one_lives(tmp_path: Path) -> None:
