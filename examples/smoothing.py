@@ -38,7 +38,7 @@ from optax_guard.models import MLP
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SIGMAS = (0.25, 0.5)  # the ink of a digit has a norm of about 3.5
+SIGMAS = (0.25, 0.5)  # the ink of a digit has a norm of about 3.9
 RADII = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 ALPHA = 0.001
 BATCH = 128
