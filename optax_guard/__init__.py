@@ -45,7 +45,7 @@ from optax_guard._record import FlightRecorder
 from optax_guard._rule import Rule, Verdict, rule
 
 # Hold a step
-from optax_guard._skipping import skip_large, skip_nonfinite
+from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_spikes
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
 from optax_guard._tree import leaf_names
 
@@ -66,6 +66,7 @@ __all__ = [
     "ProximalState",
     "Rule",
     "Sparsity",
+    "SpikeState",
     "TrainingHalted",
     "Verdict",
     "accumulate",
@@ -97,5 +98,6 @@ __all__ = [
     "shrink_gradients",
     "skip_large",
     "skip_nonfinite",
+    "skip_spikes",
     "sparsity",
 ]
