@@ -26,6 +26,9 @@ from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, ra
 # See what happened
 from optax_guard._metrics import flight_log, metrics
 
+# Clip by an optimizer's second moment
+from optax_guard._moments import SpamState, StableSpamState, clip_by_update_rms, spam_clip, stable_spam
+
 # Change the gradient on purpose
 from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
 from optax_guard._penalties import PenaltyState, dense_penalty, elastic_net_penalty, l1_penalty, shrink_gradients
@@ -49,6 +52,9 @@ from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_s
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
 from optax_guard._tree import leaf_names
 
+# Bound the finished update
+from optax_guard._updates import UpdateNormState, clip_by_update_norm, clippy, limit_step
+
 try:
     __version__ = version("optax-guard")
 except PackageNotFoundError:  # a checkout that was never installed
@@ -66,8 +72,11 @@ __all__ = [
     "ProximalState",
     "Rule",
     "Sparsity",
+    "SpamState",
     "SpikeState",
+    "StableSpamState",
     "TrainingHalted",
+    "UpdateNormState",
     "Verdict",
     "accumulate",
     "adaptive_grad_clip",
@@ -76,7 +85,10 @@ __all__ = [
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_update_norm",
+    "clip_by_update_rms",
     "clip_by_value",
+    "clippy",
     "dense_penalty",
     "elastic_net_penalty",
     "flight_log",
@@ -87,6 +99,7 @@ __all__ = [
     "l1_penalty",
     "langevin_noise",
     "leaf_names",
+    "limit_step",
     "metrics",
     "noise_injection",
     "perturb_weights",
@@ -99,5 +112,7 @@ __all__ = [
     "skip_large",
     "skip_nonfinite",
     "skip_spikes",
+    "spam_clip",
     "sparsity",
+    "stable_spam",
 ]
