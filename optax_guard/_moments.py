@@ -110,8 +110,8 @@ def spam_clip(
     zero gradient                   zero
     Inf where nothing is known      0
     row of an embedding never seen  bounded like the largest element of its leaf (published: held at 0)
-    five spikes in a row, any size  each is clipped to sqrt(threshold) = 71 roots; v grows by at most 1 + (1 - b2) *
-                                    threshold = 6 a step, whatever the size
+    five spikes in a row, any size  each is clipped to sqrt(threshold) = 71 roots; a step multiplies v by at most b2 +
+                                    (1 - b2) * threshold = 6 (less the correction), so the bound by up to 88 in five
     ==============================  ===================================================================================
 
     Args:
@@ -319,7 +319,7 @@ def clip_by_update_rms(
     start at zero. RMS is about 1 while v describes the gradient; it rises one to eight steps before a loss spike.
 
     Guarantees:
-      - With RMS_i <= max_rms the update of a leaf is the optimizer's bit for bit.
+      - With RMS_i <= max_rms the update of a leaf is the optimizer's, selected (a compiler may fuse a multiply-add).
       - The optimizer's state is the optimizer's own: what is clipped is the step, learning rate and decay included.
       - No state.
 

@@ -46,7 +46,7 @@ def test_limit_step_follows_its_equation(size: float) -> None:
 
 
 def test_limit_step_lets_zeros_grow_to_the_floor_and_takes_a_schedule() -> None:
-    tx = optax.chain(optax.sgd(1.0), og.limit_step(lambda step: 0.1 / (1 + step), scope="leaf"))
+    tx = optax.chain(optax.sgd(1.0), og.limit_step(lambda step: 0.1 / (1 + step.astype(jnp.float32)), scope="leaf"))
     params, state = jnp.zeros(4), tx.init(jnp.zeros(4))
     lengths = []
     for _ in range(2):
