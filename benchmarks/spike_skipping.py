@@ -78,7 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     head("healthy steps refused, %: all / first 128 / worst")
     for name, log in logs.items():
-        line(name, np.exp(log), lambda r: f"{100 * r.mean():.2f} /{100 * r[:, :128].mean():.2f} /{100 * r.mean(1).max():.1f}")
+        line(
+            name,
+            np.exp(log),
+            lambda r: f"{100 * r.mean():.2f} /{100 * r[:, :128].mean():.2f} /{100 * r.mean(1).max():.1f}",
+        )
     line("loss 2.5, sd 0.05", 2.5 + logs["lognormal, log-sd 0.05"], lambda r: f"{100 * r.mean():.2f}")
 
     head("lasting rise: steps refused, median / worst")
@@ -93,7 +97,11 @@ def main(arguments: list[str] | None = None) -> None:
         both = shifted(spikes, 800, EVENT + 15, EVENT + 16)
         line(name, both, lambda r: f"{r[:, EVENT : EVENT + 5].sum(1).mean():.2f}, {r[:, EVENT + 15].mean():.2f}")
     quiet = logs["lognormal, log-sd 0.2"]
-    line("8 spikes x1e3 in steps 2 to 9, then x100 at 100", shifted(np.log(shifted(quiet, 1000, 2, 10)), 100, 100, 101), lambda r: f"{r[:, 100].mean():.2f}")
+    line(
+        "8 spikes x1e3 in steps 2 to 9, then x100 at 100",
+        shifted(np.log(shifted(quiet, 1000, 2, 10)), 100, 100, 101),
+        lambda r: f"{r[:, 100].mean():.2f}",
+    )
 
     head("healthy steps refused after the event")
     broken = np.exp(quiet)

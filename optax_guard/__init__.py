@@ -24,6 +24,7 @@ from optax_guard._clipping import (
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
 
 # See what happened
+from optax_guard._leaf_record import LeafLog, LeafRecordState, leaf_log, record_leaves
 from optax_guard._metrics import flight_log, metrics
 
 # Clip by an optimizer's second moment
@@ -67,12 +68,14 @@ __all__ = [
     "FlightRecorder",
     "GradientStatistics",
     "GuardState",
+    "LeafLog",
+    "LeafRecordState",
     "NoiseState",
     "PenaltyState",
     "ProximalState",
     "Rule",
-    "Sparsity",
     "SpamState",
+    "Sparsity",
     "SpikeState",
     "StableSpamState",
     "TrainingHalted",
@@ -98,6 +101,7 @@ __all__ = [
     "has_updated",
     "l1_penalty",
     "langevin_noise",
+    "leaf_log",
     "leaf_names",
     "limit_step",
     "metrics",
@@ -107,6 +111,7 @@ __all__ = [
     "proximal_group_lasso",
     "proximal_l1",
     "raise_if_halted",
+    "record_leaves",
     "rule",
     "shrink_gradients",
     "skip_large",

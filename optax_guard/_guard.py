@@ -313,11 +313,14 @@ def _judge(
         acts = verdict.skip | jnp.any(verdict.scale != 1)
         acted = jnp.where((acted < 0) & acts & ~refused | verdict.skip & ~refused, position, acted)
         refused = refused | verdict.skip
-        new_states.append((new, old))
+        new_states.append((new, old, each.sees_nonfinite))
     learns = finite & ~state.halted
     return _Judgement(
         rule_states=tuple(
-            jax.tree.map(lambda n, o: jnp.where(learns, n, o), cast_like(new, old), old) for new, old in new_states
+            cast_like(new, old)
+            if always
+            else jax.tree.map(lambda n, o: jnp.where(learns, n, o), cast_like(new, old), old)
+            for new, old, always in new_states
         ),
         scale=scale,
         norm=before.norm,

@@ -28,7 +28,7 @@ from optax._src.transform import (  # states that Optax makes but does not expor
 
 from optax_guard import _validate
 from optax_guard._apply import as_transformation
-from optax_guard._second_moment import curvatures
+from optax_guard._second_moment import Reader, reader, responses
 from optax_guard._statistics import accumulator_dtype
 from optax_guard._step import next_step
 from optax_guard._tree import (
@@ -86,7 +86,7 @@ def spam_clip(
     *,
     restart_every: int | None = 500,
     warmup: int = 150,
-    b2: float = 0.999,
+    b2: float | None = None,
     faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """SPAM: bound every element of the gradient by its second moment; restart the moments now and then.
@@ -119,12 +119,13 @@ def spam_clip(
       threshold: bound on g^2 / v, > 0, a number or a 0-d array.
       restart_every: steps between restarts (>= 2), or None for none.
       warmup: steps of the warm-up after a restart (>= 0).
-      b2: the optimizer's decay of the second moment, in [0, 1]: needed to correct its start.
+      b2: the optimizer's decay of the second moment, in [0, 1), to correct its start. By default what
+        `optax.inject_hyperparams` keeps in the state, or Optax's own default.
       faithful: the published method, for comparison.
 
     Returns:
       A transformation; its `update` needs `params`, and forwards extra arguments. Under `optax.inject_hyperparams`
-      list all arguments but `threshold` and `b2` in `static_args`.
+      list all arguments but `threshold` in `static_args`.
 
     Raises:
       ValueError: wrong static arguments; no second moment found in `inner`'s state.
@@ -141,8 +142,8 @@ def spam_clip(
     References:
       Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025, arXiv 2501.06842,
       algorithm 1, and its code. `faithful=True`: v is not corrected, nothing is clipped in the first 20 steps after a
-      restart, counts go on (so that the bias correction misses the restart), v_j = 0 holds its element at 0, NaN passes.
-      Deviations of both: no sparse momentum.
+      restart, counts go on (so that the bias correction misses the restart), v_j = 0 holds its element at 0, and NaN
+      passes. Deviations of both: no sparse momentum.
 
     See Also:
       `optax.clip`, one bound for all.
@@ -150,9 +151,10 @@ def spam_clip(
     name = "spam_clip"
     inner = as_transformation(name, inner)
     _validate.scalar(name, "threshold", threshold, low=0, open_low=True)
-    _validate.scalar(name, "b2", b2, low=0, high=1)
     warmup = _validate.integer(name, "warmup", warmup, low=0)
     _validate.boolean(name, "faithful", faithful)
+    read = reader(name, "second_moment", 0.0, b2, 0.0)
+    read = Reader(name, read.metric, read.momentum, 0.0 if faithful else b2, read.eps)  # with 0 it corrects nothing
     if restart_every is not None:
         restart_every = _validate.integer(name, "restart_every", restart_every, low=2)
     update_inner = optax.with_extra_args_support(inner).update
@@ -161,15 +163,13 @@ def spam_clip(
         return SpamState(spam_inner_state=inner.init(params), spam_step=jnp.zeros((), jnp.int32))
 
     def update(
-        updates: optax.Updates, state: SpamState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, SpamState]:
         _check(name, updates, params)
         step = next_step(state.spam_step)
         restart, factor = _restart(step, restart_every, warmup)
         before = _restarted(state.spam_inner_state, restart, counts=not faithful)
-        everything = jax.tree.map(is_gradient, params)
-        correction = jnp.zeros(()) if faithful else jnp.asarray(b2, jnp.float32)
-        roots = curvatures(name, before, params, everything, "second_moment", correction, 0.0)
+        roots = _roots(read, before, params)
         settled = (step >= 20) & (step % (restart_every or 2**30) >= 20)
 
         def clip(leaf: jax.Array, root: jax.Array) -> jax.Array:
@@ -284,7 +284,7 @@ def stable_spam(
         )
 
     def update(
-        updates: optax.Updates, state: StableSpamState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, StableSpamState]:
         check_arrays(name, updates)
         if params is not None:
@@ -309,7 +309,7 @@ def stable_spam(
 
 
 def clip_by_update_rms(
-    inner: optax.GradientTransformation, max_rms: float = 1.0, *, b2: float = 0.999, eps: float = 1e-8
+    inner: optax.GradientTransformation, max_rms: float = 1.0, *, b2: float | None = None, eps: float = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
     """StableAdamW's update clipping: a smaller step for a leaf whose gradient has outgrown its second moment.
 
@@ -335,7 +335,7 @@ def clip_by_update_rms(
     Args:
       inner: an optimizer that keeps a second moment (Adam, RMSProp, Adagrad and their kin) in Optax's own states.
       max_rms: the largest RMS that is left alone, > 0, a number or a 0-d array; d of the paper.
-      b2: the optimizer's decay of the second moment, in [0, 1]: needed to correct its start. The paper uses 0.99.
+      b2: as in `spam_clip`: give it where the optimizer's is not Optax's default. The paper's optimizer has 0.99.
       eps: the smallest root of v that is divided by, >= 0.
 
     Returns:
@@ -365,8 +365,8 @@ def clip_by_update_rms(
     name = "clip_by_update_rms"
     inner = as_transformation(name, inner)
     _validate.scalar(name, "max_rms", max_rms, low=0, open_low=True)
-    _validate.scalar(name, "b2", b2, low=0, high=1)
     _validate.scalar(name, "eps", eps, low=0)
+    read = reader(name, "second_moment", 0.0, b2, 0.0)
     update_inner = optax.with_extra_args_support(inner).update
 
     def update(
@@ -375,8 +375,7 @@ def clip_by_update_rms(
         _check(name, updates, params)
         gradients = updates
         updates, after = update_inner(updates, state, params, **extra)
-        everything = jax.tree.map(is_gradient, params)
-        roots = curvatures(name, after, params, everything, "second_moment", jnp.asarray(b2, jnp.float32), 0.0)
+        roots = _roots(read, after, params)
 
         def clip(moved: jax.Array, gradient: jax.Array, root: jax.Array) -> jax.Array:
             real = accumulator_dtype(gradient.dtype)
@@ -398,6 +397,12 @@ def _check(name: str, updates: PyTree, params: PyTree | None) -> None:
         raise ValueError(NO_PARAMS_MSG)
     check_arrays(name, updates)
     check_same_structure(name, "updates", updates, "params", params)
+
+
+def _roots(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]:
+    """Per position the root of the corrected second moment: Inf where it has only seen zeros, NaN before a step."""
+    chosen = jax.tree.map(is_gradient, params)
+    return [each.metric for each in responses(read, state, params, chosen, jnp.zeros((), jnp.int32))]
 
 
 def _map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:

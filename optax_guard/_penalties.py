@@ -170,8 +170,9 @@ def dense_penalty(
     def force(weight: jax.Array, factor: jax.Array) -> jax.Array:
         if kind == "l2":
             return factor * weight
-        width = jnp.asarray(delta, factor.dtype)
-        return factor * weight * (width / jnp.hypot(width, jnp.abs(weight).astype(width.dtype)))
+        size = jnp.abs(weight)
+        width = value_at(delta, None).astype(size.dtype)
+        return factor * width.astype(weight.dtype) * (weight / jnp.hypot(width, size).astype(weight.dtype))
 
     return _penalty(name, (strength,), mask, force)
 

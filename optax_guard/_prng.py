@@ -60,13 +60,10 @@ def step_words(data: jax.Array, step: jax.Array, salted: int) -> Words:
     return threefry(key, Words(step.astype(jnp.uint32), jnp.uint32(salted)))
 
 
-def leaf_words(key: Words, names: list[str]) -> list[Words]:
-    """A key for every leaf, a function of its path alone; all leaves in one small operation."""
-    if not names:
-        return []
+def leaf_words(key: Words, names: list[str]) -> Words:
+    """A key for every leaf, u32[n_leaves] twice, each a function of its path alone."""
     paths = jnp.asarray(np.array([zlib.crc32(name.encode()) for name in names], np.uint32))
-    keys = threefry(key, Words(paths, jnp.zeros_like(paths)))
-    return [Words(keys.first[i], keys.second[i]) for i in range(len(names))]
+    return threefry(key, Words(paths, jnp.zeros_like(paths)))
 
 
 def bits(key: Words, like: jax.Array) -> Words:

@@ -16,7 +16,7 @@ another problem, and finds next to no zeros.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from optax_guard._accumulation import AccumulateState
 from optax_guard._apply import FastTransformation, as_transformation, fast_transformation, mean_of
 from optax_guard._guard import GuardState
 from optax_guard._penalties import penalised
-from optax_guard._second_moment import curvatures, injected_learning_rate
+from optax_guard._second_moment import Reader, Response, injected_learning_rate, reader, responses
 from optax_guard._statistics import accumulator_dtype
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import NO_PARAMS_MSG, check_arrays, find_states, is_gradient, leaf_names, positions, wider_dtype
@@ -43,7 +43,8 @@ __all__ = [
     "sparsity",
 ]
 
-METRICS = ("auto", "second_moment", "identity")
+Metric: TypeAlias = str | Callable[[Any], PyTree]
+MAX_TURNS = 50  # of Newton's method, which needs about ten
 
 
 class ProximalState(NamedTuple):
@@ -66,23 +67,24 @@ def proximal_l1(
     strength: ScalarOrSchedule,
     *,
     learning_rate: ScalarOrSchedule | None = None,
-    metric: str = "auto",
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    metric: Metric = "auto",
+    momentum: float | None = None,
+    b2: float | None = None,
+    eps: float | None = None,
     mask: Mask | None = None,
 ) -> FastTransformation:
     """Wraps an optimizer so that it minimises loss + strength * sum |w|, with exact zeros.
 
-    x = w + u                                               (u: the update of `inner`)
-    w <- sign(x) * max(|x| - learning_rate * strength / C, 0)
-    C = 1 (SGD),   or sqrt(v_hat) + eps (Adam), at least `strength`; where v is 0 nothing is shrunk
+    x = w + u                                                (u: the update of `inner`)
+    w <- sign(x) * max(|x| - min(t, learning_rate + |u|), 0),   t = learning_rate * gain * strength / C
+    C = 1, gain = 1 (SGD);   C = sqrt(v_hat) + eps (Adam);   gain = 1 / (1 - momentum) (SGD with momentum)
 
     Guarantees:
       - A weight that is shrunk to zero is exactly 0.0, for every pair of dtypes, through `apply_gradients` and through
         `optax.apply_updates`.
-      - A stationary point is one of loss + strength * sum |w|, under SGD, momentum, Adam and their kin alike.
-      - No weight is shrunk by more than the learning rate in a step under a second moment, and one whose gradient has
-        always been zero (an unused embedding row) not at all.
+      - The steps come to rest where loss + strength * sum |w| does, under SGD, momentum, Adam and their kin alike.
+      - Under a second moment no weight is shrunk by more than the learning rate beyond its own update, and one whose
+        gradient has always been zero (an unused embedding row) not at all. That moves no point of rest.
       - Only masked-in leaves are shrunk. A NaN or Inf in the update stays visible: it is not shrunk to zero.
 
     =====================================  ========================================================================
@@ -102,22 +104,29 @@ def proximal_l1(
       strength: weight of the penalty, >= 0, in units of loss per unit of weight: a number, a 0-d array or a schedule of
         this wrapper's steps.
       learning_rate: that of `inner`, >= 0: a number, a 0-d array or the same schedule. None reads it from the state of
-        `optax.inject_hyperparams(...)` in `inner`.
-      metric: "auto" takes the second moment that it finds in the state of `inner` (Adam and its kin, AMSGrad, RMSProp,
-        Adagrad, AdaBelief; in chains, masks, partitions), 1 where `inner` is SGD with or without momentum, and refuses
-        what it does not know. "second_moment" insists on one. "identity" is always 1: for Lion and other sign methods
-        it bounds the pull, but the stationary point is another.
-      b2: decay of the second moment of `inner`, in [0, 1); needed because Optax does not keep it in the state. A wrong
-        one only matters for the first 1 / (1 - b2) steps.
-      eps: the eps of `inner`, >= 0.
+        `optax.inject_hyperparams(...)` in `inner`. A factor that leaves no trace in the state is not noticed: the trust
+        ratios of LARS and LAMB, the sign of `optax.sign_sgd`, a schedule of one's own. Neither is a clip inside
+        `inner`; put it in `guard`.
+      metric: "auto" takes the second moment that it finds in the state of `inner` (Adam, AMSGrad, RMSProp, Adagrad,
+        AdaBelief; in chains, masks, partitions), 1 where there is none, and refuses a state with arrays that it does
+        not know. "second_moment" insists on one and ignores the rest. "identity" is always 1; under a second moment
+        that solves another problem. Or a function from the state of `inner` to C, a tree like the parameters.
+      momentum: that of `optax.sgd(..., momentum)`, in [0, 1); needed where `inner` has one. Adam's `b1` is none: it
+        averages. As for `b2` and `eps`, what `optax.inject_hyperparams` keeps in the state is read from there.
+      b2: of the bias correction of `inner`, in [0, 1); default: Optax's. Optax does not keep it in the state, so a
+        wrong one cannot be noticed; it matters for the first 1 / (1 - b2) steps.
+      eps: that of `inner`, >= 0; default: Optax's (1e-8 for Adam). Likewise unnoticed; it matters wherever gradients
+        are not much larger. Yogi keeps its moment in Adam's state and needs `eps=1e-3`; Adamax does too but takes no
+        root, and needs a function as `metric`.
       mask: which leaves to shrink, as in `l1_penalty`. Default: arrays of rank 2 and more.
 
     Returns:
       A transformation; its `update` needs `params`. Updates come in the wider dtype of update and parameter, which is
-      what exact zeros need.
+      what exact zeros need. Under `optax.inject_hyperparams` list `inner`, `metric` and `mask` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; no learning rate; a metric that `inner` lacks; a mask that does not match.
+      ValueError: wrong static arguments; no learning rate or momentum; a metric that `inner` lacks; a mask that does
+        not match.
 
     Example:
       >>> import optax_guard as og
@@ -130,16 +139,21 @@ def proximal_l1(
 
     References:
       Yun, Lozano and Yang, "Adaptive proximal gradient methods for structured neural networks" (ProxGen), 2021, arXiv
-      2006.07065, update (2) with the diagonal metric. Deviations: C is at least `strength` and infinite where v is 0;
-      in the paper a coordinate with v = 0 is erased by its first step.
+      2006.07065, update (2) with the diagonal metric. Deviations: the shrinkage is at most learning_rate + |u|, and
+      nothing where v is 0; in the paper a coordinate with v = 0 is erased by its first step. The gain, since
+      `optax.trace` sums gradients where the paper averages them.
+
+    See Also:
+      `l1_penalty`, which adds the pull to the gradient and gives no exact zeros. Optax has no proximal step.
     """
     name = "proximal_l1"
+    read = reader(name, metric, momentum, b2, eps)
     _validate.scalar_or_schedule(name, "strength", strength, low=0)
 
-    def shrink(x: jax.Array, step: jax.Array, metric: jax.Array | None, force: jax.Array) -> jax.Array:
-        return _soft_threshold(x, _threshold(step, force, metric))
+    def shrink(x: jax.Array, force: jax.Array, metric: jax.Array | None) -> jax.Array:
+        return _soft_threshold(x, _divide(force, metric))
 
-    return _proximal(name, inner, (strength,), learning_rate, metric, b2, eps, mask, shrink)
+    return _proximal(name, inner, (strength,), learning_rate, read, mask, shrink)
 
 
 def proximal_elastic_net(
@@ -148,15 +162,16 @@ def proximal_elastic_net(
     l2: ScalarOrSchedule,
     *,
     learning_rate: ScalarOrSchedule | None = None,
-    metric: str = "auto",
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    metric: Metric = "auto",
+    momentum: float | None = None,
+    b2: float | None = None,
+    eps: float | None = None,
     mask: Mask | None = None,
 ) -> FastTransformation:
     """Wraps an optimizer so that it minimises loss + l1 * sum |w| + l2 / 2 * sum w^2, with exact zeros.
 
     x = w + u
-    w <- sign(x) * max(|x| - learning_rate * l1 / C, 0) / (1 + learning_rate * l2 / C)
+    w <- sign(x) * max(|x| - r * l1 / C, 0) / (1 + r * l2 / C),   r = learning_rate * gain
 
     Guarantees:
       - Those of `proximal_l1`; with `l2` = 0 it is `proximal_l1`.
@@ -175,6 +190,7 @@ def proximal_elastic_net(
       l2: weight of sum w^2 / 2, >= 0: likewise.
       learning_rate: as in `proximal_l1`.
       metric: as in `proximal_l1`.
+      momentum: as in `proximal_l1`.
       b2: as in `proximal_l1`.
       eps: as in `proximal_l1`.
       mask: as in `proximal_l1`.
@@ -196,16 +212,15 @@ def proximal_elastic_net(
       Zou and Hastie, "Regularization and variable selection via the elastic net", 2005; the metric as in `proximal_l1`.
     """
     name = "proximal_elastic_net"
+    read = reader(name, metric, momentum, b2, eps)
     _validate.scalar_or_schedule(name, "l1", l1, low=0)
     _validate.scalar_or_schedule(name, "l2", l2, low=0)
 
-    def shrink(
-        x: jax.Array, step: jax.Array, metric: jax.Array | None, sparse: jax.Array, dense: jax.Array
-    ) -> jax.Array:
-        shrunk = _soft_threshold(x, _threshold(step, sparse, metric))
-        return shrunk / (1 + _threshold(step, dense, metric)).astype(x.dtype)
+    def shrink(x: jax.Array, sparse: jax.Array, dense: jax.Array, metric: jax.Array | None) -> jax.Array:
+        shrunk = _soft_threshold(x, _divide(sparse, metric))
+        return shrunk / (1 + _divide(dense, metric)).astype(x.dtype)
 
-    return _proximal(name, inner, (l1, l2), learning_rate, metric, b2, eps, mask, shrink)
+    return _proximal(name, inner, (l1, l2), learning_rate, read, mask, shrink)
 
 
 def proximal_group_lasso(
@@ -214,23 +229,25 @@ def proximal_group_lasso(
     *,
     learning_rate: ScalarOrSchedule | None = None,
     axis: int = -1,
-    metric: str = "auto",
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    metric: Metric = "auto",
+    momentum: float | None = None,
+    b2: float | None = None,
+    eps: float | None = None,
     mask: Mask | None = None,
 ) -> FastTransformation:
     """Wraps an optimizer so that whole groups of weights become exactly zero: units, channels, inputs.
 
     minimises loss + strength * sum over groups of sqrt(size) * ||w_group||_2
     x = w + u
-    w_group <- argmin_y  1/2 sum_i C_i (y_i - x_i)^2 + t ||y||_2,   t = learning_rate * strength * sqrt(size)
+    w_group <- argmin_y  1/2 sum_i C_i |y_i - x_i|^2 + t ||y||_2,   t = learning_rate * gain * strength * sqrt(size)
 
     For C = 1 that is x * max(0, 1 - t / ||x||). For a second moment there is no closed form: the norm of y is the root
     of a scalar equation, found by Newton's method from below, which cannot overshoot.
 
     Guarantees:
-      - A group is exactly zero if and only if ||C x|| <= t, and then all of it.
-      - A group whose second moments are all 0 is not shrunk.
+      - A group is zero as a whole where ||C x|| <= t (under a second moment at the pace that `proximal_l1` states).
+      - A group whose second moments are all 0 is not shrunk. In others, an element whose own is 0 is shrunk with the
+        mean C of its group, so that a unit vanishes with the weights of the inputs that it has never seen.
       - Those of `proximal_l1` on dtypes, masks and non-finite numbers.
 
     =======================  ========================================================
@@ -249,6 +266,7 @@ def proximal_group_lasso(
       axis: the axis whose index names the group; a group is everything that shares it. -1, the last: an output unit or
         channel of a Flax kernel. -2: an input.
       metric: as in `proximal_l1`.
+      momentum: as in `proximal_l1`.
       b2: as in `proximal_l1`.
       eps: as in `proximal_l1`.
       mask: as in `proximal_l1`; every leaf in it must have the axis.
@@ -270,22 +288,24 @@ def proximal_group_lasso(
     References:
       Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006. Deleu and Bengio,
       "Structured sparsity inducing adaptive optimizers for deep learning", 2021, arXiv 2102.03869, for the metric; here
-      Newton's method works on 1 / ||s||, which is concave, so that it converges from any start below the root.
+      Newton's method works on 1 / ||s||, which is concave, so that it converges from any start below the root. It is a
+      `while_loop`, through which JAX does not differentiate backwards. Deviations as in `proximal_l1`.
     """
     name = "proximal_group_lasso"
+    read = reader(name, metric, momentum, b2, eps)
     _validate.scalar_or_schedule(name, "strength", strength, low=0)
     if isinstance(axis, bool) or not isinstance(axis, int):
         raise ValueError(f"{name}: `axis` must be a whole number; got {axis!r}.")
 
-    def shrink(x: jax.Array, step: jax.Array, metric: jax.Array | None, force: jax.Array) -> jax.Array:
+    def shrink(x: jax.Array, force: jax.Array, metric: jax.Array | None) -> jax.Array:
         if not -x.ndim <= axis < x.ndim:
             raise ValueError(f"{name}: `axis` {axis} is out of range for a leaf of shape {x.shape}; mask it out.")
         others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
         size = max(x.size // max(x.shape[axis], 1), 1)
-        bound = step * force * jnp.sqrt(jnp.asarray(size, step.dtype))
-        return x * _group_share(jnp.abs(x), bound, metric, jnp.asarray(force, step.dtype), others).astype(x.dtype)
+        share = _group_share(jnp.abs(x), force * jnp.sqrt(jnp.asarray(size, force.dtype)), metric, others)
+        return jnp.where(share == 0, 0, x * share.astype(x.dtype))  # and not -0.0
 
-    return _proximal(name, inner, (strength,), learning_rate, metric, b2, eps, mask, shrink)
+    return _proximal(name, inner, (strength,), learning_rate, read, mask, shrink)
 
 
 def sparsity(params: PyTree) -> Sparsity:
@@ -320,26 +340,21 @@ def _proximal(
     inner: optax.GradientTransformation,
     strengths: tuple[ScalarOrSchedule, ...],
     learning_rate: ScalarOrSchedule | None,
-    metric: str,
-    b2: float,
-    eps: float,
+    read: Reader,
     mask: Mask | None,
     shrink: Callable[..., jax.Array],
 ) -> FastTransformation:
-    """A wrapper from `shrink(x, learning rate, C or None, *strengths)`; all in float32 or wider."""
+    """A wrapper from `shrink(x, *(learning rate * gain * strength), C or None)`; all in float32 or wider."""
     inner = as_transformation(name, inner)
     if learning_rate is not None:
         _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
-    _validate.one_of(name, "metric", metric, METRICS)
-    _validate.scalar(name, "b2", b2, low=0, high=1)
-    _validate.scalar(name, "eps", eps, low=0)
-    if isinstance(b2, (int, float)) and b2 == 1:
-        raise ValueError(f"{name}: `b2` must be a number in [0, 1); got {b2!r}.")
     update_inner = optax.with_extra_args_support(inner).update
+
+    def rate_of(state: Any, step: jax.Array) -> jax.Array:
+        return injected_learning_rate(name, state) if learning_rate is None else value_at(learning_rate, step)
 
     def init(params: optax.Params) -> ProximalState:
         check_arrays(name, params)
-        penalised(name, mask, params)
         state = inner.init(params)
         for kind in (GuardState, AccumulateState, optax.MultiStepsState, optax.ApplyIfFiniteState):
             if find_states(state, kind):
@@ -347,10 +362,10 @@ def _proximal(
                     f"{name}: `inner` holds steps back ({kind.__name__}), and a held step must not be shrunk: put the "
                     f"wrapper that makes it around {name}."
                 )
-        if learning_rate is None:
-            injected_learning_rate(name, state)
-        curvatures(name, state, params, penalised(name, mask, params), metric, b2, eps)
-        return ProximalState(proximal_state=state, proximal_step=jnp.zeros((), jnp.int32))
+        step, chosen = jnp.zeros((), jnp.int32), penalised(name, mask, params)
+        # What is missing is told now; nothing is computed.
+        jax.eval_shape(lambda state: (responses(read, state, params, chosen, step), rate_of(state, step)), state)
+        return ProximalState(proximal_state=state, proximal_step=step)
 
     def run(
         total: PyTree,
@@ -365,61 +380,62 @@ def _proximal(
             raise ValueError(NO_PARAMS_MSG)
         updates, new_state = update_inner(mean_of(total, factor, like), state.proximal_state, params, **extra)
         step = state.proximal_step
-        rate = injected_learning_rate(name, new_state) if learning_rate is None else value_at(learning_rate, step)
+        rate = rate_of(new_state, step)
         forces = [jnp.maximum(value_at(strength, step), 0) for strength in strengths]
         chosen = penalised(name, mask, params)
-        metrics = curvatures(name, new_state, params, chosen, metric, b2, eps)
 
-        def move(update: Any, param: Any, use: bool | None, curvature: jax.Array | None) -> Any:
+        def move(update: Any, param: Any, use: bool | None, response: Response) -> Any:
             if update is None or not is_gradient(param) or update.dtype == jax.dtypes.float0:
                 return param if fast else update
             both = wider_dtype(param.dtype, update.dtype)
             if not use:
                 return (param.astype(both) + update.astype(both)).astype(param.dtype) if fast else update
-            wide = wider_dtype(both, accumulator_dtype(both))
-            real = accumulator_dtype(both)
-            old = param.astype(wide)
-            new = shrink(
-                old + update.astype(wide),
-                rate.astype(real),
-                None if curvature is None else curvature.astype(real),
-                *(force.astype(real) for force in forces),
-            )
+            wide, real = wider_dtype(both, accumulator_dtype(both)), accumulator_dtype(both)
+            metric, gain = (None if part is None else part.astype(real) for part in response)
+            old, change = param.astype(wide), update.astype(wide)
+            pace = rate.astype(real) if gain is None else rate.astype(real) * gain
+            new = shrink(old + change, *(pace * force.astype(real) for force in forces), metric)
+            if metric is not None:
+                new = _at_most(old + change, new, rate.astype(real) + jnp.abs(change))
             if fast:
                 return new.astype(param.dtype)
             # What `apply_updates` adds in `both`: -p where the sum must be exactly zero, for q - p rounds.
             return jnp.where(new == 0, -old, new - old).astype(both)
 
+        read_out = responses(read, new_state, params, chosen, step)
         flat = [positions(tree) for tree in (updates, params, chosen)]
-        moved = [move(*parts) for parts in zip(*flat, metrics, strict=True)]
+        moved = [move(*parts) for parts in zip(*flat, read_out, strict=True)]
         result = jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda leaf: leaf is None), moved)
         return result, ProximalState(proximal_state=new_state, proximal_step=next_step(step))
 
     return fast_transformation(name, init, run)
 
 
-def _floored(metric: jax.Array, force: jax.Array) -> jax.Array:
-    """C, at least the strength: like Adam's own step, a shrinkage is then never longer than the learning rate."""
-    return jnp.maximum(jnp.maximum(metric, force), jnp.finfo(metric.dtype).tiny)
+def _at_most(x: jax.Array, shrunk: jax.Array, limit: jax.Array) -> jax.Array:
+    """`shrunk`, or `x` moved towards it by `limit`.
+
+    With limit = learning_rate + |u| no point of rest moves: there the shrinkage is u itself. Without it, a weight whose
+    second moment is almost 0 would be erased in one step.
+    """
+    size = jnp.abs(x - shrunk)
+    step = (x - shrunk) * (limit / jnp.where(size > limit, size, 1)).astype(x.dtype)
+    return jnp.where(size > limit, x - step, shrunk)
 
 
-def _threshold(step: jax.Array, force: jax.Array, metric: jax.Array | None) -> jax.Array:
-    """learning_rate * strength / C; C is infinite, and the threshold 0, where there has never been a gradient."""
-    if metric is None:
-        return step * force
-    return jnp.where(jnp.isinf(metric), 0, step * (force / _floored(metric, force)))
+def _divide(force: jax.Array, metric: jax.Array | None) -> jax.Array:
+    """The shrinkage in the metric C: 0 where C is infinite, everything where it is 0."""
+    return force if metric is None else force / jnp.maximum(metric, jnp.finfo(metric.dtype).tiny)
 
 
 def _soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         size = jnp.abs(x)
-        return x * jnp.where(size > threshold, 1 - threshold / jnp.where(size > 0, size, 1), 0).astype(x.dtype)
+        share = jnp.where(size <= threshold, 0, 1 - threshold / jnp.where(size > 0, size, 1))
+        return x * share.astype(x.dtype)
     return x - jnp.clip(x, -threshold, threshold)  # x - x is exactly zero, and NaN stays NaN
 
 
-def _group_share(
-    size: jax.Array, bound: jax.Array, metric: jax.Array | None, force: jax.Array, axes: tuple[int, ...]
-) -> jax.Array:
+def _group_share(size: jax.Array, bound: jax.Array, metric: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
     """By how much each element of a group is multiplied: 0 for the whole group if ||C x|| <= bound."""
 
     def norm(values: jax.Array) -> jax.Array:
@@ -429,11 +445,12 @@ def _group_share(
 
     if metric is None:
         length = norm(size)
-        share = 1 - bound / jnp.where(length > bound, length, 1)
-        return jnp.where(length <= bound, 0, share) * jnp.ones_like(size)
-    dead = jnp.isinf(metric)
-    untouched = jnp.all(dead, axis=axes, keepdims=True)
-    curvature = _floored(jnp.where(dead, 0, metric), force)
+        share = jnp.where(length > bound, 1 - bound / jnp.where(length > bound, length, 1), 0)
+        return jnp.where(jnp.isfinite(length), share, 1)  # what is not finite stays where it is
+    live = metric < jnp.inf
+    count = jnp.sum(live, axis=axes, keepdims=True, dtype=size.dtype)
+    mean = jnp.sum(jnp.where(live, metric, 0), axis=axes, keepdims=True) / jnp.maximum(count, 1)
+    curvature = jnp.maximum(jnp.where(live, metric, mean), jnp.finfo(metric.dtype).tiny)
     pull = curvature * size
     zero = norm(pull) <= bound
     safe_bound = jnp.where(bound > 0, bound, 1)
@@ -449,11 +466,10 @@ def _group_share(
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         length, change, turn = carry
-        return (turn < 50) & jnp.any(change > 4 * jnp.finfo(length.dtype).eps * length)
+        return (turn < MAX_TURNS) & jnp.any(change > 4 * jnp.finfo(length.dtype).eps * length)
 
     start = jnp.zeros_like(jnp.sum(size, axis=axes, keepdims=True))
     length, _, _ = lax.while_loop(unfinished, newton, (start, start + 1, jnp.zeros((), jnp.int32)))
-    share = curvature * length / (curvature * length + safe_bound)
-    shrunk = jnp.where(zero, 0, jnp.where(bound > 0, share, 1))
-    bad = ~jnp.isfinite(jnp.sum(pull, axis=axes, keepdims=True))
-    return jnp.where(untouched | bad, 1, shrunk)
+    share = jnp.where(zero, 0, curvature * length / (curvature * length + safe_bound))
+    kept = (bound <= 0) | (count == 0) | ~jnp.isfinite(jnp.sum(pull, axis=axes, keepdims=True))
+    return jnp.where(kept, 1, share)

@@ -47,16 +47,22 @@ class Rule(optax.GradientTransformationExtraArgs):
 
     judge: Judge
     axis_name: AxisName | None
+    sees_nonfinite: bool
 
-    def __new__(cls, init: Any, update: Any, judge: Judge, axis_name: AxisName | None) -> "Rule":
+    def __new__(
+        cls, init: Any, update: Any, judge: Judge, axis_name: AxisName | None, sees_nonfinite: bool = False
+    ) -> "Rule":
         """Made by `rule`. `judge` stays outside the tuple, since Optax unpacks transformations in pairs."""
         self = super().__new__(cls, init, update)
         self.judge = judge
         self.axis_name = axis_name
+        self.sees_nonfinite = sees_nonfinite
         return self
 
 
-def rule(init: optax.TransformInitFn, judge: Judge, *, axis_name: AxisName | None = None) -> Rule:
+def rule(
+    init: optax.TransformInitFn, judge: Judge, *, axis_name: AxisName | None = None, sees_nonfinite: bool = False
+) -> Rule:
     """Makes a rule from a judgement.
 
     g_i <- 0 if skip else g_i * scale_i          (alone; under `guard` a skip leaves no trace at all)
@@ -70,6 +76,8 @@ def rule(init: optax.TransformInitFn, judge: Judge, *, axis_name: AxisName | Non
       init: parameters -> the rule's state (`optax.EmptyState()` for none). It must not look at values.
       judge: see `Judge`. It must not change its state on non-finite statistics.
       axis_name: as in `gradient_statistics`; under `guard` it must equal the guard's.
+      sees_nonfinite: True for a rule that records: `guard` then keeps its new state on non-finite and halted steps too.
+        Whatever judges by its state leaves it False.
 
     Returns:
       A `Rule`, usable in `optax.chain` and in `guard`.
@@ -96,7 +104,7 @@ def rule(init: optax.TransformInitFn, judge: Judge, *, axis_name: AxisName | Non
         verdict, state = judge(statistics, state, params, **extra)
         return scale_leaves(updates, verdict.scale, verdict.skip), state
 
-    return Rule(init, update, judge, axis_name)
+    return Rule(init, update, judge, axis_name, sees_nonfinite)
 
 
 def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:

@@ -1,6 +1,12 @@
-"""Finding an optimizer's second moment and learning rate in its state, in any nesting of Optax's wrappers."""
+"""What an optimizer makes of a constant gradient: its second moment, momentum and learning rate, found in its state.
 
-from typing import Any
+An optimizer that answers a constant gradient g with the step -learning_rate * gain / C * g has the metric C (1, or
+the root of a second moment) and the gain (1, or 1 / (1 - momentum) for a momentum that sums). A proximal step needs
+both. Optax keeps the moments in the state, but not the constants (decay, eps), unless `optax.inject_hyperparams` does.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,40 +16,103 @@ from optax._src.transform import (  # states that Optax makes but does not expor
     ScaleByRStdDevWithCountState,
 )
 
-from optax_guard._tree import is_gradient, leaf_names, positions
+from optax_guard import _validate
+from optax_guard._statistics import accumulator_dtype
+from optax_guard._step import value_at
+from optax_guard._tree import check_same_structure, is_gradient, leaf_names, path_name, positions
 from optax_guard._typing import PyTree
 
-__all__ = ["curvatures", "injected_learning_rate"]
+__all__ = ["Reader", "Response", "injected_learning_rate", "reader", "responses"]
 
-_CORRECTED = (optax.ScaleByAdamState, optax.ScaleByBeliefState, ScaleByRmsWithCountState)
-# States with arrays in the shape of the parameters that do not rescale coordinates: momentum and averages.
-_PLAIN = (optax.TraceState, optax.EmaState)
+METRICS = ("auto", "second_moment", "identity")
+ANY = "*"  # the path of an array that fits no parameter
 
 
-def curvatures(
-    function: str, state: Any, params: PyTree, chosen: PyTree, metric: str, b2: Any, eps: Any
-) -> list[jax.Array | None]:
-    """Per position: what the optimizer divides its step by, Inf where it has only seen zeros, None for 1."""
-    names = leaf_names(params)
-    if metric == "identity":
-        return [None] * len(names)
-    found: dict[str, jax.Array] = {}
-    unknown: set[str] = set()
-    _collect(function, state, b2, eps, found, unknown)
-    leaves, used = positions(params), positions(chosen)
-    needed = [name for name, leaf, use in zip(names, leaves, used, strict=True) if use and is_gradient(leaf)]
-    missing = [name for name in needed if name not in found]
-    if metric == "second_moment" and missing:
-        raise ValueError(
-            f"{function}: metric='second_moment', but the inner optimizer's state has none for leaf `{missing[0]}`; "
-            "take metric='identity', or wrap the optimizer that keeps one (Adam, RMSProp, Adagrad and their kin)."
-        )
-    if missing and unknown:
-        raise ValueError(
-            f"{function}: metric='auto' cannot tell by what {', '.join(sorted(unknown))} divides the step of leaf "
-            f"`{missing[0]}`; choose metric='identity' knowingly, or another inner optimizer."
-        )
-    return [found.get(name) for name in names]
+class Reader(NamedTuple):
+    """How to read an optimizer's state: what the user said about it."""
+
+    function: str  # for messages
+    metric: str | Callable[[Any], PyTree]
+    momentum: Any
+    b2: Any
+    eps: Any
+
+
+class Response(NamedTuple):
+    """What a leaf's step is multiplied by, beside the learning rate."""
+
+    metric: jax.Array | None  # C, Inf where the optimizer has only seen zeros; None for 1
+    gain: jax.Array | None  # None for 1
+
+
+class _Moment(NamedTuple):
+    """How a kind of state keeps its second moment; the numbers are the defaults of the Optax function that makes it."""
+
+    field: str
+    b2: float | None  # of the correction for a start at zero; None where there is none
+    eps: float
+    eps_in_sqrt: bool
+    use_of_mean: str = ""  # "subtracted"; "seen": zero where no gradient was seen, as the second moment is not
+
+
+_MOMENTS = {
+    optax.ScaleByAdamState: _Moment("nu", 0.999, 1e-8, False),
+    optax.ScaleByBeliefState: _Moment("nu", 0.999, 1e-16, False, "seen"),
+    optax.ScaleByAmsgradState: _Moment("nu_max", None, 1e-8, False),  # corrected already
+    optax.ScaleByRmsState: _Moment("nu", None, 1e-8, True),
+    ScaleByRmsWithCountState: _Moment("nu", 0.9, 1e-8, True),
+    optax.ScaleByRStdDevState: _Moment("nu", None, 1e-8, True, "subtracted"),
+    ScaleByRStdDevWithCountState: _Moment("nu", 0.9, 1e-8, True, "subtracted"),
+    optax.ScaleByRssState: _Moment("sum_of_squares", None, 1e-7, True),
+}
+
+
+def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Reader:
+    """A `Reader` of checked arguments."""
+    if not callable(metric):
+        _validate.one_of(function, "metric", metric, METRICS)
+    for name, value in (("momentum", momentum), ("b2", b2)):
+        if value is None:
+            continue
+        _validate.scalar(function, name, value, low=0)
+        if not isinstance(value, jax.Array) and value >= 1:
+            raise ValueError(f"{function}: `{name}` must be a number in [0, 1); got {value!r}.")
+    if eps is not None:
+        _validate.scalar(function, "eps", eps, low=0)
+    return Reader(function, metric, momentum, b2, eps)
+
+
+def responses(read: Reader, state: Any, params: PyTree, chosen: PyTree, step: jax.Array) -> list[Response]:
+    """One per position; `step` counts the steps before this one. Raises where the metric cannot be had."""
+    names, leaves = leaf_names(params), positions(params)
+    shapes = {name: leaf.shape for name, leaf in zip(names, leaves, strict=True) if is_gradient(leaf)}
+    roots: dict[str, jax.Array] = {}
+    gains: dict[str, jax.Array] = {}
+    unknown: dict[str, str] = {}
+    for node, constants in _states(state, {}):
+        kind = type(node).__name__
+        if isinstance(node, optax.TraceState):
+            summed = [name for name, _ in _arrays(node.trace, shapes)]
+            gains |= {name: _gain(read, constants, step) for name in summed}
+            unknown |= {name: kind for name in summed if name == ANY}
+        elif type(node) in _MOMENTS:
+            for name, root in _roots(read, node, constants, shapes):
+                if name in roots:
+                    raise ValueError(f"{read.function}: `inner` keeps two second moments for leaf `{name}`.")
+                roots[name] = root
+            unknown |= {name: kind for name in roots if name == ANY}
+        elif not isinstance(node, optax.EmaState):
+            fields = node if _is_state(node) else (node,)
+            unknown |= {name: kind for field in fields for name, _ in _arrays(field, shapes)}
+    needed = [name for name, use in zip(names, positions(chosen), strict=True) if use and name in shapes]
+    _check(read, needed, roots, unknown)
+    if callable(read.metric):
+        tree = read.metric(state)
+        check_same_structure(read.function, "metric", tree, "params", params)
+        roots = {name: jnp.asarray(root) for name, root in zip(names, positions(tree), strict=True) if root is not None}
+    elif read.metric == "identity":
+        roots = {}
+    return [Response(roots.get(name), gains.get(name)) for name in names]
 
 
 def injected_learning_rate(function: str, state: Any) -> jax.Array:
@@ -59,72 +128,99 @@ def injected_learning_rate(function: str, state: Any) -> jax.Array:
     jax.tree.leaves(state, is_leaf=look)
     if len(rates) != 1:
         raise ValueError(
-            f"{function}: `learning_rate` must be given, as a number or the inner optimizer's schedule: it is read "
-            f"from `optax.inject_hyperparams` only where the state holds exactly one; found {len(rates)}."
+            f"{function}: `learning_rate` must be given, as a number or the schedule of `inner`: it is read from "
+            f"`optax.inject_hyperparams` only where the state holds exactly one; found {len(rates)}."
         )
     return rates[0]
 
 
-def _collect(function: str, node: Any, b2: Any, eps: Any, found: dict[str, jax.Array], unknown: set[str]) -> None:
-    """Walks a state; `found` maps leaf paths to curvatures, `unknown` names states that might hide others."""
-    moment = _moment(node, b2)
-    if moment is not None:
-        tree, inside = moment
-        for path, leaf in zip(leaf_names(tree), positions(tree), strict=True):
-            if not is_gradient(leaf):
-                continue
-            if path in found:
-                raise ValueError(f"{function}: the inner optimizer keeps two second moments for leaf `{path}`.")
-            real = leaf.real if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else leaf
-            small = jnp.asarray(eps, real.dtype)
-            root = jnp.sqrt(real + small) if inside else jnp.sqrt(real) + small
-            found[path] = jnp.where(real > 0, root, jnp.where(jnp.isnan(real), jnp.nan, jnp.inf))
-    elif isinstance(node, _PLAIN):
+def _is_state(node: Any) -> bool:
+    return hasattr(node, "_fields")
+
+
+def _states(node: Any, constants: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every state inside a state, in any nesting, with the hyperparameters that were injected around it."""
+    if _is_state(node) and isinstance(getattr(node, "hyperparams", None), dict):
+        constants = {**constants, **node.hyperparams}
+    else:
+        yield node, constants
+        if type(node) in _MOMENTS or isinstance(node, (optax.TraceState, optax.EmaState)):
+            return  # inside are only arrays, also where the parameters are a NamedTuple
+    for child in jax.tree.leaves(node, is_leaf=lambda part: part is not node and _is_state(part)):
+        if _is_state(child):
+            yield from _states(child, constants)
+
+
+def _arrays(field: Any, shapes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(path, array) of a tree in the structure of the parameters; the path is `ANY` where no parameter fits."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(field, is_leaf=_is_state):
+        if _is_state(leaf) or not hasattr(leaf, "ndim") or not is_gradient(leaf):
+            continue
+        name = path_name(path)
+        if shapes.get(name) == leaf.shape:
+            yield name, leaf
+        elif leaf.ndim > 0:  # a single number is a statistic
+            yield ANY, leaf
+
+
+def _check(read: Reader, needed: list[str], roots: dict[str, Any], unknown: dict[str, str]) -> None:
+    if callable(read.metric) or read.metric == "identity":
         return
-    elif isinstance(node, dict):
-        for child in node.values():
-            _collect(function, child, b2, eps, found, unknown)
-    elif isinstance(node, (tuple, list)):
-        for child in node:
-            if hasattr(child, "ndim") and child.ndim > 0 and is_gradient(child):
-                unknown.add(type(node).__name__)
-            elif hasattr(node, "_fields") and not isinstance(child, tuple) and not hasattr(child, "ndim"):
-                if any(is_gradient(leaf) and leaf.ndim > 0 for leaf in _array_leaves(child)):
-                    _collect_field(function, node, child, b2, eps, found, unknown)
-            else:
-                _collect(function, child, b2, eps, found, unknown)
+    if read.metric == "second_moment":
+        missing = [name for name in needed if name not in roots]
+        if missing:
+            raise ValueError(
+                f"{read.function}: metric='second_moment', but the state of `inner` has none for leaf `{missing[0]}`; "
+                "take metric='identity', or an optimizer that keeps one (Adam, AMSGrad, RMSProp, Adagrad, AdaBelief)."
+            )
+        return
+    for name in needed:
+        kind = unknown.get(name, None if name in roots else unknown.get(ANY))
+        if kind is not None:
+            raise ValueError(
+                f"{read.function}: metric='auto' does not know by what {kind} divides the step of leaf `{name}`. Give "
+                "metric=, a function from the state of `inner` to that divisor, or 'second_moment' to take the one "
+                "found beside it, or 'identity' to shrink by learning_rate * strength, which under a sign or "
+                "orthogonalised step (Lion, Muon) is a pull in proportion to the step and not a penalty of the loss."
+            )
 
 
-def _collect_field(
-    function: str, node: Any, child: Any, b2: Any, eps: Any, found: dict[str, jax.Array], unknown: set[str]
-) -> None:
-    """A field that is a tree: of states (as `optax.partition` has), or of arrays in the shape of the parameters."""
-    before = len(found)
-    states = [
-        leaf for leaf in jax.tree.leaves(child, is_leaf=lambda x: hasattr(x, "_fields")) if hasattr(leaf, "_fields")
-    ]
-    for each in states:
-        _collect(function, each, b2, eps, found, unknown)
-    if not states and len(found) == before:
-        unknown.add(type(node).__name__)
+def _constant(given: Any, constants: dict[str, Any], names: tuple[str, ...], default: Any) -> jax.Array:
+    """What the user gave, else what was injected, else Optax's default."""
+    injected = [constants[name] for name in names if name in constants]
+    return value_at(given if given is not None else injected[0] if injected else default, None)
 
 
-def _array_leaves(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "ndim") and hasattr(leaf, "dtype")]
+def _gain(read: Reader, constants: dict[str, Any], step: jax.Array) -> jax.Array:
+    """1 + momentum + ... + momentum^step: `optax.trace` sums gradients and does not average them."""
+    if read.momentum is None and "momentum" not in constants:
+        raise ValueError(
+            f"{read.function}: `inner` has momentum (TraceState), whose constant Optax does not keep in the state: "
+            "give `momentum=`, as to `optax.sgd`; steps are 1 / (1 - momentum) times longer, and so is the shrinkage."
+        )
+    momentum = _constant(read.momentum, constants, ("momentum",), None)
+    return (1 - momentum ** (step + 1).astype(momentum.dtype)) / (1 - momentum)
 
 
-def _moment(node: Any, b2: Any) -> tuple[PyTree, bool] | None:
-    """(the second moment, corrected for its start at zero; whether eps goes under the root)."""
-    if isinstance(node, optax.ScaleByAmsgradState):
-        return node.nu_max, False
-    if isinstance(node, _CORRECTED):
-        share = 1 - jnp.asarray(b2, jnp.float32) ** node.count.astype(jnp.float32)
-        correction = jnp.where(share > 0, share, 1)
-        return jax.tree.map(lambda v: v / correction.astype(v.dtype) if is_gradient(v) else v, node.nu), False
-    if isinstance(node, optax.ScaleByRmsState):
-        return node.nu, False
-    if isinstance(node, (optax.ScaleByRStdDevState, ScaleByRStdDevWithCountState)):
-        return jax.tree.map(lambda v, m: v - jnp.square(jnp.abs(m)), node.nu, node.mu), False
-    if isinstance(node, optax.ScaleByRssState):
-        return node.sum_of_squares, True
-    return None
+def _roots(read: Reader, node: Any, constants: dict[str, Any], shapes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(path, what the step is divided by, Inf where every gradient was zero)."""
+    kind = _MOMENTS[type(node)]
+    eps = _constant(read.eps, constants, ("eps",), kind.eps)
+    fields = node._asdict()
+    second = dict(_arrays(fields[kind.field], shapes))
+    first = dict(_arrays(fields["mu"], shapes)) if kind.use_of_mean else {}
+    correction = jnp.ones((), jnp.float32)
+    if kind.b2 is not None:
+        b2 = _constant(read.b2, constants, ("b2", "decay"), kind.b2)
+        correction = 1 - b2 ** node.count.astype(b2.dtype)
+    for name, leaf in second.items():
+        real = accumulator_dtype(leaf.dtype)
+        share, small = correction.astype(real), eps.astype(real)
+        v = leaf.real.astype(real) / share
+        seen = v != 0
+        if kind.use_of_mean == "subtracted":
+            v = jnp.maximum(v - jnp.square(jnp.abs(first[name]).astype(real) / share), 0)
+        elif kind.use_of_mean == "seen":
+            seen = first[name] != 0
+        root = jnp.sqrt(jnp.where(seen, v + small, 1)) if kind.eps_in_sqrt else jnp.sqrt(jnp.where(seen, v, 1)) + small
+        yield name, jnp.where(seen, root, jnp.inf)

@@ -240,7 +240,11 @@ def skip_spikes(
         log_norm = lax.stop_gradient((jnp.log(size) + jnp.log(root)).astype(jnp.float32))
         finite = jnp.all(statistics.finite)
         seen = {"norm": finite & (root > 0)}
-        values = {"norm": jnp.where(finite, log_norm, jnp.nan) if not faithful else jnp.where(finite, size * root, jnp.nan).astype(jnp.float32)}
+        values = {
+            "norm": jnp.where(finite, log_norm, jnp.nan)
+            if not faithful
+            else jnp.where(finite, size * root, jnp.nan).astype(jnp.float32)
+        }
         if loss is not None:
             values["loss"], seen["loss"] = loss, finite
         known = jnp.isfinite(loss) if loss is not None else jnp.ones((), bool)
@@ -270,7 +274,9 @@ def skip_spikes(
 def _loss(name: str, value: Any, on: str, axis_name: AxisName | None) -> jax.Array | None:
     if value is None:
         if on in ("loss", "both"):
-            raise ValueError(f"{name}: `on` {on!r} judges the loss; pass it to `update` or `apply_gradients` as `value=`.")
+            raise ValueError(
+                f"{name}: `on` {on!r} judges the loss; pass it to `update` or `apply_gradients` as `value=`."
+            )
         return None
     if on == "norm":
         return None

@@ -28,9 +28,16 @@ __all__ = [
     "path_name",
     "positions",
     "resolve_mask",
+    "small_leaves_together",
     "unwrapped",
     "wider_dtype",
 ]
+
+
+# Leaves of one kind up to this size are worked on 32 at a time: a leaf of its own costs compilation, about 1.5 ms for a
+# sum of squares and 50 for a normal.
+_SMALL_LEAF = 8192
+_STACK = 32
 
 
 def _is_none(leaf: Any) -> bool:
@@ -40,6 +47,16 @@ def _is_none(leaf: Any) -> bool:
 def positions(tree: PyTree) -> list[Any]:
     """The leaves of `tree` in JAX's order, `None` included."""
     return jax.tree.leaves(tree, is_leaf=_is_none)
+
+
+def small_leaves_together(leaves: list[Any]) -> list[list[int]]:
+    """The positions that carry a gradient, in groups that can be stacked: small leaves alike, or a single leaf."""
+    kinds: dict[object, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if is_gradient(leaf) and leaf.size > 0:
+            # The type holds shape, dtype, sharding and varying axes: only leaves alike in all can be stacked for free.
+            kinds.setdefault(jax.typeof(leaf) if leaf.size <= _SMALL_LEAF else i, []).append(i)
+    return [kind[start : start + _STACK] for kind in kinds.values() for start in range(0, len(kind), _STACK)]
 
 
 def path_name(path: tuple[Any, ...]) -> str:

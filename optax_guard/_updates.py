@@ -129,7 +129,8 @@ def limit_step(
         weights = jnp.where(jnp.isfinite(weights), weights, 0)
         sizes = _sizes(updates, axis_name).astype(moved.dtype)
         if scope == "tree":
-            moved, weights, sizes = (jnp.sum(x) for x in (jnp.where(jnp.isnan(moved), 0, moved), weights, sizes))
+            moved = jnp.sum(jnp.where(jnp.isnan(moved), 0, moved))
+            weights, sizes = jnp.sum(weights), jnp.sum(sizes)
         smallest = jnp.asarray(floor, moved.dtype) * jnp.sqrt(sizes)
         bound = ratio.astype(moved.dtype) * jnp.maximum(safe_sqrt(weights), smallest)
         return scale_leaves(updates, _scale(bound, safe_sqrt(moved)), jnp.zeros((), bool)), state
@@ -218,7 +219,7 @@ def clip_by_update_norm(
         return UpdateNormState(*empty_series(window, follow))
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra
         check_arrays(name, updates)

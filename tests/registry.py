@@ -19,10 +19,14 @@ NOT_TRANSFORMATIONS = {
     "FlightRecorder": "a part of GuardState",
     "GradientStatistics": "what a rule judges from",
     "GuardState": "a state",
+    "LeafLog": "what `leaf_log` gives",
+    "LeafRecordState": "a state",
     "NoiseState": "a state",
     "PenaltyState": "a state",
+    "ProximalState": "a state",
     "Rule": "the type of a rule",
     "SpamState": "a state",
+    "Sparsity": "what `sparsity` answers",
     "SpikeState": "a state",
     "StableSpamState": "a state",
     "TrainingHalted": "an exception",
@@ -34,9 +38,12 @@ NOT_TRANSFORMATIONS = {
     "global_norm": "a function of a tree",
     "gradient_statistics": "a function of a tree",
     "has_updated": "reads a state",
+    "leaf_log": "reads a state",
     "leaf_names": "a function of a tree",
     "metrics": "reads a state",
+    "perturb_weights": "wraps a loss",
     "raise_if_halted": "reads a state",
+    "sparsity": "a function of a tree",
 }
 
 
@@ -51,6 +58,7 @@ class Entry:
     static_args: tuple[str, ...] = ()  # what its docstring asks for under `optax.inject_hyperparams`
     needs_params: bool = False
     wraps: bool = False  # takes an inner optimizer, as the argument `inner`
+    holds: bool = False  # a wrapper that lets no number that is not finite into its state
     strict: bool = True  # works under strict promotion; stock Adam inside does not
     parameter_copies: int = 0  # trees in the parameters' shapes in its state
 
@@ -102,6 +110,10 @@ def momentum(learning_rate: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def schedule(step: jax.Array) -> jax.Array:
+    return 0.5 / (1.0 + step.astype(jnp.float32))
+
+
 def guarded(learning_rate=0.1, max_norm=1.0, inner=momentum, check_updates=False, axis_name=None):
     rules = og.clip_by_global_norm(max_norm, axis_name=axis_name), og.skip_large(100.0, axis_name=axis_name)
     return og.guard(inner(learning_rate), *rules, history=4, check_updates=check_updates, axis_name=axis_name)
@@ -114,6 +126,18 @@ def accumulated(learning_rate=0.1, inner=momentum, every=2, axis_name=None):
 def accumulated_guard(learning_rate=0.1, max_norm=1.0, inner=momentum, every=2, axis_name=None):
     tx = og.guard(inner(learning_rate), og.clip_by_global_norm(max_norm, axis_name=axis_name), axis_name=axis_name)
     return og.accumulate(tx, every, axis_name=axis_name)
+
+
+def proximal_l1(learning_rate=0.1, strength=0.05, inner=momentum):
+    return og.proximal_l1(inner(learning_rate), strength, learning_rate=learning_rate, momentum=0.5)
+
+
+def proximal_elastic_net(learning_rate=0.1, l1=0.05, l2=schedule, inner=momentum):
+    return og.proximal_elastic_net(inner(learning_rate), l1, l2, learning_rate=learning_rate, momentum=0.5)
+
+
+def proximal_group_lasso(learning_rate=0.1, strength=0.05, inner=momentum):
+    return og.proximal_group_lasso(inner(learning_rate), strength, learning_rate=learning_rate, momentum=0.5)
 
 
 def halving_rule(threshold=1.0, axis_name=None):
@@ -129,10 +153,6 @@ def halving_rule(threshold=1.0, axis_name=None):
         return og.Verdict(scale=scale, skip=jnp.zeros((), bool)), {"largest_norm": largest}
 
     return og.rule(init, judge, axis_name=axis_name)
-
-
-def schedule(step: jax.Array) -> jax.Array:
-    return 0.5 / (1.0 + step.astype(jnp.float32))
 
 
 def second_moment() -> optax.GradientTransformation:
@@ -180,6 +200,7 @@ def rms_clipped(learning_rate=0.1, inner=momentum, max_rms=1.0):
 
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
+NOISE_STATIC = ("key", "kind", "relative_to", "mask")
 
 UPDATE_NORM_STATIC = ("window", "follow", "faithful", "axis_name")
 SPIKE_STATIC = ("window", "on", "follow", "faithful", "axis_name")
@@ -194,6 +215,7 @@ ENTRIES = (
     Entry("skip_large", "", og.skip_large, {"max_norm": 10.0}),
     Entry("skip_spikes", "", og.skip_spikes, {"window": 8}, SPIKE_STATIC),
     Entry("skip_spikes", "faithful", og.skip_spikes, {"window": 4, "faithful": True}, SPIKE_STATIC),
+    Entry("record_leaves", "", og.record_leaves, {"window": 4}, ("window",)),
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
     Entry("limit_step", "", og.limit_step, {"max_change": 0.1}, ("scope", "axis_name"), needs_params=True),
     Entry(
@@ -211,15 +233,30 @@ ENTRIES = (
     Entry("clip_by_update_rms", "", rms_clipped, {}, ("inner",), needs_params=True, wraps=True, parameter_copies=2),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),
-    Entry("noise_injection", "", og.noise_injection, {"key": 7}, ("key", "relative_to", "mask")),
+    Entry("dense_penalty", "", og.dense_penalty, {"strength": 0.1}, ("kind", "mask"), needs_params=True),
+    Entry(
+        "dense_penalty",
+        "pseudo_huber",
+        og.dense_penalty,
+        {"strength": schedule, "kind": "pseudo_huber", "delta": 0.1},
+        ("kind", "mask"),
+        needs_params=True,
+    ),
+    Entry("elastic_net_penalty", "", og.elastic_net_penalty, {"l1": 0.1, "l2": schedule}, ("mask",), needs_params=True),
+    Entry("shrink_gradients", "", og.shrink_gradients, {"threshold": 0.1}, ("kind",)),
+    Entry("shrink_gradients", "dense", og.shrink_gradients, {"threshold": schedule, "kind": "dense"}, ("kind",)),
+    Entry("noise_injection", "", og.noise_injection, {"key": 7}, NOISE_STATIC),
+    Entry("noise_injection", "uniform_ball", og.noise_injection, {"kind": "uniform_ball"}, NOISE_STATIC),
     Entry(
         "noise_injection",
         "relative",
         og.noise_injection,
         {"eta": schedule, "max_norm": 0.5, "relative_to": "gradient"},
-        ("key", "relative_to", "mask"),
+        NOISE_STATIC,
     ),
-    Entry("guard", "", guarded, {}, GUARD_STATIC, wraps=True, parameter_copies=1),
+    Entry("anticorrelated_noise", "", og.anticorrelated_noise, {"sigma": 0.1, "key": 7}, ("key", "mask")),
+    Entry("langevin_noise", "", og.langevin_noise, {"learning_rate": 0.1, "key": 7}, ("key", "mask")),
+    Entry("guard", "", guarded, {}, GUARD_STATIC, wraps=True, holds=True, parameter_copies=1),
     Entry(
         "guard",
         "adamw",
@@ -228,11 +265,21 @@ ENTRIES = (
         GUARD_STATIC,
         needs_params=True,
         wraps=True,
+        holds=True,
         strict=False,
         parameter_copies=2,
     ),
-    Entry("guard", "check_updates", guarded, {"check_updates": True}, GUARD_STATIC, wraps=True, parameter_copies=1),
-    Entry("accumulate", "", accumulated, {}, ACCUMULATE_STATIC, wraps=True, parameter_copies=2),
+    Entry(
+        "guard",
+        "check_updates",
+        guarded,
+        {"check_updates": True},
+        GUARD_STATIC,
+        wraps=True,
+        holds=True,
+        parameter_copies=1,
+    ),
+    Entry("accumulate", "", accumulated, {}, ACCUMULATE_STATIC, wraps=True, holds=True, parameter_copies=2),
     Entry(
         "accumulate",
         "guard_adamw",
@@ -241,7 +288,23 @@ ENTRIES = (
         ACCUMULATE_STATIC,
         needs_params=True,
         wraps=True,
+        holds=True,
         strict=False,
         parameter_copies=3,
+    ),
+    *(
+        Entry(
+            factory.__name__,
+            inner.__name__ if inner is adamw else "",
+            factory,
+            {"inner": inner},
+            ("inner",),
+            needs_params=True,
+            wraps=True,
+            strict=inner is momentum,
+            parameter_copies=1 + (inner is adamw),
+        )
+        for factory in (proximal_l1, proximal_elastic_net, proximal_group_lasso)
+        for inner in (momentum, adamw)
     ),
 )

@@ -104,7 +104,9 @@ def test_the_default_follows_its_equations(noise: str) -> None:
     values[[5, 200, 201, 300, 310]] *= [1000, 1000, 800, 30, 30]
     values[400:] *= 20
     values = values.astype(np.float32)
-    np.testing.assert_array_equal(refused(values, on="norm"), quantile_rule(np.log(values.astype(float)), np.log(2), False))
+    np.testing.assert_array_equal(
+        refused(values, on="norm"), quantile_rule(np.log(values.astype(float)), np.log(2), False)
+    )
     losses = quantile_rule(values.astype(float), 0.05, True)
     np.testing.assert_array_equal(refused(np.ones(600), values, on="loss"), losses)
     assert losses[400:408].sum() >= 6
@@ -114,7 +116,9 @@ def test_the_default_follows_its_equations(noise: str) -> None:
 def test_law_1_deleting_the_bad_steps_from_a_history_changes_no_other_verdict(on: str) -> None:
     values = NOISES["lognormal"].astype(np.float32)
     values[[100, 300]] *= 50
-    bad = np.insert(values, [0, 50, 50, 200, 599], [np.nan, np.inf, np.nan, np.nan, -np.inf if on == "loss" else np.nan])
+    bad = np.insert(
+        values, [0, 50, 50, 200, 599], [np.nan, np.inf, np.nan, np.nan, -np.inf if on == "loss" else np.nan]
+    )
     where = ~np.isfinite(bad)
     norms, losses = (bad, np.ones_like(bad)) if on == "norm" else (np.ones_like(bad), bad)
     verdicts, states = replay(on=on)(norms, losses)
@@ -189,7 +193,9 @@ def test_constant_zero_and_non_finite_histories(faithful: bool) -> None:
     for value in (1.0, 0.0, np.nan):
         constant = np.full(600, value, np.float32)
         for arguments in ({"on": "norm", "faithful": faithful}, {"on": "loss", "faithful": faithful}):
-            verdicts, states = replay(**arguments)(constant if arguments["on"] == "norm" else np.ones(600, np.float32), constant)
+            verdicts, states = replay(**arguments)(
+                constant if arguments["on"] == "norm" else np.ones(600, np.float32), constant
+            )
             assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(states))
             if np.isfinite(value):
                 assert not np.any(verdicts)

@@ -1,0 +1,236 @@
+"""Reading what was recorded: from a live state, a saved log or an Orbax checkpoint."""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_guard._guard import GuardState
+from optax_guard._leaf_record import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
+from optax_guard._metrics import flight_log
+from optax_guard._record import FlightRecorder, read_rows
+from optax_guard._tree import find_states, leaf_names, unwrapped
+from optax_guard._typing import PyTree
+
+__all__ = ["TrainingLog", "known_names", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
+
+_TOTALS = ("guard_step", "clipped_total", "skipped_total", "nonfinite_total", "let_through_total", "halted")
+_FORMAT = "optax_guard log 1"
+
+
+class TrainingLog(NamedTuple):
+    """What a guard recorded, on the host."""
+
+    rows: np.ndarray  # as `flight_log` gives them, oldest first
+    names: list[str]  # of the leaves; empty if unknown
+    leaves: LeafLog | None  # with `record_leaves`
+    totals: dict[str, int]  # the guard's counters over the whole run
+
+
+def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog:
+    """The log in a live state.
+
+    Args:
+      state: an optimizer state that holds one guard.
+      params: the parameters, for the names of the leaves.
+
+    Returns:
+      A `TrainingLog`.
+
+    Raises:
+      ValueError: no guard in `state`, or more than one; `params` of another model.
+    """
+    guards = find_states(state, GuardState)
+    if not guards:
+        raise ValueError(
+            "report: there is no guard in this state. Wrap the optimizer, og.guard(optimizer, ...), and pass the state "
+            "that its steps return."
+        )
+    rows = flight_log(state)
+    names = [] if params is None else leaf_names(params)
+    recorded = find_states(state, LeafRecordState)
+    leaves = leaf_log(state, params) if recorded else None
+    totals = {name: int(jax.device_get(unwrapped(getattr(guards[0], name)))) for name in _TOTALS}
+    return _checked(TrainingLog(rows, names, leaves, totals))
+
+
+def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = None) -> Path:
+    """Saves the log in a state as a small file.
+
+    Args:
+      path: where to; `.npz` is added if it has no suffix.
+      state: as in `read_log`.
+      params: as in `read_log`.
+
+    Returns:
+      The path.
+    """
+    log = read_log(state, params)
+    path = Path(path)
+    path = path if path.suffix else path.with_suffix(".npz")
+    columns: dict[str, Any] = {f"row_{name}": log.rows[name] for name in log.rows.dtype.names or ()}
+    leaves: dict[str, Any] = (
+        {} if log.leaves is None else {"leaf_steps": log.leaves.steps, "leaf_norms": log.leaves.norms}
+    )
+    names = log.names if log.leaves is None else log.leaves.names
+    totals: dict[str, Any] = {f"total_{name}": np.array(number) for name, number in log.totals.items()}
+    with path.open("wb") as file:
+        np.savez_compressed(file, format=np.array(_FORMAT), names=np.array(names, "U"), **columns, **leaves, **totals)
+    return path
+
+
+def load_log(path: str | Path) -> TrainingLog:
+    """Reads a file that `save_log` wrote.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A `TrainingLog`.
+
+    Raises:
+      ValueError: the file is missing, damaged, or of another program.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no file or folder {path}")
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            parts = {name: file[name] for name in file.files}
+        if str(parts["format"]) != _FORMAT:
+            raise KeyError("format")
+        columns = {name.removeprefix("row_"): parts[name] for name in parts if name.startswith("row_")}
+        rows = np.zeros(len(columns["step"]), dtype=[(name, column.dtype) for name, column in columns.items()])
+        for name, column in columns.items():
+            rows[name] = column
+        names = [str(name) for name in parts["names"]]
+        leaves = LeafLog(parts["leaf_steps"], parts["leaf_norms"], names) if "leaf_steps" in parts else None
+        totals = {name: int(parts[f"total_{name}"]) for name in _TOTALS}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is no log of optax_guard, or it is damaged: save it with "
+            "optax_guard.report.save_log(path, state, params)"
+        ) from error
+    return _checked(TrainingLog(rows, names, leaves, totals))
+
+
+def load_checkpoint(path: str | Path) -> TrainingLog:
+    """Finds a guard in an Orbax checkpoint, without the program that wrote it.
+
+    Leaves are named after the parameters if the checkpoint holds them under "params" as nested dicts, as Flax and plain
+    JAX have them; else they are numbered.
+
+    Args:
+      path: a checkpoint, or the folder of a `CheckpointManager`, of which the latest step is taken.
+
+    Returns:
+      A `TrainingLog`.
+
+    Raises:
+      ValueError: no checkpoint there, a damaged one, or one without a guard.
+      ImportError: orbax-checkpoint is missing.
+    """
+    path = Path(path).resolve()
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint folder {path}")
+    tree = _restored(_checkpoint_in(path))
+    guards = [node for node in _nodes(tree) if {"recorder", "guard_step", "guarded_state"} <= node.keys()]
+    if len(guards) != 1:
+        found = "no guard" if not guards else f"{len(guards)} guards"
+        raise ValueError(
+            f"the checkpoint {path} holds {found} of optax_guard; the optimizer must be wrapped in og.guard(...) when "
+            "it is saved, and its state must be part of the checkpoint"
+        )
+    guard = guards[0]
+    recorder = guard["recorder"]
+    rows = read_rows(FlightRecorder(jnp.asarray(_array(recorder["numbers"])), jnp.asarray(_array(recorder["codes"]))))
+    records = [node for node in _nodes(guard["rule_states"]) if {"recorded_norms", "recorded_steps"} <= node.keys()]
+    names = next((leaf_names(node["params"]) for node in _nodes(tree) if "params" in node), [])
+    leaves = None
+    if len(records) == 1:
+        coded = _array(records[0]["recorded_norms"])
+        names = names if len(names) == coded.shape[1] else []
+        leaves = decoded_leaf_log(coded, int(_array(records[0]["recorded_steps"])), names or None)
+    totals = {name: int(_array(guard[name])) for name in _TOTALS}
+    return _checked(TrainingLog(rows, names, leaves, totals))
+
+
+def load(path: str | Path) -> TrainingLog:
+    """`load_checkpoint` for a folder, `load_log` for a file."""
+    return load_checkpoint(path) if Path(path).is_dir() else load_log(path)
+
+
+def known_names(log: TrainingLog) -> list[str]:
+    """The names of the leaves, from wherever they are known."""
+    return log.names or ([] if log.leaves is None else log.leaves.names)
+
+
+def leaf_label(names: list[str], leaf: int) -> str:
+    """What to call leaf number `leaf`; nothing for -1."""
+    return names[leaf] if 0 <= leaf < len(names) else "" if leaf < 0 else f"leaf {leaf}"
+
+
+def _checked(log: TrainingLog) -> TrainingLog:
+    if len(log.rows) == 0:
+        raise ValueError("report: the guard has recorded nothing yet; take a step first.")
+    return log
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """The folder that holds the arrays: itself, or the latest step of a manager's folder."""
+    steps = sorted(
+        (each for each in path.iterdir() if each.is_dir() and each.name.isdigit()), key=lambda p: int(p.name)
+    )
+    if steps:
+        path = steps[-1]
+    if (path / "_METADATA").exists():
+        return path
+    inside = [each for each in sorted(path.iterdir()) if (each / "_METADATA").exists()]
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        with_state = [each for each in inside if each.name in ("default", "state", "opt_state", "train_state")]
+        if len(with_state) == 1:
+            return with_state[0]
+    raise ValueError(f"{path} is no Orbax checkpoint: there is no _METADATA in it")
+
+
+def _restored(path: Path) -> Any:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError(
+            "reading a checkpoint needs orbax-checkpoint: pip install 'optax-guard[report]', or save the log with "
+            "optax_guard.report.save_log and read that"
+        ) from error
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            shapes = checkpointer.metadata(path)
+            shapes = getattr(shapes, "item_metadata", shapes)
+            shapes = getattr(shapes, "tree", shapes)
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except Exception as error:  # whatever a damaged or foreign folder makes of it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from error
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every dict in a restored tree, outer first."""
+    if isinstance(tree, dict):
+        yield tree
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    for child in children:
+        yield from _nodes(child)
+
+
+def _array(node: Any) -> np.ndarray:
+    """An array; flax.nnx saves each in a dict of its own."""
+    while isinstance(node, dict) and len(node) == 1:
+        node = next(iter(node.values()))
+    return np.asarray(node)
