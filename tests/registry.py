@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_guard as og
+from optax_guard._tree import wider_dtype
 
 NOT_TRANSFORMATIONS = {
     "AccumulateState": "a state",
@@ -175,7 +176,7 @@ def second_moment() -> optax.GradientTransformation:
 
     def init(params: Any) -> optax.ScaleByRmsState:
         def zeros(leaf: Any) -> jax.Array:
-            return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32) if moves(leaf) else None)
+            return jnp.zeros_like(leaf, wider_dtype(leaf.dtype, jnp.float32) if moves(leaf) else None)
 
         return optax.ScaleByRmsState(nu=jax.tree.map(zeros, params))
 
