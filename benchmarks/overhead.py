@@ -112,7 +112,7 @@ def guard_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     """The guarded step against the bare one and against Optax's."""
     adamw = optax.adamw(1e-3)
     clipped = optax.chain(optax.clip_by_global_norm(1.0), adamw)
-    six = (og.clip_by_global_norm(1.0), og.skip_large(1e9), og.clip_by_leaf_norm(1e9), og.skip_nonfinite())
+    six = (og.clip_by_global_norm(1.0), og.skip_spikes(), og.clip_by_leaf_norm(1e9), og.skip_nonfinite())
     six += (og.skip_large(1e8), og.clip_by_global_norm(1e9))
     arms = {
         "bare": make_arm(adamw, params, grads, fast=False),
@@ -172,6 +172,26 @@ def noise_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
         compare("chain(noise_injection, adam) / chain(optax.add_noise, adam)", t["ours"], t["optax"], 0.5),
         compare("chain(noise_injection, adam) / bare adam", t["ours"], t["bare"], None),
     ]
+
+
+def update_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
+    """Bounds on the finished update, and clips by the second moment, around AdamW."""
+    adamw = optax.adamw(1e-3)
+    txs = {
+        "limit_step(tree)": optax.chain(adamw, og.limit_step(1e-3)),
+        "limit_step(leaf)": optax.chain(adamw, og.limit_step(1e-3, scope="leaf")),
+        "clip_by_update_norm": optax.chain(adamw, og.clip_by_update_norm()),
+        "clippy": optax.chain(adamw, og.clippy()),
+        "clip_by_update_rms": og.clip_by_update_rms(adamw),
+        "spam_clip": og.spam_clip(adamw),
+        "stable_spam": og.stable_spam(adamw),
+    }
+    bare, rows = make_arm(adamw, params, grads, fast=False), []
+    for name, tx in txs.items():  # two arms at a time, so that memory holds them
+        t = race({"bare": bare, name: make_arm(tx, params, grads, fast=False)}, grads, max(rounds // 3, 3), {})
+        rows.append(compare(f"{name} / bare AdamW", t[name], t["bare"], 1.7 if "limit" in name else None))
+        bare = make_arm(adamw, params, grads, fast=False)
+    return rows
 
 
 def compile_rows(leaves: int, rounds: int) -> list[Row]:
@@ -242,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
         lambda: guard_rows(params, grads, rounds),
         lambda: accumulation_rows(params, grads, rounds),
         lambda: noise_rows(params, grads, rounds),
+        lambda: update_rows(params, grads, rounds),
         lambda: compile_rows(30 if options.quick else 1000, min(rounds, 3)),
         lambda: [import_row(min(rounds, 5))],
     )

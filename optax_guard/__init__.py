@@ -27,6 +27,9 @@ from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, ra
 from optax_guard._leaf_record import LeafLog, LeafRecordState, leaf_log, record_leaves
 from optax_guard._metrics import flight_log, metrics
 
+# Clip by an optimizer's second moment
+from optax_guard._moments import SpamState, StableSpamState, clip_by_update_rms, spam_clip, stable_spam
+
 # Change the gradient on purpose
 from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
 from optax_guard._penalties import PenaltyState, dense_penalty, elastic_net_penalty, l1_penalty, shrink_gradients
@@ -46,9 +49,12 @@ from optax_guard._record import FlightRecorder
 from optax_guard._rule import Rule, Verdict, rule
 
 # Hold a step
-from optax_guard._skipping import skip_large, skip_nonfinite
+from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_spikes
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
 from optax_guard._tree import leaf_names
+
+# Bound the finished update
+from optax_guard._updates import UpdateNormState, clip_by_update_norm, clippy, limit_step
 
 try:
     __version__ = version("optax-guard")
@@ -68,8 +74,12 @@ __all__ = [
     "PenaltyState",
     "ProximalState",
     "Rule",
+    "SpamState",
     "Sparsity",
+    "SpikeState",
+    "StableSpamState",
     "TrainingHalted",
+    "UpdateNormState",
     "Verdict",
     "accumulate",
     "adaptive_grad_clip",
@@ -78,7 +88,10 @@ __all__ = [
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_update_norm",
+    "clip_by_update_rms",
     "clip_by_value",
+    "clippy",
     "dense_penalty",
     "elastic_net_penalty",
     "flight_log",
@@ -90,6 +103,7 @@ __all__ = [
     "langevin_noise",
     "leaf_log",
     "leaf_names",
+    "limit_step",
     "metrics",
     "noise_injection",
     "perturb_weights",
@@ -102,5 +116,8 @@ __all__ = [
     "shrink_gradients",
     "skip_large",
     "skip_nonfinite",
+    "skip_spikes",
+    "spam_clip",
     "sparsity",
+    "stable_spam",
 ]
