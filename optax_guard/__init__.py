@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from optax_guard._accumulation import AccumulateState, accumulate, has_updated
 from optax_guard._apply import FastTransformation, apply_gradients
 
+# Bound the gradient by its history, as published
+from optax_guard._adaptive import AdaGCState, AutoClipState, ZClipState, adagc, autoclip, zclip
+
 # Bound the gradient by a number
 from optax_guard._clipping import (
     ClipState,
@@ -59,6 +62,8 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "AccumulateState",
+    "AdaGCState",
+    "AutoClipState",
     "ClipState",
     "FastTransformation",
     "FlightRecorder",
@@ -73,10 +78,13 @@ __all__ = [
     "Sparsity",
     "TrainingHalted",
     "Verdict",
+    "ZClipState",
     "accumulate",
+    "adagc",
     "adaptive_grad_clip",
     "anticorrelated_noise",
     "apply_gradients",
+    "autoclip",
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
@@ -105,4 +113,5 @@ __all__ = [
     "skip_large",
     "skip_nonfinite",
     "sparsity",
+    "zclip",
 ]
