@@ -44,6 +44,7 @@ from optax_guard._typing import AxisName, PyTree
 __all__ = ["AdaGCState", "AutoClipState", "ZClipState", "adagc", "autoclip", "zclip"]
 
 _LARGEST = 1e18  # a norm that can be squared in float32
+_LARGEST_LOG = 88.0  # of a float32
 _NARROWEST = 0.1  # the smallest standard deviation of the log norm that the repaired `zclip` believes
 
 
@@ -244,7 +245,7 @@ def autoclip(
     ) -> tuple[Verdict, AutoClipState]:
         del params, extra
         seen = observe(name, statistics, "tree", state.autoclip_seen)
-        x = jnp.exp(seen.log_norm) if faithful else seen.log_norm
+        x = jnp.exp(jnp.minimum(seen.log_norm, _LARGEST_LOG)) if faithful else seen.log_norm
         new = AutoClipState(
             autoclip_window=push(state.autoclip_window, state.autoclip_seen, x),
             autoclip_seen=next_step(state.autoclip_seen),
@@ -434,13 +435,14 @@ def _adagc_faithful(
 ) -> tuple[jax.Array, jax.Array]:
     young = state.adagc_seen < warmup
     cap = jnp.inf if max_norm is None else number(max_norm)
-    absolute = jnp.log(bounded_scale(whole, jnp.zeros(()), cap))
+    absolute = jnp.log(bounded_scale(whole, jnp.zeros((), jnp.float32), cap))
     clipped = seen.log_norm + absolute
     smallest = jnp.where(state.adagc_seen == 0, clipped, jnp.minimum(state.adagc_level, clipped))
     residual = seen.log_norm - state.adagc_level
     relative = jnp.log(ratio) - residual
     # c <- decay c + (1 - decay) min(||g||, ratio c), in logarithms, which neither overflow nor vanish.
-    average = state.adagc_level + jnp.log(decay + (1 - decay) * jnp.exp(jnp.minimum(residual, jnp.log(ratio))))
+    growth = jnp.expm1(jnp.minimum(residual, jnp.log(ratio)))
+    average = state.adagc_level + jnp.log1p((1 - decay) * growth)
     return jnp.where(young, absolute, relative), jnp.where(young, smallest, average)
 
 
