@@ -133,9 +133,7 @@ def main() -> None:
         if name in ("mlp, sgd", "attention, adam"):
             arrays[name + ", leaves"] = leaves
         deviation = np.std(np.log(norms[100:]))
-        print(
-            f"{name:40s} finite {np.isfinite(norms).all()}  log deviation {deviation:.2f}  median {np.median(norms):.2g}"
-        )
+        print(f"{name:40s} finite {np.isfinite(norms).all()}  deviation {deviation:.2f}  median {np.median(norms):.2g}")
     FILE.parent.mkdir(exist_ok=True)
     np.savez_compressed(FILE, **{name: x.astype(np.float32) for name, x in arrays.items()})
     print(f"{FILE.name}: {FILE.stat().st_size / 1000:.0f} kB")

@@ -35,14 +35,14 @@ FACTORIES = {
     "clip_by_norm_history_leaf": functools.partial(og.clip_by_norm_history, scope="leaf"),
     "clip_by_median_norm_leaf": functools.partial(og.clip_by_median_norm, scope="leaf"),
 }
-# What the docstrings state. Law 2: settled (median, worst), early (98 % of the histories); law 3: worst; law 4: the worst
-# kind of noise in % of all 500 steps and of the first 20.
+# What the docstrings state. Law 2: settled (median, worst), early (98 % of the histories); law 3: worst; law 4: worst
+# kind of noise, in % of all 500 steps and of the first 20.
 LAWS = {
-    "clip_by_norm_history": (1.4, 1.9, 17, 140, 1.0, 2.5),
+    "clip_by_norm_history": (1.4, 1.9, 17, 140, 1.2, 2.5),
     "clip_by_median_norm": (1.05, 1.8, 6, 60, 1.0, 4.0),
     "zclip": (1.7, 6.5, 150, 200, 2.5, 2.0),
-    "autoclip": (1.1, 2.3, 10, 128, 15.0, 56.0),
-    "adagc": (1.2, 1.3, 15, 200, 2.8, 5.5),
+    "autoclip": (1.1, 2.3, 10, 128, 16.0, 56.0),
+    "adagc": (1.2, 1.3, 15, 200, 2.8, 8.0),
 }
 each_rule = pytest.mark.parametrize("name", RULES)
 
@@ -195,7 +195,7 @@ def test_faithful_autoclip_is_the_papers_as_long_as_the_window_lasts() -> None:
 
 
 def test_faithful_adagc_is_the_papers_leaf_by_leaf() -> None:
-    norms = np.stack([eventful_norms(4), 0.1 * eventful_norms(5), 3 * eventful_norms(6)], axis=1)
+    norms = np.stack([eventful_norms(4), 0.5 * eventful_norms(5), 2 * eventful_norms(6)], axis=1)
     np.testing.assert_allclose(
         scales_of(og.adagc(max_norm=1.0, faithful=True), norms, 3), adagc_oracle(norms), rtol=1e-5
     )
