@@ -1,6 +1,6 @@
 """Records the gradient norms of six small trainings: the real histories that the adaptive rules are judged on.
 
-    python benchmarks/record_norms.py        # about a minute; writes benchmarks/data/norms.npz (needs scikit-learn)
+    python benchmarks/record_norms.py        # about a minute; writes tests/data/norms.npz (needs scikit-learn)
 
 Digits (8 x 8 pixels, 1 797 images, from scikit-learn), batches of 32, 1 500 steps, no clipping. For each training the
 norm of the whole gradient and of every leaf, in float32.
@@ -19,7 +19,7 @@ from jax import lax
 import optax_guard as og
 
 PyTree = Any
-FILE = Path(__file__).parent / "data" / "norms.npz"
+FILE = Path(__file__).parent.parent / "tests" / "data" / "norms.npz"
 STEPS, BATCH = 1500, 32
 
 

@@ -109,7 +109,7 @@ def clip_by_norm_history(
       - Law 3: a lasting change by x100 is followed (threshold within x2 of where it will stay) in about `follow`
         steps: up 64 at the median and 94 in the worst of 600 histories, down 78 and 130.
       - Law 4: of steady noise up to a log deviation of 0.7, at most 1.2 % of the first 500 steps are touched, as the
-        mean of the noisiest kind (0.2 % over all kinds; of the first 20 steps 2.2 % and 0.3 %).
+        mean of the noisiest kind (0.2 % over all kinds; of the first 20 steps 2 to 5 % and 0.3 to 0.6 %).
       - What passes has at most the norm exp(level + margin), to 1e-5; an untouched gradient keeps its bits.
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
 
