@@ -90,8 +90,8 @@ def zclip(
 
     Guarantees (repaired form):
       - Law 1: a non-finite step changes no field. Alone in a chain it gives zeros; under `guard` it is held.
-      - Law 2: five spikes in a row, of any size, raise the threshold by x1.6, where the noise is wide by at most x6
-        (x100 within the first 20 steps).
+      - Law 2: five spikes in a row, of any size, raise the threshold by x1.6, where the noise is wide by at most
+        x6.5 (within the first 20 steps: x150).
       - Law 3: a lasting change by x100, up or down, is followed to x2 within 200 steps.
       - Law 4: of steady noise up to a log deviation of 0.7, at most 2.5 % of the steps are touched.
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
@@ -184,7 +184,7 @@ def autoclip(
 
     Guarantees (repaired form):
       - Law 1: a non-finite step changes no field. Alone in a chain it gives zeros; under `guard` it is held.
-      - Law 2: five spikes in a row, of any size, move the threshold by at most x2.1, and from the second step on never
+      - Law 2: five spikes in a row, of any size, move the threshold by at most x2.3, and from the second step on never
         above the largest norm that is no spike.
       - Law 3: a lasting change, up or down, is followed within `window` steps.
       - Law 4: of steady noise about (100 - `percentile`) per cent of the steps are touched, by definition (12 to 16 %
