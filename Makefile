@@ -28,6 +28,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/norm_histories.py
 
 api: $(VENV)/.installed
 	$(BIN)/python docs/build_api.py

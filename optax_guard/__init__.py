@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from optax_guard._accumulation import AccumulateState, accumulate, has_updated
 from optax_guard._apply import FastTransformation, apply_gradients
 
+# Bound the gradient by its history, as published
+from optax_guard._adaptive import AdaGCState, AutoClipState, ZClipState, adagc, autoclip, zclip
+
 # Bound the gradient by a number
 from optax_guard._clipping import (
     ClipState,
@@ -29,6 +32,9 @@ from optax_guard._metrics import flight_log, metrics
 
 # Clip by an optimizer's second moment
 from optax_guard._moments import SpamState, StableSpamState, clip_by_update_rms, spam_clip, stable_spam
+
+# Bound the gradient by its own history
+from optax_guard._norm_history import MedianNormState, NormHistoryState, clip_by_median_norm, clip_by_norm_history
 
 # Change the gradient on purpose
 from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
@@ -63,6 +69,8 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "AccumulateState",
+    "AdaGCState",
+    "AutoClipState",
     "ClipState",
     "FastTransformation",
     "FlightRecorder",
@@ -70,7 +78,9 @@ __all__ = [
     "GuardState",
     "LeafLog",
     "LeafRecordState",
+    "MedianNormState",
     "NoiseState",
+    "NormHistoryState",
     "PenaltyState",
     "ProximalState",
     "Rule",
@@ -81,13 +91,18 @@ __all__ = [
     "TrainingHalted",
     "UpdateNormState",
     "Verdict",
+    "ZClipState",
     "accumulate",
+    "adagc",
     "adaptive_grad_clip",
     "anticorrelated_noise",
     "apply_gradients",
+    "autoclip",
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_median_norm",
+    "clip_by_norm_history",
     "clip_by_update_norm",
     "clip_by_update_rms",
     "clip_by_value",
@@ -120,4 +135,5 @@ __all__ = [
     "spam_clip",
     "sparsity",
     "stable_spam",
+    "zclip",
 ]

@@ -15,6 +15,8 @@ from optax_guard._tree import wider_dtype
 
 NOT_TRANSFORMATIONS = {
     "AccumulateState": "a state",
+    "AdaGCState": "a state",
+    "AutoClipState": "a state",
     "ClipState": "a state",
     "FastTransformation": "the type of `guard(...)` and `accumulate(...)`",
     "FlightRecorder": "a part of GuardState",
@@ -22,7 +24,9 @@ NOT_TRANSFORMATIONS = {
     "GuardState": "a state",
     "LeafLog": "what `leaf_log` gives",
     "LeafRecordState": "a state",
+    "MedianNormState": "a state",
     "NoiseState": "a state",
+    "NormHistoryState": "a state",
     "PenaltyState": "a state",
     "ProximalState": "a state",
     "Rule": "the type of a rule",
@@ -33,6 +37,7 @@ NOT_TRANSFORMATIONS = {
     "TrainingHalted": "an exception",
     "UpdateNormState": "a state",
     "Verdict": "what a rule answers",
+    "ZClipState": "a state",
     "apply_gradients": "takes a step with a transformation",
     "clear_halt": "edits a state",
     "flight_log": "reads a state",
@@ -200,6 +205,7 @@ def rms_clipped(learning_rate=0.1, inner=momentum, max_rms=1.0):
 
 
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
+HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 NOISE_STATIC = ("key", "kind", "relative_to", "mask")
 
@@ -212,6 +218,16 @@ ENTRIES = (
     Entry("clip_by_leaf_norm", "", og.clip_by_leaf_norm, {"max_norm": 1.0}),
     Entry("clip_by_value", "", og.clip_by_value, {"max_value": 0.5}),
     Entry("adaptive_grad_clip", "", og.adaptive_grad_clip, {"clipping": 0.1}, ("axis",), needs_params=True),
+    Entry("clip_by_norm_history", "", og.clip_by_norm_history, {"max_norm": 2.0}, HISTORY_STATIC),
+    Entry("clip_by_norm_history", "leaf", og.clip_by_norm_history, {"scope": "leaf"}, HISTORY_STATIC),
+    Entry("clip_by_median_norm", "", og.clip_by_median_norm, {}, ("window", *HISTORY_STATIC)),
+    Entry("clip_by_median_norm", "leaf", og.clip_by_median_norm, {"scope": "leaf"}, ("window", *HISTORY_STATIC)),
+    Entry("zclip", "", og.zclip, {}, ("mode", "faithful", "warmup")),
+    Entry("zclip", "faithful", og.zclip, {"faithful": True, "max_norm": 1.0}, ("mode", "faithful", "warmup")),
+    Entry("autoclip", "", og.autoclip, {}, ("window", "faithful")),
+    Entry("autoclip", "faithful", og.autoclip, {"percentile": 10.0, "faithful": True}, ("window", "faithful")),
+    Entry("adagc", "", og.adagc, {}, ("scope", "faithful", "warmup")),
+    Entry("adagc", "faithful", og.adagc, {"faithful": True, "max_norm": 1.0}, ("scope", "faithful", "warmup")),
     Entry("skip_nonfinite", "", og.skip_nonfinite),
     Entry("skip_large", "", og.skip_large, {"max_norm": 10.0}),
     Entry("skip_spikes", "", og.skip_spikes, {"window": 8}, SPIKE_STATIC),

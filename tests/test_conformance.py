@@ -461,7 +461,9 @@ def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
     inner = optax.chain(og.noise_injection(), og.l1_penalty(schedule), optax.adamw(0.1))
     inner = og.proximal_l1(inner, 0.1, learning_rate=0.1)
     inner = og.spam_clip(og.stable_spam(optax.chain(inner, og.clip_by_update_norm())))
-    tx = og.accumulate(og.guard(inner, og.record_leaves(), og.skip_spikes(), og.clip_by_global_norm(schedule)), every=2)
+    rules = og.record_leaves(), og.skip_spikes(), og.clip_by_global_norm(schedule)
+    rules += og.clip_by_norm_history(), og.clip_by_median_norm(), og.zclip(), og.autoclip(), og.adagc()
+    tx = og.accumulate(og.guard(inner, *rules), every=2)
     state = jax.eval_shape(tx.init, PARAMS)
     for name in (name for kind in STATES for name in kind._fields):
         assert optax.tree.get(state, name) is not None, name
