@@ -23,6 +23,14 @@ from optax_guard._clipping import (
 )
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
 
+# Recover when holding steps is not enough
+from optax_guard._ladder import RecoveryState
+from optax_guard._recovery import BackOffState, ResetState, RewindState, back_off, reset_moments, rewind
+from optax_guard._watch import LossWatch
+
+# Add a guard to a run in flight
+from optax_guard._migration import inner_state, with_guard_state
+
 # See what happened
 from optax_guard._metrics import flight_log, metrics
 
@@ -56,14 +64,19 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "AccumulateState",
+    "BackOffState",
     "ClipState",
     "FastTransformation",
     "FlightRecorder",
     "GradientStatistics",
     "GuardState",
+    "LossWatch",
     "NoiseState",
     "PenaltyState",
     "ProximalState",
+    "RecoveryState",
+    "ResetState",
+    "RewindState",
     "Rule",
     "Sparsity",
     "TrainingHalted",
@@ -72,6 +85,7 @@ __all__ = [
     "adaptive_grad_clip",
     "anticorrelated_noise",
     "apply_gradients",
+    "back_off",
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
@@ -83,6 +97,7 @@ __all__ = [
     "gradient_statistics",
     "guard",
     "has_updated",
+    "inner_state",
     "l1_penalty",
     "langevin_noise",
     "leaf_names",
@@ -93,9 +108,12 @@ __all__ = [
     "proximal_group_lasso",
     "proximal_l1",
     "raise_if_halted",
+    "reset_moments",
+    "rewind",
     "rule",
     "shrink_gradients",
     "skip_large",
     "skip_nonfinite",
     "sparsity",
+    "with_guard_state",
 ]
