@@ -34,6 +34,9 @@ from optax_guard._migration import inner_state, with_guard_state
 # See what happened
 from optax_guard._metrics import flight_log, metrics
 
+# Bound the gradient by its own history
+from optax_guard._norm_history import MedianNormState, NormHistoryState, clip_by_median_norm, clip_by_norm_history
+
 # Change the gradient on purpose
 from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
 from optax_guard._penalties import PenaltyState, dense_penalty, elastic_net_penalty, l1_penalty, shrink_gradients
@@ -71,7 +74,9 @@ __all__ = [
     "GradientStatistics",
     "GuardState",
     "LossWatch",
+    "MedianNormState",
     "NoiseState",
+    "NormHistoryState",
     "PenaltyState",
     "ProximalState",
     "RecoveryState",
@@ -89,6 +94,8 @@ __all__ = [
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_median_norm",
+    "clip_by_norm_history",
     "clip_by_value",
     "dense_penalty",
     "elastic_net_penalty",

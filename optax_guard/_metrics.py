@@ -16,6 +16,7 @@ import optax
 from optax_guard._accumulation import AccumulateState
 from optax_guard._guard import GuardState
 from optax_guard._ladder import RecoveryState
+from optax_guard._norm_history import NormHistoryState
 from optax_guard._record import EVENTS, last_row, read_rows
 from optax_guard._tree import find_states, unwrapped
 
@@ -52,6 +53,10 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     guard/snapshot_step           i32: the same: the step count at the snapshot a rewind would go to; -1 if none
     guard/smoothed_loss           f32: the same, or with `back_off(diverged=...)`
     guard/best_loss               f32: the lowest of it, or what it was at the snapshot gone back to
+    norm_history/threshold        f32: the norm that `clip_by_norm_history` will let pass at the next step; 0 at first
+    norm_history/touched_in_row   i32: steps it scaled in a row; a long run is a lasting rise, or an explosion
+    norm_history/leaf             i32: with `scope="leaf"` the two are those of the leaf with the longest run: its index
+                                  into `leaf_names(params)`; -1 with `scope="tree"`
     accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated: see `Accumul
     ============================  ====================================================================================
 
@@ -73,7 +78,11 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
       {'guard/grad_norm': 5.0, 'guard/clipped_norm': 1.0}
     """
     result: dict[str, jax.Array] = {}
-    for kind, prefix, read in ((GuardState, "guard", _guard_metrics), (AccumulateState, "accumulate", _accumulate)):
+    for kind, prefix, read in (
+        (GuardState, "guard", _guard_metrics),
+        (NormHistoryState, "norm_history", _norm_history),
+        (AccumulateState, "accumulate", _accumulate),
+    ):
         for index, each in enumerate(find_states(state, kind)):
             label = prefix if index == 0 else f"{prefix}_{index}"
             result |= {f"{label}/{name}": number for name, number in read(each).items()}
@@ -165,3 +174,16 @@ def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
         "empty_total": unwrapped(state.empty_total),
         "updated": unwrapped(state.emitted),
     }
+
+
+def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
+    threshold, seen = unwrapped(state.log_threshold), unwrapped(state.norms_seen)
+    in_row = unwrapped(state.touched_in_row)
+    leaf = jnp.full((), -1, jnp.int32)
+    threshold = jnp.where(seen > 0, jnp.exp(threshold), 0)
+    if in_row.size == 0:
+        return {"threshold": jnp.zeros(()), "touched_in_row": jnp.zeros((), jnp.int32), "leaf": leaf}
+    if in_row.ndim > 0:
+        leaf = jnp.argmax(in_row).astype(jnp.int32)
+        threshold, in_row = threshold[leaf], in_row[leaf]
+    return {"threshold": threshold, "touched_in_row": in_row, "leaf": leaf}

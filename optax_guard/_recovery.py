@@ -299,7 +299,7 @@ def rewind(
 
     params, inner state <- the newest snapshot       and the next batch, so that those which hurt are passed by
 
-    A snapshot is taken at the first healthy step, and then every `every` healthy steps, counted anew after a rewind.
+    A snapshot is taken after the first healthy step, and then after every `every` of them, counted anew after a rewind.
     Healthy is a step without trouble whose smoothed loss is in the lower half of the way to `diverged`; parameters and
     moments must be finite.
 
@@ -350,10 +350,10 @@ def rewind(
       >>> import optax_guard as og
       >>> tx = og.guard(optax.sgd(1.0), og.skip_large(10.0), recovery=(og.rewind(every=100, after=2),))
       >>> params, state = jnp.zeros(1), tx.init(jnp.zeros(1))
-      >>> for size in (1.0, 1.0, 99.0, 99.0):  # the first step takes a snapshot
+      >>> for size in (1.0, 1.0, 99.0, 99.0):  # a snapshot after the first
       ...     params, state = og.apply_gradients(tx, jnp.full(1, size), state, params)
       >>> float(params[0]), str(og.flight_log(state)["recovery"][-1])
-      (0.0, 'rewind_refused')
+      (-1.0, 'rewind_refused')
 
     References:
       Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311), section 5.1: restart about 100 steps before a spike and skip the

@@ -19,7 +19,9 @@ NOT_TRANSFORMATIONS = {
     "FlightRecorder": "a part of GuardState",
     "GradientStatistics": "what a rule judges from",
     "GuardState": "a state",
+    "MedianNormState": "a state",
     "NoiseState": "a state",
+    "NormHistoryState": "a state",
     "PenaltyState": "a state",
     "Rule": "the type of a rule",
     "TrainingHalted": "an exception",
@@ -132,6 +134,7 @@ def schedule(step: jax.Array) -> jax.Array:
 
 
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
+HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 
 ENTRIES = (
@@ -140,6 +143,10 @@ ENTRIES = (
     Entry("clip_by_leaf_norm", "", og.clip_by_leaf_norm, {"max_norm": 1.0}),
     Entry("clip_by_value", "", og.clip_by_value, {"max_value": 0.5}),
     Entry("adaptive_grad_clip", "", og.adaptive_grad_clip, {"clipping": 0.1}, ("axis",), needs_params=True),
+    Entry("clip_by_norm_history", "", og.clip_by_norm_history, {"max_norm": 2.0}, HISTORY_STATIC),
+    Entry("clip_by_norm_history", "leaf", og.clip_by_norm_history, {"scope": "leaf"}, HISTORY_STATIC),
+    Entry("clip_by_median_norm", "", og.clip_by_median_norm, {}, ("window", *HISTORY_STATIC)),
+    Entry("clip_by_median_norm", "leaf", og.clip_by_median_norm, {"scope": "leaf"}, ("window", *HISTORY_STATIC)),
     Entry("skip_nonfinite", "", og.skip_nonfinite),
     Entry("skip_large", "", og.skip_large, {"max_norm": 10.0}),
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
