@@ -56,7 +56,7 @@ from optax_guard._record import FlightRecorder
 from optax_guard._rule import Rule, Verdict, rule
 
 # Hold a step
-from optax_guard._skipping import skip_large, skip_nonfinite
+from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_spikes
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
 from optax_guard._tree import leaf_names
 
@@ -84,6 +84,7 @@ __all__ = [
     "RewindState",
     "Rule",
     "Sparsity",
+    "SpikeState",
     "TrainingHalted",
     "Verdict",
     "accumulate",
@@ -121,6 +122,7 @@ __all__ = [
     "shrink_gradients",
     "skip_large",
     "skip_nonfinite",
+    "skip_spikes",
     "sparsity",
     "with_guard_state",
 ]

@@ -24,6 +24,7 @@ NOT_TRANSFORMATIONS = {
     "NormHistoryState": "a state",
     "PenaltyState": "a state",
     "Rule": "the type of a rule",
+    "SpikeState": "a state",
     "TrainingHalted": "an exception",
     "Verdict": "what a rule answers",
     "apply_gradients": "takes a step with a transformation",
@@ -137,6 +138,8 @@ GUARD_STATIC = ("inner", "check_updates", "axis_name")
 HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 
+SPIKE_STATIC = ("window", "on", "follow", "faithful", "axis_name")
+
 ENTRIES = (
     Entry("clip_by_global_norm", "", og.clip_by_global_norm, {"max_norm": 1.0}),
     Entry("clip_by_global_norm", "schedule", og.clip_by_global_norm, {"max_norm": schedule}),
@@ -149,6 +152,8 @@ ENTRIES = (
     Entry("clip_by_median_norm", "leaf", og.clip_by_median_norm, {"scope": "leaf"}, ("window", *HISTORY_STATIC)),
     Entry("skip_nonfinite", "", og.skip_nonfinite),
     Entry("skip_large", "", og.skip_large, {"max_norm": 10.0}),
+    Entry("skip_spikes", "", og.skip_spikes, {"window": 8}, SPIKE_STATIC),
+    Entry("skip_spikes", "faithful", og.skip_spikes, {"window": 4, "faithful": True}, SPIKE_STATIC),
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),
