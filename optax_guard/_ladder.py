@@ -341,7 +341,7 @@ def _after_rewind(rung: Rewind | None, state: Any, rewinds: jax.Array, place: ja
         newest_snapshot=jnp.where(rewinds, place, state.newest_snapshot),
         snapshots_held=state.snapshots_held - dropped,
         # counted anew, so that a snapshot after a rewind proves that it helped
-        snapshot_due_in=jnp.where(rewinds, rung.every, state.snapshot_due_in),
+        snapshot_due_in=jnp.where(rewinds, rung.every - 1, state.snapshot_due_in),
         rewinds_in_row=state.rewinds_in_row + rewinds.astype(jnp.int32),
         rewind_total=jnp.where(rewinds, next_step(state.rewind_total), state.rewind_total),
     )

@@ -312,7 +312,7 @@ def rewind(
 
     The loss (`value=`) is watched by s, an average over 50 steps in which one loss can count for at most four times s;
     diverged means s - best > (diverged - 1) * max(|best|, |first loss| / 100), judged from the 25th loss on. A loss of
-    four times the best is noticed after 12 steps, one of three times after 35; five spikes in a row do nothing.
+    eight times the best is noticed after 12 steps, one of three times after 35; five spikes in a row do nothing.
 
     ==========================================  =====================================================================
     Case                                        Result

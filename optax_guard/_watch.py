@@ -5,7 +5,7 @@ b <- min(b, s)                               from the tenth loss on; before, b =
 diverged:  s - b > (factor - 1) * max(|b|, |first loss| / 100)
 
 One loss moves s by at most 3 c / 50, so five spikes in a row, of any size, move it by a third; a lasting level of
-four times the best is seen after 12 steps, one of three times after 35 (with factor 2). The floor keeps the noise of a
+eight times the best is seen after 12 steps, one of three times after 35 (with factor 2). The floor keeps the noise of a
 loss near zero from counting; the absolute values give the rule a meaning for losses that are negative.
 """
 
