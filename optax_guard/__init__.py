@@ -37,6 +37,9 @@ from optax_guard._metrics import flight_log, metrics
 # Bound the gradient by its own history
 from optax_guard._norm_history import MedianNormState, NormHistoryState, clip_by_median_norm, clip_by_norm_history
 
+# The one line that most people need
+from optax_guard._presets import stabilize
+
 # Change the gradient on purpose
 from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
 from optax_guard._penalties import PenaltyState, dense_penalty, elastic_net_penalty, l1_penalty, shrink_gradients
@@ -124,5 +127,6 @@ __all__ = [
     "skip_nonfinite",
     "skip_spikes",
     "sparsity",
+    "stabilize",
     "with_guard_state",
 ]
