@@ -217,7 +217,9 @@ def picture(
         for place, height in zip(places, accuracy[name], strict=True):
             last.text(place, height + 0.01, f"{height:.2f}", ha="center", fontsize=7.5)
     last.axhline(0.1, color="black", lw=0.8, ls="--")
-    last.set(xticks=range(len(rates)), xticklabels=[f"{rate:g}" for rate in rates], ylim=(0, 1.05), xlabel="learning rate")
+    last.set(
+        xticks=range(len(rates)), xticklabels=[f"{rate:g}" for rate in rates], ylim=(0, 1.05), xlabel="learning rate"
+    )
     last.set_title("Accuracy on held-out digits (dashed: chance)", loc="left", fontsize=10)
     handles, labels = last.get_legend_handles_labels()
     for style, label in (
@@ -229,7 +231,11 @@ def picture(
         labels.append(label)
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(
-        "One training, five ways to take the step, three learning rates", x=0.01, ha="left", fontsize=13, fontweight="bold"
+        "One training, five ways to take the step, three learning rates",
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -286,8 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
     acted = log[log["event"] != "applied"]
     for row in np.concatenate([acted[acted["event"] == e][:2] for e in ("skipped", "nonfinite", "clipped")]):
         console.print(
-            f"  step {row['step']:4d}: {row['event']:9s} loss {row['value']:9.3g}, gradient norm {row['grad_norm']:9.3g}, "
-            f"worst leaf {names[row['worst_leaf']]}",
+            f"  step {row['step']:4d}: {row['event']:9s} loss {row['value']:9.3g}, gradient norm "
+            f"{row['grad_norm']:9.3g}, worst leaf {names[row['worst_leaf']]}",
             highlight=False,
         )
     picture(records, accuracy, rates, faults, options.out)

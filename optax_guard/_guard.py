@@ -244,7 +244,10 @@ def guard(
         # the branches alias (4.7 to 5.7 times a bare AdamW step, against 1.1 to 1.3; benchmarks/overhead.py).
         result, new_state, bad_leaf = lax.cond(applied, act, hold)
         happened = applied & (bad_leaf < 0)
-        after = lambda: result if fast else add_updates(before, result)
+
+        def after() -> PyTree:
+            return result if fast else add_updates(before, result)
+
         recovery_state = _ladder.finish(ladder, plan, seen, happened, applied & ~happened, after, new_state)
         return result, _advance(state, judged, new_state, applied, bad_leaf, halt_after, seen, plan, recovery_state)
 
@@ -448,9 +451,9 @@ def _story(state: GuardState, params: PyTree | None) -> str:
     given_up = [row for row in rows[rows["event"] != "halted"][-1:] if "gave_up" in str(row["recovery"])]
     if given_up:
         return (
-            f"halted at step {int(given_up[0]['step'])}: the loss diverged again after every rewind, so the batches were "
-            "not the cause. Lower the learning rate or look at the data, and go on with `clear_halt(state)`, which takes "
-            "the loss as it is for the new level."
+            f"halted at step {int(given_up[0]['step'])}: the loss diverged again after every rewind, so the batches "
+            "were not the cause. Lower the learning rate or look at the data, and go on with `clear_halt(state)`: it "
+            "takes the loss as it is for the new level."
         )
     bad = rows[(rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update")]
     if len(bad) == 0:

@@ -15,7 +15,6 @@ from jax import lax
 from optax_guard._record import RECOVERIES
 from optax_guard._recovery import (
     BackOff,
-    BackOffState,
     Reset,
     ResetState,
     Rewind,
@@ -31,7 +30,20 @@ from optax_guard._tree import NO_PARAMS_MSG, is_gradient, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 from optax_guard._watch import LossWatch, empty_watch, loss_above, watch_loss
 
-__all__ = ["Ladder", "Plan", "RecoveryState", "Seen", "as_ladder", "finish", "forgive", "held_updates", "init_ladder", "plan", "recover", "scaled"]
+__all__ = [
+    "Ladder",
+    "Plan",
+    "RecoveryState",
+    "Seen",
+    "as_ladder",
+    "finish",
+    "forgive",
+    "held_updates",
+    "init_ladder",
+    "plan",
+    "recover",
+    "scaled",
+]
 
 _BIT = {name: 1 << position for position, name in enumerate(RECOVERIES)}
 
@@ -127,13 +139,11 @@ def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> R
         silent_death_total=_zero(),
     )
     rewind: Any = ()
-    if ladder.rewind is not None:
-        keep = ladder.rewind.keep
+    rung = ladder.rewind
+    if rung is not None:
+        keep = rung.keep
         rewind = RewindState(
-            snapshots=tuple(
-                jax.tree.map(lambda x: _stored(ladder.rewind, jnp.zeros_like(x)), (params, inner_state))
-                for _ in range(keep)
-            ),
+            snapshots=tuple(_empty_snapshot(rung, (params, inner_state)) for _ in range(keep)),
             snapshot_steps=jnp.full(keep, -1, jnp.int32),
             snapshot_losses=jnp.zeros(keep, jnp.float32),
             newest_snapshot=jnp.full((), keep - 1, jnp.int32),
@@ -228,12 +238,13 @@ def recover(
             lambda: (params, reset_state(ladder.inner, inner_state, params)),
             lambda: (params, inner_state),
         )
-    if ladder.rewind is not None:
+    rung = ladder.rewind
+    if rung is not None:
         kept = params, inner_state
         for position, snapshot in enumerate(state.rewind_state.snapshots):
             kept = lax.cond(
                 planned.rewinds & (planned.place == position),
-                lambda snapshot=snapshot: _loaded(ladder.rewind, snapshot, (params, inner_state)),
+                lambda snapshot=snapshot: _loaded(rung, snapshot, (params, inner_state)),
                 lambda kept=kept: kept,
             )
         params, inner_state = kept
@@ -273,12 +284,14 @@ def finish(
     healthy = applied & ~seen.refused
     reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
     if ladder.reset is not None:
-        reset = _look_at_moments(ladder, reset, seen, applied, params, inner_state)
+        reset = _look_at_moments(ladder.reset, ladder.axis_name, reset, seen, applied, params, inner_state)
     if ladder.back_off is not None:
         back_off = step_up(back_off, healthy, ())
     if ladder.rewind is not None:
         low = ~_diverged(state.loss_watch, (1 + ladder.rewind.diverged) / 2, seen)
-        rewind = _take_snapshot(ladder, rewind, healthy & low, seen.step, state.loss_watch, params, inner_state)
+        rewind = _take_snapshot(
+            ladder.rewind, ladder.axis_name, rewind, healthy & low, seen.step, state.loss_watch, params, inner_state
+        )
     return RecoveryState(
         trouble_in_row=state.trouble_in_row,
         bad_update_before=jnp.where(seen.alive, bad_update, state.bad_update_before),
@@ -361,7 +374,8 @@ def _watch_after_rewind(watch: Any, state: Any, rewinds: jax.Array, place: jax.A
 
 
 def _look_at_moments(
-    ladder: Ladder,
+    rung: Reset,
+    axis_name: AxisName | None,
     state: ResetState,
     seen: Seen,
     applied: jax.Array,
@@ -372,11 +386,13 @@ def _look_at_moments(
 
     def look() -> tuple[jax.Array, jax.Array]:
         now = params()
-        return all_finite(moments(inner_state, now), ladder.axis_name), fingerprints(now, ladder.axis_name)
+        return all_finite(moments(inner_state, now), axis_name), fingerprints(now, axis_name)
 
-    due = seen.alive & (seen.step % ladder.reset.check_every == 0)
+    due = seen.alive & (seen.step % rung.check_every == 0)
     finite, sums = lax.cond(due, look, lambda: (state.moments_finite, state.parameter_sums))
-    moved = jnp.any(sums != state.parameter_sums, axis=1) & (seen.step > 0)  # the first look has nothing to compare with
+    moved = jnp.any(sums != state.parameter_sums, axis=1) & (
+        seen.step > 0
+    )  # the first look has nothing to compare with
     applied_steps = state.applied_since_check + applied.astype(jnp.int32)
     eligible = due & state.leaf_moved & seen.has_gradient & (applied_steps > 0)
     frozen = jnp.sum(eligible & ~moved, dtype=jnp.int32)
@@ -394,7 +410,8 @@ def _look_at_moments(
 
 
 def _take_snapshot(
-    ladder: Ladder,
+    rung: Rewind,
+    axis_name: AxisName | None,
     state: RewindState,
     healthy: jax.Array,
     step: jax.Array,
@@ -403,11 +420,11 @@ def _take_snapshot(
     inner_state: PyTree,
 ) -> RewindState:
     """Copies parameters and inner state if a snapshot is due and nothing speaks against it."""
-    rung, due = ladder.rewind, healthy & (state.snapshot_due_in <= 0)
+    due = healthy & (state.snapshot_due_in <= 0)
 
     def clean() -> jax.Array:
         now = params()
-        return all_finite([*positions(now), *moments(inner_state, now)], ladder.axis_name)
+        return all_finite([*positions(now), *moments(inner_state, now)], axis_name)
 
     takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
     target = (state.newest_snapshot + 1) % rung.keep
@@ -433,11 +450,15 @@ def _take_snapshot(
     )
 
 
+def _empty_snapshot(rung: Rewind, pair: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: _stored(rung, jnp.zeros_like(leaf)), pair)
+
+
 def _stored(rung: Rewind, leaf: Any) -> Any:
     """A leaf as a snapshot holds it."""
-    if rung.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
-        if wider_dtype(leaf.dtype, rung.dtype) != rung.dtype:
-            leaf = leaf.astype(rung.dtype)
+    narrows = rung.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+    if narrows and wider_dtype(leaf.dtype, rung.dtype) != rung.dtype:
+        leaf = leaf.astype(rung.dtype)
     return jax.device_put(leaf, jax.memory.Space.Host) if rung.memory == "host" else leaf
 
 

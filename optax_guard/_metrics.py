@@ -125,7 +125,9 @@ def flight_log(state: optax.OptState) -> np.ndarray:
 def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
     step = unwrapped(state.guard_step)
     row = last_row(state.recorder, step)
-    held = jnp.array([e in ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery") for e in EVENTS], jnp.int32)
+    held = jnp.array(
+        [e in ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery") for e in EVENTS], jnp.int32
+    )
     return {
         "grad_norm": row.grad_norm,
         "clipped_norm": row.clipped_norm,

@@ -76,7 +76,7 @@ def with_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
         return jax.tree.map(lambda node: _fill(node, leaves) if _is_guard(node) else node, fresh, is_leaf=_is_guard)
     wanted = inside if len(outermost) == 1 else whole
     raise ValueError(
-        f"{name}: `inner_state` is not the state of the optimizer in `tx`: {_first_difference(inner_state, wanted)}."
+        f"{name}: `inner_state` is not the state of the optimizer: {_first_difference(inner_state, wanted)}."
     )
 
 
@@ -149,8 +149,8 @@ def _check_leaves(name: str, got: PyTree, expected: PyTree) -> None:
     for (path, leaf), wanted in pairs:
         if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
             raise ValueError(
-                f"{name}: leaf `{path_name(path)}` of `inner_state` is {leaf.dtype}{list(leaf.shape)}; the optimizer in "
-                f"`tx` has {wanted.dtype}{list(wanted.shape)} there."
+                f"{name}: leaf `{path_name(path)}` of `inner_state` is {leaf.dtype}{list(leaf.shape)}; the optimizer "
+                f"in `tx` has {wanted.dtype}{list(wanted.shape)} there."
             )
 
 

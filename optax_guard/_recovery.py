@@ -6,9 +6,9 @@ clip and skip (the rules), reset the moments, back off, rewind, halt.
 ==================  ==============================================================  =================================
 Function            Take it against                                                 State it needs
 ==================  ==============================================================  =================================
-`reset_moments`     moments that took in something bad, or stopped the parameters   9 bytes per leaf
+`reset_moments`     moments that took in something bad, or stop the parameters      9 bytes per leaf
 `back_off`          trouble that smaller steps survive; alone in a chain, too       12 bytes
-`rewind`            a loss that rose and stays up, in a run that nobody watches     `keep` copies of parameters and state
+`rewind`            a loss that rose and stays up, in a run that nobody watches     `keep` copies of params and state
 ==================  ==============================================================  =================================
 
 All of it is opt-in: `guard(optimizer, rules..., recovery=(reset_moments(), back_off(), rewind()))`. A rung that resets
@@ -29,8 +29,8 @@ from optax_guard import _validate
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import first_look
 from optax_guard._step import next_step
-from optax_guard._typing import AxisName, PyTree
-from optax_guard._watch import LossWatch, empty_watch, loss_above, watch_loss
+from optax_guard._typing import AxisName
+from optax_guard._watch import empty_watch, loss_above, watch_loss
 
 __all__ = [
     "BackOff",
@@ -207,8 +207,8 @@ def back_off(
 
     What trouble is, under `guard(..., recovery=(back_off(),))`: the `after`-th step of trouble in a row (once a row: a
     shard of a hundred bad batches steps down once), a reset because of dead moments, a rewind, and with `diverged` the
-    step at which the smoothed loss comes to exceed `diverged` times its best. The *finished* update is scaled: momentum,
-    weight decay and penalties with it, moments not at all.
+    step at which the smoothed loss comes to exceed `diverged` times its best. The *finished* update is scaled, weight
+    decay and penalties with it; moments are not.
     Alone, last in a chain: an update that is not finite, which becomes zero; a `value=` that is not finite; and the
     loss as above. Neither is `value=` demanded.
 
@@ -331,8 +331,8 @@ def rewind(
     Args:
       every: healthy steps between snapshots (>= 1).
       keep: snapshots (>= 1).
-      after: steps of trouble in a row (>= 1) that lead back; counted anew after each rewind. Above `halt_after` it would
-        never act on non-finite steps, so `guard` refuses that.
+      after: steps of trouble in a row (>= 1) that lead back; counted anew after each rewind. Above `halt_after` it
+        would never act on non-finite steps, so `guard` refuses that.
       diverged: multiple (> 1) of the best smoothed loss that counts as diverged.
       attempts: rewinds without a snapshot in between (>= 1).
       dtype: of the floating-point numbers in a copy: None keeps each as it is, `jnp.bfloat16` or `jnp.float32` narrow

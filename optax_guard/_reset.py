@@ -2,7 +2,7 @@
 
 A moment is a floating-point array with at least one dimension, or a 0-d one whose path ends in that of a 0-d parameter.
 A counter that sits beside a moment in the same state (Adam's `count`) is the moment's age: it starts anew with it, or
-Adam's bias correction would no longer fit (zeroed moments of a late step give updates up to 6.5 times the learning rate).
+Adam's bias correction would no longer fit (zeroed moments under an old count give updates up to 6.5 times too large).
 Every other counter (a schedule's), key, flag and 0-d number (an injected learning rate) is kept.
 """
 
@@ -28,7 +28,9 @@ def reset_state(inner: optax.GradientTransformation, state: PyTree, params: PyTr
     chosen = _moments_and_ages(state, params)[1]
     leaves, structure = jax.tree.flatten(state)
     fresh = jax.tree.leaves(inner.init(params))
-    mixed = [new.astype(old.dtype) if i in chosen else old for i, (new, old) in enumerate(zip(fresh, leaves, strict=True))]
+    mixed = [
+        new.astype(old.dtype) if i in chosen else old for i, (new, old) in enumerate(zip(fresh, leaves, strict=True))
+    ]
     return jax.tree.unflatten(structure, mixed)
 
 

@@ -208,7 +208,15 @@ ENTRIES = (
         parameter_copies=3,  # the momentum, and a snapshot of parameters and momentum
     ),
     Entry("back_off", "", og.back_off, {}, ("factor", "recover_after", "after", "lowest", "diverged", "axis_name")),
-    Entry("stabilize", "", stabilized, {}, ("inner", "max_norm", "max_change", "axis_name"), wraps=True, parameter_copies=1),
+    Entry(
+        "stabilize",
+        "",
+        stabilized,
+        {},
+        ("inner", "max_norm", "max_change", "axis_name"),
+        wraps=True,
+        parameter_copies=1,
+    ),
     Entry(
         "stabilize",
         "max_change",

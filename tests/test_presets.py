@@ -85,7 +85,10 @@ def test_while_nothing_is_wrong_stabilize_is_the_optimizer() -> None:
 
 def test_max_change_bounds_every_step_and_cures_a_learning_rate_that_is_too_large() -> None:
     """0.1 of the norm a step at most, by a schedule that shrinks; SGD at 300 times its rate."""
-    schedule = lambda step: 0.1 / (1 + 0.2 * step)
+
+    def schedule(step: Any) -> Any:
+        return 0.1 / (1 + 0.2 * step)
+
     for change in (0.01, schedule):
         tx = og.stabilize(optax.sgd(15.0), max_change=change)
         params, state = PARAMS, tx.init(PARAMS)

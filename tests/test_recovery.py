@@ -120,8 +120,8 @@ def test_what_a_moment_is_by_optimizer() -> None:
 def poisoned(state: Any, number: float) -> Any:
     """A state whose second moment holds `number`, as a checkpoint of an unguarded run may."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    spoil = lambda path, leaf: jnp.full_like(leaf, number) if ".nu[" in jax.tree_util.keystr(path) else leaf
-    return jax.tree.unflatten(jax.tree.structure(state), [spoil(path, leaf) for path, leaf in leaves])
+    spoilt = [jnp.full_like(x, number) if ".nu[" in jax.tree_util.keystr(path) else x for path, x in leaves]
+    return jax.tree.unflatten(jax.tree.structure(state), spoilt)
 
 
 @pytest.mark.parametrize(("number", "reason"), [(np.inf, "reset_nonfinite"), (1e30, "reset_frozen")])
@@ -160,9 +160,7 @@ def test_dead_moments_of_a_checkpoint_are_found_at_the_first_step() -> None:
 
 
 def test_frozen_layers_zero_gradients_held_steps_and_zero_rates_are_no_silent_death() -> None:
-    frozen = optax.partition(
-        {"a": optax.adam(0.1), "b": optax.set_to_zero()}, {"kernel": "b", "scale": "a"}
-    )
+    frozen = optax.partition({"a": optax.adam(0.1), "b": optax.set_to_zero()}, {"kernel": "b", "scale": "a"})
     run = Run(guarded(og.reset_moments(after=50, check_every=2), inner=frozen)).go(*[0.5] * 9)
     assert run.metrics["guard/frozen_leaves"] == 0
     run = Run(guarded(og.reset_moments(after=50, check_every=2), inner=optax.sgd(0.1))).go(0.5, 0.5, 0.5, *[0.0] * 6)
@@ -292,13 +290,15 @@ def test_spikes_noise_and_a_missing_loss_lead_nowhere() -> None:
     assert not any(above)
     chex.assert_tree_all_finite(watch)
     tx = guarded(og.rewind(), og.back_off(diverged=2.0))
-    params, state = og.apply_gradients(tx, constant(0.1), tx.init(PARAMS), PARAMS)
+    _, state = og.apply_gradients(tx, constant(0.1), tx.init(PARAMS), PARAMS)
     assert og.metrics(state)["guard/rewind_total"] == 0
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("factor", "within"), [(8.0, 12), (3.0, 36)])
-def test_the_watch_follows_its_equations_and_notices_in_the_stated_time(sign: float, factor: float, within: int) -> None:
+def test_the_watch_follows_its_equations_and_notices_in_the_stated_time(
+    sign: float, factor: float, within: int
+) -> None:
     """s, b and the verdict in NumPy float64; a loss of level -1 rises by the same amount."""
     losses = [sign] * 60 + [sign + (factor - 1)] * within
     s = b = first = 0.0
