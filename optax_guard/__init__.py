@@ -37,6 +37,9 @@ from optax_guard._metrics import flight_log, metrics
 # Bound the gradient by its own history
 from optax_guard._norm_history import MedianNormState, NormHistoryState, clip_by_median_norm, clip_by_norm_history
 
+# Clip by an optimizer's second moment
+from optax_guard._moments import SpamState, StableSpamState, clip_by_update_rms, spam_clip, stable_spam
+
 # The one line that most people need
 from optax_guard._presets import stabilize
 
@@ -63,6 +66,9 @@ from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_s
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
 from optax_guard._tree import leaf_names
 
+# Bound the finished update
+from optax_guard._updates import UpdateNormState, clip_by_update_norm, clippy, limit_step
+
 try:
     __version__ = version("optax-guard")
 except PackageNotFoundError:  # a checkout that was never installed
@@ -86,9 +92,12 @@ __all__ = [
     "ResetState",
     "RewindState",
     "Rule",
+    "SpamState",
     "Sparsity",
     "SpikeState",
+    "StableSpamState",
     "TrainingHalted",
+    "UpdateNormState",
     "Verdict",
     "accumulate",
     "adaptive_grad_clip",
@@ -100,7 +109,10 @@ __all__ = [
     "clip_by_leaf_norm",
     "clip_by_median_norm",
     "clip_by_norm_history",
+    "clip_by_update_norm",
+    "clip_by_update_rms",
     "clip_by_value",
+    "clippy",
     "dense_penalty",
     "elastic_net_penalty",
     "flight_log",
@@ -112,6 +124,7 @@ __all__ = [
     "l1_penalty",
     "langevin_noise",
     "leaf_names",
+    "limit_step",
     "metrics",
     "noise_injection",
     "perturb_weights",
@@ -126,7 +139,9 @@ __all__ = [
     "skip_large",
     "skip_nonfinite",
     "skip_spikes",
+    "spam_clip",
     "sparsity",
     "stabilize",
+    "stable_spam",
     "with_guard_state",
 ]

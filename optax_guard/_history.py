@@ -93,7 +93,7 @@ def published_threshold(
     """Mean + sigmas * std of the window, as published, NaN while a non-finite value is in it; and whether to judge."""
     window = series.accepted.shape[0]
     n = jnp.minimum(series.accepted_total, window)
-    used = jnp.arange(window) < n
+    used = jnp.arange(window, dtype=jnp.int32) < n
     values = jnp.where(series.accepted == -_UNSEEN, jnp.nan, series.accepted)
     count = jnp.maximum(n, 1).astype(jnp.float32)
     mean = jnp.sum(jnp.where(used, values, 0)) / count

@@ -24,8 +24,11 @@ NOT_TRANSFORMATIONS = {
     "NormHistoryState": "a state",
     "PenaltyState": "a state",
     "Rule": "the type of a rule",
+    "SpamState": "a state",
     "SpikeState": "a state",
+    "StableSpamState": "a state",
     "TrainingHalted": "an exception",
+    "UpdateNormState": "a state",
     "Verdict": "what a rule answers",
     "apply_gradients": "takes a step with a transformation",
     "clear_halt": "edits a state",
@@ -153,10 +156,54 @@ def schedule(step: jax.Array) -> jax.Array:
     return 0.5 / (1.0 + step.astype(jnp.float32))
 
 
+def second_moment() -> optax.GradientTransformation:
+    """Divides by the root of a second moment that is kept like RMSProp's, in every dtype; leaves without one pass."""
+
+    def moves(leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+    def blend(moment: Any, gradient: Any) -> Any:
+        if not moves(gradient):
+            return moment
+        gradient = gradient.astype(moment.dtype)
+        return jnp.asarray(0.5, moment.dtype) * (moment + gradient * jnp.conj(gradient))
+
+    def divide(gradient: Any, moment: Any) -> Any:
+        if not moves(gradient):
+            return gradient
+        root = jnp.sqrt(moment + jnp.asarray(1e-3, moment.dtype))
+        return (gradient.astype(moment.dtype) / root).astype(gradient.dtype)
+
+    def init(params: Any) -> optax.ScaleByRmsState:
+        def zeros(leaf: Any) -> jax.Array:
+            return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32) if moves(leaf) else None)
+
+        return optax.ScaleByRmsState(nu=jax.tree.map(zeros, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByRmsState]:
+        moment = jax.tree.map(blend, state.nu, updates)
+        return jax.tree.map(divide, updates, moment), optax.ScaleByRmsState(nu=moment)
+
+    return optax.GradientTransformation(init, update)
+
+
+def spammed(learning_rate=0.1, inner=momentum, threshold=50.0):
+    return og.spam_clip(optax.chain(second_moment(), inner(learning_rate)), threshold, restart_every=2, warmup=1)
+
+
+def stably_spammed(learning_rate=0.1, inner=momentum, gamma3=0.9):
+    return og.stable_spam(inner(learning_rate), gamma3=gamma3, restart_every=2)
+
+
+def rms_clipped(learning_rate=0.1, inner=momentum, max_rms=1.0):
+    return og.clip_by_update_rms(optax.chain(second_moment(), inner(learning_rate)), max_rms)
+
+
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
 HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 
+UPDATE_NORM_STATIC = ("window", "follow", "faithful", "axis_name")
 SPIKE_STATIC = ("window", "on", "follow", "faithful", "axis_name")
 
 ENTRIES = (
@@ -174,6 +221,20 @@ ENTRIES = (
     Entry("skip_spikes", "", og.skip_spikes, {"window": 8}, SPIKE_STATIC),
     Entry("skip_spikes", "faithful", og.skip_spikes, {"window": 4, "faithful": True}, SPIKE_STATIC),
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
+    Entry("limit_step", "", og.limit_step, {"max_change": 0.1}, ("scope", "axis_name"), needs_params=True),
+    Entry(
+        "limit_step",
+        "leaf",
+        og.limit_step,
+        {"max_change": schedule, "scope": "leaf"},
+        ("scope", "axis_name"),
+        needs_params=True,
+    ),
+    Entry("clip_by_update_norm", "", og.clip_by_update_norm, {"window": 8}, UPDATE_NORM_STATIC),
+    Entry("clippy", "", og.clippy, {"relative": 0.1, "absolute": 1e-3}, ("axis_name",), needs_params=True),
+    Entry("spam_clip", "", spammed, {}, ("inner",), needs_params=True, wraps=True, parameter_copies=2),
+    Entry("stable_spam", "", stably_spammed, {}, ("inner",), wraps=True, parameter_copies=1),
+    Entry("clip_by_update_rms", "", rms_clipped, {}, ("inner",), needs_params=True, wraps=True, parameter_copies=2),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),
     Entry("noise_injection", "", og.noise_injection, {"key": 7}, ("key", "relative_to", "mask")),

@@ -1,0 +1,497 @@
+"""Clips that look at the second moment, leaf by leaf or element by element; they wrap the optimizer that keeps it.
+
+================================  =====================================================================================
+Function                          Does
+================================  =====================================================================================
+`spam_clip(optimizer)`            bounds every element by its own second moment; restarts the moments periodically
+`stable_spam(optimizer)`          bounds elements by the leaf's usual largest, then normalises the leaf's norm; restarts
+`clip_by_update_rms(optimizer)`   StableAdamW: shrinks the update of a leaf whose second moment has fallen behind
+================================  =====================================================================================
+
+`clip_by_update_rms` is the one to try first: its signal precedes a loss spike by a few steps, and it has no state. They
+treat elements and leaves differently, so they are no rules; they go inside `guard`, around the whole optimizer:
+`guard(spam_clip(optax.adam(1e-3)), ...)`. A wrapper and not a link of a chain, because the second moment is already in
+the optimizer's state: a copy would cost as much memory as the parameters, and a link could not restart it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from optax._src.transform import (  # states that Optax makes but does not export
+    ScaleByRmsWithCountState,
+    ScaleByRStdDevState,
+    ScaleByRStdDevWithCountState,
+)
+
+from optax_guard import _validate
+from optax_guard._apply import as_transformation
+from optax_guard._second_moment import curvatures
+from optax_guard._statistics import accumulator_dtype
+from optax_guard._step import next_step
+from optax_guard._tree import (
+    NO_PARAMS_MSG,
+    cast_like,
+    check_arrays,
+    check_same_structure,
+    is_gradient,
+    positions,
+    wider_dtype,
+)
+from optax_guard._typing import PyTree
+
+__all__ = ["SpamState", "StableSpamState", "clip_by_update_rms", "spam_clip", "stable_spam"]
+
+# A count restarts with its moments; the counts of schedules are in states of their own and go on.
+_MOMENTS = (
+    optax.ScaleByAdamState,
+    optax.ScaleByAmsgradState,
+    optax.ScaleByBeliefState,
+    optax.ScaleByRmsState,
+    optax.ScaleByRssState,
+    optax.ScaleByLionState,
+    optax.TraceState,
+    optax.EmaState,
+    ScaleByRmsWithCountState,
+    ScaleByRStdDevState,
+    ScaleByRStdDevWithCountState,
+)
+_UNSEEN = 1e18  # the largest norm remembered: its square fits into float32
+_BURST = 10.0  # what one step may count for in the usual largest element, in units of what it was
+
+
+class SpamState(NamedTuple):
+    """What `spam_clip` carries beside the optimizer's own state."""
+
+    spam_inner_state: Any  # the inner optimizer's state
+    spam_step: jax.Array  # i32[]: calls; places the restarts
+
+
+class StableSpamState(NamedTuple):
+    """What `stable_spam` carries: three numbers a leaf beside the optimizer's own state."""
+
+    stable_spam_inner_state: Any  # the inner optimizer's state
+    stable_spam_step: jax.Array  # i32[]: calls; places the restarts
+    largest_average: jax.Array  # f32[n_leaves]: of the largest element, not yet corrected for its start at zero
+    norm_average: jax.Array  # f32[n_leaves]: of the norm after the clip
+    squared_norm_average: jax.Array  # f32[n_leaves]
+    leaf_steps: jax.Array  # i32[n_leaves]: observations in them
+
+
+def spam_clip(
+    inner: optax.GradientTransformation,
+    threshold: float = 5000.0,
+    *,
+    restart_every: int | None = 500,
+    warmup: int = 150,
+    b2: float = 0.999,
+    faithful: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """SPAM: bound every element of the gradient by its second moment; restart the moments now and then.
+
+    g_j <- sign(g_j) * sqrt(threshold * v_j)    where g_j^2 > threshold * v_j
+
+    with v the second moment that the optimizer kept from the steps before, corrected for its start at zero. At call s
+    (from 1), if restart_every divides s, all moments and their counts are set to zero first, and the k-th update from
+    there (k from 0) is multiplied by 1 - 0.99 * (1 + cos(pi * (k + 1) / (warmup + 1))) / 2 for k < warmup.
+
+    Guarantees:
+      - A NaN or Inf in the gradient does not reach the optimizer: NaN counts as 0, Inf as the bound.
+      - Where no moment is yet known (v_j = 0), the leaf's largest known bound holds; a leaf with none passes as it is.
+      - A finite gradient within its bounds reaches the optimizer bit for bit.
+      - Schedules of the optimizer go on over a restart.
+
+    ==============================  ===================================================================================
+    Case                            Result
+    ==============================  ===================================================================================
+    first step; after a restart     nothing is known, nothing is bounded: for that step the leaf passes
+    zero gradient                   zero
+    Inf where nothing is known      0
+    row of an embedding never seen  bounded like the largest element of its leaf (published: held at 0)
+    five spikes in a row, any size  each is clipped to sqrt(threshold) = 71 roots; a step multiplies v by at most b2 +
+                                    (1 - b2) * threshold = 6 (less the correction), so the bound by up to 88 in five
+    ==============================  ===================================================================================
+
+    Args:
+      inner: an optimizer that keeps a second moment (Adam, RMSProp, Adagrad and their kin) in Optax's own states.
+      threshold: bound on g^2 / v, > 0, a number or a 0-d array.
+      restart_every: steps between restarts (>= 2), or None for none.
+      warmup: steps of the warm-up after a restart (>= 0).
+      b2: the optimizer's decay of the second moment, in [0, 1]: needed to correct its start.
+      faithful: the published method, for comparison.
+
+    Returns:
+      A transformation; its `update` needs `params`, and forwards extra arguments. Under `optax.inject_hyperparams`
+      list all arguments but `threshold` and `b2` in `static_args`.
+
+    Raises:
+      ValueError: wrong static arguments; no second moment found in `inner`'s state.
+
+    Example:
+      >>> tx = spam_clip(optax.adam(0.1))
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> for gradient in (jnp.ones(2), jnp.array([1.0, 1e6])):
+      ...     _, state = tx.update(gradient, state, params)
+      >>> print(optax.tree.get(state, "mu"))            # 0.9 * 0.1 + 0.1 * sqrt(5000)
+      [0.19      7.1611137]
+
+    References:
+      Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025, arXiv 2501.06842,
+      algorithm 1, and its code. `faithful=True`: v is not corrected, nothing is clipped in the first 20 steps after a
+      restart, counts go on (so that the bias correction misses the restart), v_j = 0 holds its element at 0, NaN passes.
+      Deviations of both: no sparse momentum.
+
+    See Also:
+      `optax.clip`, one bound for all.
+    """
+    name = "spam_clip"
+    inner = as_transformation(name, inner)
+    _validate.scalar(name, "threshold", threshold, low=0, open_low=True)
+    _validate.scalar(name, "b2", b2, low=0, high=1)
+    warmup = _validate.integer(name, "warmup", warmup, low=0)
+    _validate.boolean(name, "faithful", faithful)
+    if restart_every is not None:
+        restart_every = _validate.integer(name, "restart_every", restart_every, low=2)
+    update_inner = optax.with_extra_args_support(inner).update
+
+    def init(params: optax.Params) -> SpamState:
+        return SpamState(spam_inner_state=inner.init(params), spam_step=jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: SpamState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, SpamState]:
+        _check(name, updates, params)
+        step = next_step(state.spam_step)
+        restart, factor = _restart(step, restart_every, warmup)
+        before = _restarted(state.spam_inner_state, restart, counts=not faithful)
+        everything = jax.tree.map(is_gradient, params)
+        correction = jnp.zeros(()) if faithful else jnp.asarray(b2, jnp.float32)
+        roots = curvatures(name, before, params, everything, "second_moment", correction, 0.0)
+        settled = (step >= 20) & (step % (restart_every or 2**30) >= 20)
+
+        def clip(leaf: jax.Array, root: jax.Array) -> jax.Array:
+            real = accumulator_dtype(leaf.dtype)
+            known = jnp.isfinite(root)
+            bound = jnp.sqrt(jnp.asarray(threshold, real)) * jnp.where(known, root, 0).astype(real)
+            if faithful:
+                clipped = settled & (jnp.abs(leaf).astype(real) > bound) & ~jnp.isnan(root)
+                return jnp.where(clipped, _at_size(leaf, bound), leaf)
+            largest = jnp.max(bound, initial=0)
+            bound = jnp.where(bound > 0, bound, jnp.where(largest > 0, largest, jnp.inf))
+            leaf = jnp.where(jnp.isnan(leaf), jnp.zeros_like(leaf), leaf)
+            bounded = jnp.where(jnp.abs(leaf).astype(real) > bound, _at_size(leaf, bound), leaf)
+            return jnp.where(jnp.isfinite(bounded), bounded, jnp.zeros_like(bounded))
+
+        clipped = _map_positions(clip, updates, roots)
+        updates, after = update_inner(clipped, before, params, **extra)
+        return _scaled(updates, factor), SpamState(spam_inner_state=cast_like(after, before), spam_step=step)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stable_spam(
+    inner: optax.GradientTransformation,
+    *,
+    gamma1: float = 0.7,
+    gamma2: float = 0.9,
+    gamma3: float = 0.999,
+    restart_every: int | None = 1000,
+    eps: float = 1e-8,
+    faithful: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Stable-SPAM: bound elements by the usual largest of their leaf, normalise the leaf's norm, restart now and then.
+
+    For every leaf, t its observations, T, m, n averages that start at zero:
+
+        T <- gamma3 T + (1 - gamma3) min(M, 10 T')    M = max_j |g_j|, T' the T before, corrected
+        g_j <- g_j / M * That    where |g_j| > That,                       That = T / (1 - gamma3^t)
+        m <- gamma1 m + (1 - gamma1) ||g||,     n <- gamma2 n + (1 - gamma2) ||g||^2
+        g <- g / ||g|| * mhat / (sqrt(nhat) + eps)                         corrected in the same way
+
+    At every restart_every-th call all moments of the optimizer and their counts are set to zero first.
+
+    Guarantees:
+      - NaN and Inf reach neither the averages nor the optimizer: NaN counts as 0, Inf as +-That.
+      - Five spikes in a row, of any size, raise That by at most (1 + 9 (1 - gamma3))^5 = 1.046 (once t > 1000).
+      - What reaches the optimizer has a norm of at most about 1 for every leaf, whatever the gradient's scale.
+      - Schedules of the optimizer, and the averages, go on over a restart.
+
+    ==============================  ===================================================================================
+    Case                            Result
+    ==============================  ===================================================================================
+    first observation               no bound: That is its own largest element; its norm becomes 1
+    zero leaf, or nothing finite    zero, and no observation
+    lasting rise x100               That follows in about 520 steps (ln 100 / 0.009); the norm of the leaf is normalised
+                                    meanwhile all the same
+    first norm above 1e18           counts as 1e18 in m and n
+    ==============================  ===================================================================================
+
+    Args:
+      inner: an optimizer. Its moments are restarted if they are in Optax's own states.
+      gamma1: decay of the norm's average, in [0, 1).
+      gamma2: decay of its square's, in [0, 1).
+      gamma3: decay of the largest element's, in [0, 1).
+      restart_every: steps between restarts (>= 2), or None for none.
+      eps: added to the root, >= 0.
+      faithful: the published method, for comparison.
+
+    Returns:
+      A transformation; its `update` forwards extra arguments. Under `optax.inject_hyperparams` list `inner`,
+      `restart_every` and `faithful` in `static_args`.
+
+    Raises:
+      ValueError: wrong static arguments.
+
+    Example:
+      >>> tx = stable_spam(optax.sgd(1.0))
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> tx.update(jnp.array([30.0, 40.0]), state, params)[0]
+      Array([-0.59999996, -0.79999995], dtype=float32)
+
+    References:
+      Huang et al., "Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam", 2025, arXiv 2502.17055,
+      algorithm 1. `faithful=True`: T takes M as it comes (one spike of 1e6 raises That by 1e3), and t is the count
+      since the restart (set to 1), so that That, mhat and nhat, which do not restart, are too large after it: That by
+      (1 - gamma3^t) / (1 - gamma3), up to 1000. A leaf that is not finite is left out, where published it is NaN from
+      then on: no state of this library holds one. Deviation of both: no cosine decay of gamma1 and beta1.
+
+    See Also:
+      `spam_clip`; `optax.normalize_by_update_norm`, without a history.
+    """
+    name = "stable_spam"
+    inner = as_transformation(name, inner)
+    for argument, value in (("gamma1", gamma1), ("gamma2", gamma2), ("gamma3", gamma3)):
+        _validate.scalar(name, argument, value, low=0, high=1)
+    _validate.scalar(name, "eps", eps, low=0)
+    _validate.boolean(name, "faithful", faithful)
+    if restart_every is not None:
+        restart_every = _validate.integer(name, "restart_every", restart_every, low=2)
+    update_inner = optax.with_extra_args_support(inner).update
+
+    def init(params: optax.Params) -> StableSpamState:
+        leaves = len(positions(params))
+        return StableSpamState(
+            stable_spam_inner_state=inner.init(params),
+            stable_spam_step=jnp.zeros((), jnp.int32),
+            largest_average=jnp.zeros(leaves, jnp.float32),
+            norm_average=jnp.zeros(leaves, jnp.float32),
+            squared_norm_average=jnp.zeros(leaves, jnp.float32),
+            leaf_steps=jnp.zeros(leaves, jnp.int32),
+        )
+
+    def update(
+        updates: optax.Updates, state: StableSpamState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, StableSpamState]:
+        check_arrays(name, updates)
+        if params is not None:
+            check_same_structure(name, "updates", updates, "params", params)
+        step = next_step(state.stable_spam_step)
+        restart = _restart(step, restart_every, 0)[0]
+        before = _restarted(state.stable_spam_inner_state, restart, counts=True)
+        steps = jnp.where(restart, 0, state.leaf_steps) if faithful else state.leaf_steps
+        old = (state.largest_average, state.norm_average, state.squared_norm_average, steps)
+        results = [
+            _normalised(leaf, tuple(x[i] for x in old), (gamma1, gamma2, gamma3, eps), faithful)
+            for i, leaf in enumerate(positions(updates))
+        ]
+        normal = jax.tree.unflatten(
+            jax.tree.structure(updates, is_leaf=lambda leaf: leaf is None), [leaf for leaf, _ in results]
+        )
+        averages = [jnp.stack(x) for x in zip(*(new for _, new in results), strict=True)] if results else list(old)
+        updates, after = update_inner(normal, before, params, **extra)
+        return updates, StableSpamState(cast_like(after, before), step, *averages)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_by_update_rms(
+    inner: optax.GradientTransformation, max_rms: float = 1.0, *, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """StableAdamW's update clipping: a smaller step for a leaf whose gradient has outgrown its second moment.
+
+    u_i <- u_i / max(1, RMS_i / max_rms),    RMS_i = sqrt(mean_j g_ij^2 / max(v_ij, eps^2))         for every leaf i
+
+    with g the gradient, u the optimizer's finished update, and v its second moment *after* this step, corrected for its
+    start at zero. RMS is about 1 while v describes the gradient; it rises one to eight steps before a loss spike.
+
+    Guarantees:
+      - With RMS_i <= max_rms the update of a leaf is the optimizer's, selected (a compiler may fuse a multiply-add).
+      - The optimizer's state is the optimizer's own: what is clipped is the step, learning rate and decay included.
+      - No state.
+
+    ==========================  =======================================================================================
+    Case                        Result
+    ==========================  =======================================================================================
+    first step                  RMS is 1 (v is g^2): unchanged
+    zero gradient               unchanged
+    NaN or Inf in a leaf        that leaf is what the optimizer makes of it; the others are unaffected
+    spike of any size           RMS at most 1 / sqrt(1 - b2) = 32
+    ==========================  =======================================================================================
+
+    Args:
+      inner: an optimizer that keeps a second moment (Adam, RMSProp, Adagrad and their kin) in Optax's own states.
+      max_rms: the largest RMS that is left alone, > 0, a number or a 0-d array; d of the paper.
+      b2: the optimizer's decay of the second moment, in [0, 1]: needed to correct its start. The paper uses 0.99.
+      eps: the smallest root of v that is divided by, >= 0.
+
+    Returns:
+      A transformation; its `update` needs `params`, and forwards extra arguments. Under `optax.inject_hyperparams`
+      list `inner` in `static_args`.
+
+    Raises:
+      ValueError: wrong static arguments; no second moment found in `inner`'s state.
+
+    Example:
+      >>> tx = clip_by_update_rms(optax.adam(0.1))
+      >>> params = jnp.ones(1)
+      >>> state = tx.init(params)
+      >>> for gradient in [1.0] * 10 + [100.0]:
+      ...     updates, state = tx.update(jnp.full(1, gradient), state, params)
+      >>> print(updates)                                    # optax.adam alone: -0.051
+      [-0.0154...]
+
+    References:
+      Wortsman et al., "Stable and low-precision training for large-scale vision-language models", 2023, arXiv
+      2304.13013, algorithm 2 (AdamW with Adafactor's update clipping). Its debiased averages equal bias correction.
+      No deviation; decoupled weight decay is scaled as there.
+
+    See Also:
+      `optax.clip_by_block_rms` after `scale_by_adam` clips RMS(m / sqrt(v)), another number: m lags.
+    """
+    name = "clip_by_update_rms"
+    inner = as_transformation(name, inner)
+    _validate.scalar(name, "max_rms", max_rms, low=0, open_low=True)
+    _validate.scalar(name, "b2", b2, low=0, high=1)
+    _validate.scalar(name, "eps", eps, low=0)
+    update_inner = optax.with_extra_args_support(inner).update
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        _check(name, updates, params)
+        gradients = updates
+        updates, after = update_inner(updates, state, params, **extra)
+        everything = jax.tree.map(is_gradient, params)
+        roots = curvatures(name, after, params, everything, "second_moment", jnp.asarray(b2, jnp.float32), 0.0)
+
+        def clip(moved: jax.Array, gradient: jax.Array, root: jax.Array) -> jax.Array:
+            real = accumulator_dtype(gradient.dtype)
+            ratio = jnp.abs(gradient).astype(real) / jnp.maximum(root.astype(real), jnp.asarray(eps, real))
+            square = jnp.mean(jnp.square(lax.stop_gradient(ratio))) if gradient.size else jnp.zeros((), real)
+            over = square > jnp.square(jnp.asarray(max_rms, real))
+            over = over & jnp.isfinite(square)
+            scale = jnp.where(over, jnp.asarray(max_rms, real) * lax.rsqrt(jnp.where(over, square, 1)), 1)
+            return jnp.where(over, _times(moved, scale), moved)
+
+        clipped = _map_positions(clip, updates, positions(gradients), roots)
+        return clipped, after
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _check(name: str, updates: PyTree, params: PyTree | None) -> None:
+    if params is None:
+        raise ValueError(NO_PARAMS_MSG)
+    check_arrays(name, updates)
+    check_same_structure(name, "updates", updates, "params", params)
+
+
+def _map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
+    """Maps over the floating-point leaves of `tree` with the entries of lists that follow `positions`."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
+    mapped = [
+        function(leaf, *others) if is_gradient(leaf) else leaf for leaf, *others in zip(leaves, *rest, strict=True)
+    ]
+    return jax.tree.unflatten(structure, mapped)
+
+
+def _at_size(leaf: jax.Array, size: jax.Array) -> jax.Array:
+    """The direction of every element at another size; Inf has the direction of its sign."""
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        unit = leaf / jnp.where(jnp.abs(leaf) > 0, jnp.abs(leaf), 1).astype(leaf.dtype)
+        return unit * size.astype(leaf.dtype)
+    return jnp.sign(leaf) * size.astype(leaf.dtype)
+
+
+def _times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
+    wide = wider_dtype(leaf.dtype, factor.dtype)
+    return (leaf.astype(wide) * factor.astype(wide)).astype(leaf.dtype)
+
+
+def _scaled(updates: PyTree, factor: jax.Array) -> PyTree:
+    return _map_positions(lambda leaf: jnp.where(factor == 1, leaf, _times(leaf, factor)), updates)
+
+
+def _restart(step: jax.Array, every: int | None, warmup: int) -> tuple[jax.Array, jax.Array]:
+    """Whether the moments restart at this call, and the factor of the warm-up after the last restart."""
+    if every is None:
+        return jnp.zeros((), bool), jnp.ones((), jnp.float32)
+    since = (step % every).astype(jnp.float32)
+    rate = 0.495 * (1 + jnp.cos(jnp.pi * (since + 1) / (warmup + 1)))
+    return step % every == 0, jnp.where((step >= every) & (since < warmup), 1 - rate, 1)
+
+
+def _restarted(state: PyTree, restart: jax.Array, counts: bool) -> PyTree:
+    """The state with moments (and their counts) zero where `restart`. A select: fused into the read of the moments."""
+
+    def zero(leaf: jax.Array) -> jax.Array:
+        return jnp.where(restart, jnp.zeros_like(leaf), leaf)
+
+    def look(node: Any) -> Any:
+        if not isinstance(node, _MOMENTS):
+            return node
+        fields = {
+            name: field if name == "count" and not counts else jax.tree.map(zero, field)
+            for name, field in node._asdict().items()
+        }
+        return type(node)(**fields)
+
+    return jax.tree.map(look, state, is_leaf=lambda node: isinstance(node, _MOMENTS))
+
+
+def _normalised(
+    leaf: Any, old: tuple[jax.Array, ...], settings: tuple[Any, ...], faithful: bool
+) -> tuple[Any, tuple[jax.Array, ...]]:
+    """One leaf of `stable_spam` and its new averages."""
+    if not is_gradient(leaf) or leaf.size == 0:
+        return leaf, old
+    largest, norms, squares, steps = old
+    gamma1, gamma2, gamma3, eps = (jnp.asarray(x, jnp.float32) for x in settings)
+    real = accumulator_dtype(leaf.dtype)
+    sizes = lax.stop_gradient(jnp.abs(leaf).astype(real))
+    finite = jnp.isfinite(sizes)
+    most = jnp.max(jnp.where(finite, sizes, 0)).astype(jnp.float32)
+    t = steps + 1
+
+    def corrected(average: jax.Array, decay: jax.Array, count: jax.Array) -> jax.Array:
+        share = 1 - decay ** count.astype(jnp.float32)
+        return average / jnp.where(share > 0, share, 1)
+
+    usual = corrected(largest, gamma3, steps)
+    taken = most if faithful else jnp.where(steps > 0, jnp.minimum(most, _BURST * usual), jnp.minimum(most, _UNSEEN))
+    new_largest = gamma3 * largest + (1 - gamma3) * taken
+    bound = corrected(new_largest, gamma3, t)
+    seen = (most > 0) & jnp.isfinite(most) & (jnp.all(finite) if faithful else True)
+    one = jnp.where(most > 0, most, 1)
+    # Divided first: elements of 1e30 times a bound would overflow.
+    over = finite & (sizes > bound.astype(real))
+    shape = jnp.where(finite, sizes, 0) / one.astype(real)
+    shrunk = jnp.where(over, shape * bound.astype(real), jnp.where(finite, sizes, 0))
+    shrunk = jnp.where(jnp.isinf(sizes), bound.astype(real), shrunk)
+    top = jnp.max(shrunk)
+    top = jnp.where(top > 0, top, 1)
+    norm = (top * jnp.sqrt(jnp.sum(jnp.square(shrunk / top)))).astype(jnp.float32)
+    counted = jnp.minimum(norm, _UNSEEN)
+    new_norms = gamma1 * norms + (1 - gamma1) * counted
+    new_squares = gamma2 * squares + (1 - gamma2) * jnp.square(counted)
+    length = corrected(new_norms, gamma1, t) / (jnp.sqrt(corrected(new_squares, gamma2, t)) + eps)
+    factor = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1), 0).astype(real)
+    direction = jnp.where(jnp.isnan(leaf), jnp.zeros_like(leaf), leaf)
+    result = _at_size(direction, shrunk * factor)
+    result = jnp.where(seen, jnp.where(jnp.isfinite(result), result, jnp.zeros_like(result)), jnp.zeros_like(result))
+    new = (new_largest, new_norms, new_squares, jnp.minimum(t, 2**30))
+    return result, tuple(jnp.where(seen, n, o).astype(o.dtype) for n, o in zip(new, old, strict=True))
