@@ -80,7 +80,7 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
     )
     if absent:
         kinds = kinds.at[0].set(_ABSENT)
-    packed = jnp.sum(kinds * jnp.array([1, 5, 25, 125], jnp.int32)) + _RECOVERY * row.recovery
+    packed = jnp.sum(kinds * jnp.array([1, 5, 25, 125], jnp.int32), dtype=jnp.int32) + _RECOVERY * row.recovery
     codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed.astype(jnp.int32)])
     place = row.step % recorder.codes.shape[0]
     return FlightRecorder(

@@ -24,11 +24,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_guard import _validate
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import first_look
 from optax_guard._step import next_step
+from optax_guard._tree import check_arrays
 from optax_guard._typing import AxisName
 from optax_guard._watch import empty_watch, loss_above, watch_loss
 
@@ -227,7 +229,7 @@ def back_off(
       after: steps of trouble in a row until it steps down (>= 1).
       lowest: bound on the scale, in (0, 1).
       diverged: also step down when the smoothed loss exceeds this multiple (> 1) of its best; None does not look.
-      axis_name: as in `gradient_statistics`, for use alone.
+      axis_name: as in `gradient_statistics`, for use alone; the loss is averaged over the axis.
 
     Returns:
       A rung for `guard(..., recovery=(...,))`, which is also an Optax transformation.
@@ -269,9 +271,11 @@ def back_off(
         **extra: Any,
     ) -> tuple[optax.Updates, BackOffState]:
         del params, extra
+        check_arrays(name, updates)
         finite = jnp.all(first_look(updates, axis_name).finite)
         trouble, watch = ~finite, state.back_off_watch
         if value is not None:
+            value = jnp.asarray(value) if axis_name is None else lax.pmean(value, axis_name)
             trouble = trouble | ~jnp.isfinite(value)
             if diverged is not None:
                 watch = watch_loss(watch, value, finite)

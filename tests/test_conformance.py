@@ -467,7 +467,9 @@ def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
     recovery = og.reset_moments(), og.back_off(diverged=2.0)
     everything = og.accumulate(og.guard(inner, *rules, recovery=recovery), every=2)
     snapshots = og.guard(optax.identity(), recovery=(og.rewind(),))  # apart: a snapshot repeats what is inside
-    states = [jax.eval_shape(tx.init, PARAMS) for tx in (everything, snapshots)]
+    own = ("spam_clip", "stable_spam", "clip_by_update_norm")
+    alone = [entry.make() for entry in ENTRIES if entry.name in own and not entry.variant]
+    states = [jax.eval_shape(tx.init, PARAMS) for tx in (everything, snapshots, *alone)]
     for name in (name for kind in (*STATES, og.LossWatch) for name in kind._fields):
         assert [state for state in states if optax.tree.get(state, name) is not None], name
 
