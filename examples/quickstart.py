@@ -1,7 +1,7 @@
 """The same training, five ways to take the step, at three learning rates.
 
     make demo                                     # installs what it needs, then runs this file
-    python examples/quickstart.py                 # about a minute on two cores; writes quickstart.png
+    python examples/quickstart.py                 # one to three minutes on two cores; writes quickstart.png
     python examples/quickstart.py --quick         # a short mode, to see that it runs
     python examples/quickstart.py --learning-rate 0.002 --seed 1 --out other.png
 
@@ -244,7 +244,7 @@ def picture(
 def main(arguments: list[str] | None = None) -> None:
     """Trains the five arms, prints the table, writes the picture."""
     parser = argparse.ArgumentParser(description="The same training with and without a guard, on real digits.")
-    parser.add_argument("--steps", type=int, default=800, help="training steps per arm (default: 800)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps per arm (default: 1000)")
     parser.add_argument(
         "--learning-rate", type=float, default=0.001, help="the reasonable one, of SGD with momentum (default: 0.001)"
     )
