@@ -1,14 +1,14 @@
-"""One run, four arms: what happens to the same training with and without a guard.
+"""The same training, five ways to take the step, at three learning rates.
 
     make demo                                     # installs what it needs, then runs this file
-    python examples/quickstart.py                 # about a minute on two cores; writes quickstart.png
+    python examples/quickstart.py                 # one to three minutes on two cores; writes quickstart.png
     python examples/quickstart.py --quick         # a short mode, to see that it runs
-    python examples/quickstart.py --learning-rate 0.01 --seed 1 --out other.png
+    python examples/quickstart.py --learning-rate 0.002 --seed 1 --out other.png
 
-scikit-learn's handwritten digits are read pixel by pixel, as sequences of 64 steps, by a vanilla recurrent net. With a
-learning rate of 0.02 the gradients of plain SGD explode by themselves; on top of that a few batches are corrupted, as a
-bad shard or a broken decoder does it. All arms see the same batches from the same initial parameters. Nothing is
-scripted: the table and the picture show what was measured.
+scikit-learn's handwritten digits are read pixel by pixel, as sequences of 64 steps, by a vanilla recurrent net, trained
+by SGD with momentum. Two things go wrong. A few batches are corrupted, as a bad shard or a broken decoder does it. And
+the learning rate is right, ten times too large, thirty times too large. All runs see the same batches from the same
+initial parameters. Nothing is scripted: the table and the picture show what was measured.
 """
 
 import argparse
@@ -36,49 +36,62 @@ import optax_guard as og
 from optax_guard.models import RNN
 
 matplotlib.use("Agg")
+import matplotlib.lines
 import matplotlib.pyplot as plt
 
 HIDDEN = 96  # enough for 95 % accuracy, small enough for two cores
 BATCH = 64
 MAX_NORM = 1.0  # the usual clip; the norm of a healthy gradient here is 0.5 to 3
 MOMENTUM = 0.9
+MAX_CHANGE = 1e-3  # no step changes the parameters by more than a thousandth of their norm
+FACTORS = (1, 10, 30)  # of the learning rate
 CHUNK = 50  # steps per jitted call: the progress display moves between calls
 NONFINITE_LIMIT = 5  # optax.apply_if_finite lets a non-finite gradient in after so many in a row: that is documented
 SINGLE_NANS = (0.45, 0.8)  # batches with NaN pixels, as shares of the run
 NAN_SHARD = 0.6  # a shard of eight of them in a row
 SHARD_LENGTH = 8
 SCALED = (0.38, 0.7)  # batches whose pixels were not divided by 16 but multiplied by 1e4
-# Okabe and Ito's palette, which colour-blind people can tell apart.
-COLORS = {"bare": "#888888", "clip": "#E69F00", "finite": "#56B4E9", "guard": "#0072B2"}
 
 
 class Arm(NamedTuple):
     """One way to train."""
 
     label: str
-    tx: optax.GradientTransformation
-    clips: bool
+    make: Callable[[Any], optax.GradientTransformation]  # of the learning rate
+    color: str  # Okabe and Ito's palette, which colour-blind people can tell apart
 
 
 class Record(NamedTuple):
-    """What was measured at every step of an arm."""
+    """What was measured at every step of an arm, for each learning rate: [steps, rates]."""
 
     loss: np.ndarray
-    norm: np.ndarray  # of the gradient as it came
     finite: np.ndarray  # whether all parameters are finite after the step
     moved: np.ndarray  # whether any parameter changed
 
 
-def make_arms(learning_rate: float) -> dict[str, Arm]:
-    """The four arms. The last differs from the second by one line."""
-    sgd = optax.sgd(learning_rate, momentum=MOMENTUM)
-    clipped = optax.chain(optax.clip_by_global_norm(MAX_NORM), sgd)
-    return {
-        "bare": Arm("bare optimizer", sgd, False),
-        "clip": Arm("optax.clip_by_global_norm", clipped, True),
-        "finite": Arm("optax.apply_if_finite", optax.apply_if_finite(clipped, NONFINITE_LIMIT), True),
-        "guard": Arm("optax_guard", og.guard(sgd, og.clip_by_global_norm(MAX_NORM), history=2048), True),
-    }
+def sgd(rate: Any) -> optax.GradientTransformation:
+    """The optimizer of all arms."""
+    return optax.sgd(rate, momentum=MOMENTUM)
+
+
+def clipped(rate: Any) -> optax.GradientTransformation:
+    """What is usually done."""
+    return optax.chain(optax.clip_by_global_norm(MAX_NORM), sgd(rate))
+
+
+ARMS = {
+    "bare": Arm("bare optimizer", sgd, "#999999"),
+    "clip": Arm("optax.clip_by_global_norm", clipped, "#E69F00"),
+    "finite": Arm(
+        "optax.apply_if_finite", lambda rate: optax.apply_if_finite(clipped(rate), NONFINITE_LIMIT), "#CC79A7"
+    ),
+    "stabilize": Arm("og.stabilize", lambda rate: og.stabilize(sgd(rate), history=2048), "#56B4E9"),
+    "limited": Arm(
+        f"og.stabilize, max_change={MAX_CHANGE:g}",
+        lambda rate: og.stabilize(sgd(rate), max_change=MAX_CHANGE, history=2048),
+        "#0072B2",
+    ),
+}
 
 
 def make_batches(steps: int, seed: int) -> tuple[Any, Any, dict[str, list[int]]]:
@@ -111,126 +124,148 @@ def params_state(params: Any) -> Any:
 
 
 def train(
-    arm: Arm, params: Any, logits: Callable[..., jax.Array], batches: Any, tick: Callable[[], None]
+    arm: Arm, params: Any, rates: np.ndarray, logits: Callable[..., jax.Array], batches: Any, tick: Callable[[], None]
 ) -> tuple[Any, Any, Record]:
-    """Trains one arm; returns its last parameters, its optimizer state and its record."""
+    """Trains one arm at all learning rates at once; returns last parameters, optimizer states and the record."""
 
     def loss_fn(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits(params, inputs), labels).mean()
 
-    def step(carry: Any, batch: Any) -> Any:
-        params, state = carry
+    def step(rate: jax.Array, params: Any, state: Any, batch: Any) -> Any:
         loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        new_params, state = og.apply_gradients(arm.tx, grads, state, params, value=loss)
+        new_params, state = og.apply_gradients(arm.make(rate), grads, state, params, value=loss)
         finite = jnp.all(og.gradient_statistics(new_params).finite)
         same = jax.tree.map(lambda a, b: jnp.all(a == b), params, new_params)
-        return (new_params, state), (loss, og.global_norm(grads), finite, ~jnp.all(jnp.stack(jax.tree.leaves(same))))
+        return new_params, state, (loss, finite, ~jnp.all(jnp.stack(jax.tree.leaves(same))))
 
-    run = jax.jit(lambda carry, part: jax.lax.scan(step, carry, part))
-    carry, parts = (params, arm.tx.init(params)), []
+    def body(carry: Any, batch: Any) -> Any:
+        *carry, seen = jax.vmap(step, in_axes=(0, 0, 0, None))(rates, *carry, batch)
+        return tuple(carry), seen
+
+    run = jax.jit(lambda carry, part: jax.lax.scan(body, carry, part))
+    repeated = jax.tree.map(lambda x: jnp.stack([x] * len(rates)), params)
+    carry = repeated, jax.vmap(lambda rate, params: arm.make(rate).init(params))(rates, repeated)
+    parts: list[Any] = []
     for start in range(0, len(batches[0]), CHUNK):
-        carry, part = run(carry, tuple(x[start : start + CHUNK] for x in batches))
-        parts.append(jax.device_get(part))
+        if parts and not parts[-1][1][-1].any():  # all are dead: NaN stays NaN
+            loss, finite, moved = parts[-1]
+            parts.append((np.full_like(loss, np.nan), np.zeros_like(finite), np.zeros_like(moved)))
+        else:
+            carry, part = run(carry, tuple(x[start : start + CHUNK] for x in batches))
+            parts.append(jax.device_get(part))
         tick()
-    return *carry, Record(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return *carry, Record(*(np.concatenate(column)[: len(batches[0])] for column in zip(*parts, strict=True)))
 
 
-def summary(arms: dict[str, Arm], records: dict[str, Record], accuracy: dict[str, float]) -> Table:
+def death(record: Record, index: int) -> int | None:
+    """The first step after which a parameter is not finite."""
+    dead = np.flatnonzero(~record.finite[:, index])
+    return int(dead[0]) if len(dead) else None
+
+
+def summary(records: dict[str, Record], accuracy: dict[str, np.ndarray], rates: np.ndarray) -> Table:
     """The table of outcomes."""
-    table = Table(title="Accuracy on held-out digits, and steps")
-    for column in ("arm", "accuracy", "skipped", "clipped", "first non-finite"):
+    table = Table(title="Accuracy on held-out digits (chance is 0.1), and steps at which no parameter changed")
+    for column in ("arm", "learning rate", "accuracy", "skipped", "first non-finite"):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for name, arm in arms.items():
+    for name, arm in ARMS.items():
         record = records[name]
-        dead = np.flatnonzero(~record.finite)
-        skipped = ~record.moved & record.finite
-        clipped = record.moved & np.isfinite(record.norm) & (record.norm > MAX_NORM) & record.finite
-        table.add_row(
-            arm.label,
-            f"{accuracy[name]:.3f}",
-            str(int(skipped.sum())),
-            str(int(clipped.sum())) if arm.clips else "-",
-            f"step {dead[0]}" if len(dead) else "never",
-        )
+        for i, rate in enumerate(rates):
+            dead = death(record, i)
+            table.add_row(
+                arm.label,
+                f"{rate:g}",
+                f"{accuracy[name][i]:.3f}",
+                str(int((~record.moved[:, i] & record.finite[:, i]).sum())),
+                "never" if dead is None else f"step {dead}",
+                end_section=i == len(rates) - 1,
+            )
     return table
 
 
 def picture(
-    arms: dict[str, Arm], records: dict[str, Record], accuracy: dict[str, float], faults: Any, path: Path
+    records: dict[str, Record], accuracy: dict[str, np.ndarray], rates: np.ndarray, faults: Any, path: Path
 ) -> None:
-    """Loss and gradient norm of the four arms, with what was done to them."""
+    """The loss of the five arms at each learning rate, and what they have learnt."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 1, figsize=(10, 6.4), sharex=True, layout="constrained")
-    steps = len(next(iter(records.values())).loss)
-    window = max(steps // 75, 1)
-    for axis, quantity, title in (
-        (axes[0], "loss", f"Training loss (median of {window} steps)"),
-        (axes[1], "norm", "Norm of the gradient as it came, before any clip"),
-    ):
-        for name in arms:
-            values = getattr(records[name], quantity).astype(np.float64)
-            dead = np.flatnonzero(~records[name].finite)
-            end = dead[0] if len(dead) else steps
-            shown = np.where(np.isfinite(values), values, np.nan)[:end]
-            if quantity == "loss":
-                shown = np.array([np.nanmedian(shown[max(i - window, 0) : i + 1]) for i in range(len(shown))])
-            style = {
-                "color": COLORS[name],
-                "lw": 2.2 if name == "guard" else 1.6,
-                "zorder": 4 if name == "guard" else 3,
-            }
-            axis.plot(
-                np.arange(len(shown)), shown, **style if quantity == "loss" else style | {"lw": 0.9, "alpha": 0.9}
-            )
-            if len(dead) and len(shown) and quantity == "loss":
-                axis.plot(end - 1, shown[-1], "X", color=COLORS[name], ms=11, mec="white", zorder=6)
+    figure, grid = plt.subplots(2, 2, figsize=(10.5, 7.4), layout="constrained")
+    steps = len(records["bare"].loss)
+    window = max(steps // 50, 1)
+    for i, (axis, rate) in enumerate(zip(grid.flat, rates, strict=False)):
         for step in faults["NaN pixels"]:
-            axis.axvline(step, color="#CC3311", lw=0.8, alpha=0.45, zorder=1)
+            axis.axvline(step, color="#CC3311", lw=0.8, alpha=0.35, zorder=1)
         for step in faults["scaled by 1e4"]:
-            axis.axvline(step, color="#AA4499", lw=1.2, ls=":", alpha=0.8, zorder=1)
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_yscale("log")
+            axis.axvline(step, color="#882255", lw=1.2, ls=":", alpha=0.8, zorder=1)
+        for name, arm in ARMS.items():
+            dead = death(records[name], i)
+            shown = records[name].loss[:dead, i].astype(np.float64)
+            shown = np.where(np.isfinite(shown), shown, np.nan)
+            parts = (shown[max(j - window, 0) : j + 1] for j in range(len(shown)))
+            smooth = np.array([np.nanmedian(part) if np.isfinite(part).any() else np.nan for part in parts])
+            ours = name in ("stabilize", "limited")
+            axis.plot(smooth, color=arm.color, lw=2.2 if ours else 1.5, zorder=4 if ours else 3)
+            if dead:
+                axis.plot(dead - 1, min(smooth[-1], 1e2), "X", color=arm.color, ms=11, mec="white", zorder=6)
+        factor = "" if FACTORS[i] == 1 else f", {FACTORS[i]} times as large"
+        axis.set(xlim=(0, steps), ylim=(0.08, 20), yscale="log", xlabel="step")
+        axis.set_title(f"Training loss, learning rate {rate:g}{factor}", loc="left", fontsize=10)
         axis.grid(axis="y", alpha=0.2)
-    for name, arm in arms.items():
-        dead = np.flatnonzero(~records[name].finite)
-        fate = f"NaN from step {dead[0]}" if len(dead) else "alive"
-        axes[0].plot([], [], color=COLORS[name], lw=3, label=f"{arm.label}: {fate}, accuracy {accuracy[name]:.2f}")
-    axes[0].plot([], [], "X", color="#555555", ms=9, ls="", label="the parameters become NaN")
-    axes[0].plot([], [], color="#CC3311", lw=1, label="a batch with NaN pixels")
-    axes[0].plot([], [], color="#AA4499", lw=1.2, ls=":", label="a batch scaled by 1e4")
-    axes[1].axhline(MAX_NORM, color="black", lw=0.8, ls="--", zorder=2)
-    axes[1].text(steps, MAX_NORM * 0.85, "the clip", va="top", ha="right", fontsize=9)
-    axes[1].set_ylim(bottom=0.02)
-    axes[1].set_xlabel("step")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle("One training, four ways to take the step", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    last = grid.flat[len(rates)]
+    for k, (name, arm) in enumerate(ARMS.items()):
+        places = np.arange(len(rates)) + 0.16 * (k - 2)
+        last.bar(places, accuracy[name], 0.15, color=arm.color, label=arm.label)
+        for place, height in zip(places, accuracy[name], strict=True):
+            last.text(place, height + 0.01, f"{height:.2f}", ha="center", fontsize=7.5)
+    last.axhline(0.1, color="black", lw=0.8, ls="--")
+    last.set(
+        xticks=range(len(rates)), xticklabels=[f"{rate:g}" for rate in rates], ylim=(0, 1.05), xlabel="learning rate"
+    )
+    last.set_title("Accuracy on held-out digits (dashed: chance)", loc="left", fontsize=10)
+    handles, labels = last.get_legend_handles_labels()
+    for style, label in (
+        ({"color": "#CC3311", "lw": 1}, "a batch with NaN pixels"),
+        ({"color": "#882255", "lw": 1.2, "ls": ":"}, "a batch scaled by 1e4"),
+        ({"color": "#555555", "marker": "X", "ls": "", "ms": 9}, "the parameters become NaN"),
+    ):
+        handles.append(matplotlib.lines.Line2D([], [], **style))
+        labels.append(label)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(
+        "One training, five ways to take the step, three learning rates",
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains the four arms, prints the table, writes the picture."""
+    """Trains the five arms, prints the table, writes the picture."""
     parser = argparse.ArgumentParser(description="The same training with and without a guard, on real digits.")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps per arm (default: 1500)")
-    parser.add_argument("--learning-rate", type=float, default=0.02, help="of SGD with momentum 0.9 (default: 0.02)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps per arm (default: 1000)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=0.001, help="the reasonable one, of SGD with momentum (default: 0.001)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("quickstart.png"), help="the picture (default: quickstart.png)"
     )
-    parser.add_argument("--quick", action="store_true", help="200 steps: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="150 steps: to see that it runs")
     options = parser.parse_args(arguments)
-    if options.steps < CHUNK:
-        parser.error(f"--steps must be at least {CHUNK}")
+    if options.steps < CHUNK or options.steps % CHUNK:
+        parser.error(f"--steps must be at least {CHUNK}, and a multiple of it")
     if not options.learning_rate > 0:
         parser.error("--learning-rate must be positive")
     if not options.out.parent.is_dir():
         parser.error(f"--out: there is no folder {options.out.parent}")
-    steps = 200 if options.quick else options.steps
+    steps = 150 if options.quick else options.steps
     batches, (test_inputs, test_labels), faults = make_batches(steps, options.seed)
     params, logits = make_model(options.seed)
-    arms = make_arms(options.learning_rate)
+    rates = np.float32(options.learning_rate) * np.array(FACTORS, np.float32)
     console, records, accuracy, states = Console(), {}, {}, {}
-    classify = jax.jit(lambda params: jnp.argmax(logits(params, test_inputs), axis=-1))
+    classify = jax.jit(jax.vmap(lambda params: jnp.argmax(logits(params, test_inputs), axis=-1)))
     columns = (
         TextColumn("{task.description:36s}"),
         BarColumn(),
@@ -238,30 +273,30 @@ def main(arguments: list[str] | None = None) -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        for name, arm in arms.items():
+        for name, arm in ARMS.items():
             task = progress.add_task(arm.label, total=-(-steps // CHUNK))
             last, states[name], records[name] = train(
-                arm, params, logits, batches, lambda task=task: progress.advance(task)
+                arm, params, rates, logits, batches, lambda task=task: progress.advance(task)
             )
-            accuracy[name] = float(np.mean(np.asarray(classify(last)) == test_labels))
-    console.print(summary(arms, records, accuracy))
+            accuracy[name] = np.mean(np.asarray(classify(last)) == test_labels, axis=1)
+    console.print(summary(records, accuracy, rates))
     console.print(
         f"Corrupted: steps {faults['NaN pixels']} hold a NaN pixel, "
         f"steps {faults['scaled by 1e4']} are scaled by 1e4.\n"
         f"`apply_if_finite(..., {NONFINITE_LIMIT})` lets in the sixth non-finite gradient in a row, by its documented "
         "behaviour: a larger limit would have outlived this shard.\n"
-        "Chance is 0.1. Skipped: no parameter changed. What the guard's flight recorder shows of the worst steps:"
+        f"What the flight recorder of `{ARMS['limited'].label}` shows, at learning rate {rates[0]:g}:"
     )
-    log, names = og.flight_log(states["guard"]), og.leaf_names(params)
-    held = log[log["event"] == "nonfinite"]
-    worst = log[np.argsort(np.where(np.isfinite(log["grad_norm"]), log["grad_norm"], 0))[-2:]]
-    for row in np.sort(np.concatenate([held[:2], worst]), order="step"):
+    state = jax.tree.map(lambda x: x[0], states["limited"])
+    log, names = og.flight_log(state), og.leaf_names(params)
+    acted = log[log["event"] != "applied"]
+    for row in np.concatenate([acted[acted["event"] == e][:2] for e in ("skipped", "nonfinite", "clipped")]):
         console.print(
-            f"  step {row['step']:4d}: gradient norm {row['grad_norm']:9.3g}, worst leaf {names[row['worst_leaf']]}, "
-            f"{row['event']}",
+            f"  step {row['step']:4d}: {row['event']:9s} loss {row['value']:9.3g}, gradient norm "
+            f"{row['grad_norm']:9.3g}, worst leaf {names[row['worst_leaf']]}",
             highlight=False,
         )
-    picture(arms, records, accuracy, faults, options.out)
+    picture(records, accuracy, rates, faults, options.out)
     console.print(f"Picture: {options.out}")
 
 

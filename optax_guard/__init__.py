@@ -26,6 +26,14 @@ from optax_guard._clipping import (
 )
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
 
+# Recover when holding steps is not enough
+from optax_guard._ladder import RecoveryState
+from optax_guard._recovery import BackOffState, ResetState, RewindState, back_off, reset_moments, rewind
+from optax_guard._watch import LossWatch
+
+# Add a guard to a run in flight
+from optax_guard._migration import inner_state, with_guard_state
+
 # See what happened
 from optax_guard._leaf_record import LeafLog, LeafRecordState, leaf_log, record_leaves
 from optax_guard._metrics import flight_log, metrics
@@ -35,6 +43,9 @@ from optax_guard._moments import SpamState, StableSpamState, clip_by_update_rms,
 
 # Bound the gradient by its own history
 from optax_guard._norm_history import MedianNormState, NormHistoryState, clip_by_median_norm, clip_by_norm_history
+
+# The one line that most people need
+from optax_guard._presets import stabilize
 
 # Change the gradient on purpose
 from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
@@ -71,6 +82,7 @@ __all__ = [
     "AccumulateState",
     "AdaGCState",
     "AutoClipState",
+    "BackOffState",
     "ClipState",
     "FastTransformation",
     "FlightRecorder",
@@ -78,11 +90,15 @@ __all__ = [
     "GuardState",
     "LeafLog",
     "LeafRecordState",
+    "LossWatch",
     "MedianNormState",
     "NoiseState",
     "NormHistoryState",
     "PenaltyState",
     "ProximalState",
+    "RecoveryState",
+    "ResetState",
+    "RewindState",
     "Rule",
     "SpamState",
     "Sparsity",
@@ -98,6 +114,7 @@ __all__ = [
     "anticorrelated_noise",
     "apply_gradients",
     "autoclip",
+    "back_off",
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
@@ -114,6 +131,7 @@ __all__ = [
     "gradient_statistics",
     "guard",
     "has_updated",
+    "inner_state",
     "l1_penalty",
     "langevin_noise",
     "leaf_log",
@@ -127,6 +145,8 @@ __all__ = [
     "proximal_l1",
     "raise_if_halted",
     "record_leaves",
+    "reset_moments",
+    "rewind",
     "rule",
     "shrink_gradients",
     "skip_large",
@@ -134,6 +154,8 @@ __all__ = [
     "skip_spikes",
     "spam_clip",
     "sparsity",
+    "stabilize",
     "stable_spam",
+    "with_guard_state",
     "zclip",
 ]

@@ -50,6 +50,15 @@ NOT_TRANSFORMATIONS = {
     "perturb_weights": "wraps a loss",
     "raise_if_halted": "reads a state",
     "sparsity": "a function of a tree",
+    "BackOffState": "a state",
+    "LossWatch": "a part of RecoveryState",
+    "RecoveryState": "a part of GuardState",
+    "ResetState": "a part of RecoveryState",
+    "RewindState": "a part of RecoveryState",
+    "inner_state": "takes a state apart",
+    "reset_moments": "an argument of `guard`",
+    "rewind": "an argument of `guard`",
+    "with_guard_state": "puts a state together",
 }
 
 
@@ -123,6 +132,16 @@ def schedule(step: jax.Array) -> jax.Array:
 def guarded(learning_rate=0.1, max_norm=1.0, inner=momentum, check_updates=False, axis_name=None):
     rules = og.clip_by_global_norm(max_norm, axis_name=axis_name), og.skip_large(100.0, axis_name=axis_name)
     return og.guard(inner(learning_rate), *rules, history=4, check_updates=check_updates, axis_name=axis_name)
+
+
+def recovering(learning_rate=0.1, max_norm=1.0, inner=momentum, keep=1, axis_name=None):
+    rungs = og.reset_moments(after=2, check_every=2), og.back_off(diverged=2.0), og.rewind(every=2, keep=keep, after=3)
+    rule = og.clip_by_global_norm(max_norm, axis_name=axis_name)
+    return og.guard(inner(learning_rate), rule, history=4, recovery=rungs, axis_name=axis_name)
+
+
+def stabilized(learning_rate=0.1, max_norm=1.0, inner=momentum, max_change=None, axis_name=None):
+    return og.stabilize(inner(learning_rate), max_norm=max_norm, max_change=max_change, history=4, axis_name=axis_name)
 
 
 def accumulated(learning_rate=0.1, inner=momentum, every=2, axis_name=None):
@@ -292,6 +311,39 @@ ENTRIES = (
         guarded,
         {"check_updates": True},
         GUARD_STATIC,
+        wraps=True,
+        holds=True,
+        parameter_copies=1,
+    ),
+    Entry(
+        "guard",
+        "recovery",
+        recovering,
+        {},
+        ("inner", "keep", "axis_name"),
+        needs_params=True,
+        wraps=True,
+        holds=True,
+        parameter_copies=3,  # the momentum, and a snapshot of parameters and momentum
+    ),
+    Entry("back_off", "", og.back_off, {}, ("factor", "recover_after", "after", "lowest", "diverged", "axis_name")),
+    Entry(
+        "stabilize",
+        "",
+        stabilized,
+        {},
+        ("inner", "max_norm", "max_change", "axis_name"),
+        wraps=True,
+        holds=True,
+        parameter_copies=1,
+    ),
+    Entry(
+        "stabilize",
+        "max_change",
+        stabilized,
+        {"max_change": 0.1},
+        ("inner", "max_norm", "axis_name"),
+        needs_params=True,
         wraps=True,
         holds=True,
         parameter_copies=1,

@@ -6,20 +6,22 @@ import pytest
 from running import example
 
 
-def test_quickstart_shows_four_arms_of_which_the_guarded_one_lives(tmp_path: Path) -> None:
+def test_quickstart_shows_five_arms_of_which_the_guarded_ones_live(tmp_path: Path) -> None:
     run = example("--quick", "--out", str(tmp_path / "picture.png"))
     assert run.returncode == 0, run.stderr
-    fates = {
-        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
-        for line in run.stdout.splitlines()
-        if line.startswith("│")
-    }
-    assert set(fates) == {"bare optimizer", "optax.clip_by_global_norm", "optax.apply_if_finite", "optax_guard"}
-    accuracy, skipped, _, dead = fates.pop("optax_guard")
-    assert float(accuracy) > 0.3  # chance is 0.1
-    assert skipped == "10"  # all batches with NaN pixels, and no other
-    assert dead == "never"
-    assert all(fate[3].startswith("step") for fate in fates.values())
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in run.stdout.splitlines() if line.startswith("│")
+    ]
+    arms = ("bare optimizer", "optax.clip_by_global_norm", "optax.apply_if_finite", "og.stabilize")
+    arms = (*arms, "og.stabilize, max_change=0.001")
+    assert [row[0] for row in rows] == [arm for arm in arms for _ in range(3)]
+    for arm, rate, accuracy, skipped, dead in rows:
+        if not arm.startswith("og."):
+            assert dead.startswith("step")
+            continue
+        assert dead == "never"
+        assert skipped == "12"  # all batches with NaN pixels, both scaled ones, and no other
+        assert float(accuracy) > (0.15 if rate == "0.001" else 0.3)  # chance is 0.1
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert "worst leaf" in run.stdout
 
@@ -28,6 +30,7 @@ def test_quickstart_shows_four_arms_of_which_the_guarded_one_lives(tmp_path: Pat
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps must be at least"),
+        (["--steps", "70"], "a multiple of it"),
         (["--learning-rate", "-1"], "--learning-rate must be positive"),
         (["--out", "no/such/folder/x.png"], "there is no folder"),
     ],
