@@ -198,7 +198,7 @@ def test_taps_show_growth_both_ways_dead_and_saturated_units() -> None:
         for i in range(depth):
             x = tap(f"h{i}", x @ params[f"layer_{i}"])
         tap("dead", jnp.square(x) * jnp.where(jnp.arange(width) < 16, 0, 1)[None])
-        tap("saturated", jnp.tanh(100 * x + 1000))
+        tap("saturated", jnp.tanh(jnp.square(x) + 10))
         return jnp.mean(jnp.sum(x, axis=-1))
 
     x = jnp.asarray(rng.normal(size=(8, width)), jnp.float32)
