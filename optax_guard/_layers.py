@@ -11,7 +11,6 @@ import numpy as np
 from optax_guard._loss import Problem
 from optax_guard._reports import ActivationReport, Growth, slope
 from optax_guard._statistics import gradient_statistics
-from optax_guard._tree import path_name
 from optax_guard._typing import PyTree
 
 __all__ = ["along_time", "layer_growth", "look_at_activations"]

@@ -81,8 +81,8 @@ def batch_size(function: str, batch: PyTree) -> int:
     for path, leaf in leaves:
         if leaf.ndim == 0:
             raise ValueError(
-                f"{function}: leaf `{path_name(path)}` of `batch` is a single number; each leaf needs a leading axis of "
-                "examples. Close over what is not an example: loss_fn = lambda params, batch: loss(params, batch, rate)."
+                f"{function}: leaf `{path_name(path)}` of `batch` is a single number; each leaf needs a leading axis "
+                "of examples. Close over what is no example: loss_fn = lambda params, batch: loss(params, batch, rate)."
             )
         if size is None:
             size = leaf.shape[0]

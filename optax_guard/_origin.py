@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jax._src import source_info_util  # JAX has no public way to ask an equation for its line
+from jax.extend import core
 
 __all__ = ["Origin", "find_origins"]
 
@@ -168,7 +168,11 @@ def _range(value: Any) -> str:
     if not hasattr(value, "dtype"):
         return repr(value)
     kind = f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    if not jnp.issubdtype(value.dtype, jnp.number) or not value.size or jnp.issubdtype(value.dtype, jnp.complexfloating):
+    if (
+        not jnp.issubdtype(value.dtype, jnp.number)
+        or not value.size
+        or jnp.issubdtype(value.dtype, jnp.complexfloating)
+    ):
         return kind
     array = np.asarray(value).astype(np.float64)
     return f"{kind} in {array.min():.4g} to {array.max():.4g}"

@@ -59,7 +59,9 @@ def _growth_panel(axis: Any, report: "PreflightReport") -> None:
     for each, color in zip(report.growth, colors, strict=False):
         place = np.linspace(0, 1, len(each.norms))
         label = f"{shown(each.name, 28)}: x{np.exp(each.exponent):.3g} per step"
-        axis.plot(place, each.norms, "o-", color=color, label=label, markersize=4)
+        axis.plot(
+            place, np.where(np.array(each.norms) > 0, each.norms, np.nan), "o-", color=color, label=label, markersize=4
+        )
     axis.set(yscale="log", title="Growth: norm of gradients (activations: rms)", xlabel="first to last layer or step")
     axis.set_xticks([0, 1], ["first", "last"])
     if report.growth:
@@ -87,9 +89,11 @@ def _rate_panel(axis: Any, report: "PreflightReport") -> None:
 
 
 def _exponent_panel(axis: Any, report: "PreflightReport") -> None:
-    exponents, counts = (np.array(column) for column in zip(*report.gradient_exponents, strict=True)) if (
-        report.gradient_exponents
-    ) else (np.zeros(0), np.zeros(0))
+    exponents, counts = (
+        (np.array(column) for column in zip(*report.gradient_exponents, strict=True))
+        if (report.gradient_exponents)
+        else (np.zeros(0), np.zeros(0))
+    )
     axis.bar(exponents, counts, width=1, align="edge", color=BLUE)
     axis.axvspan(-14, 16, color=GREEN, alpha=0.12, label="float16, normal")
     axis.axvspan(-24, -14, color=ORANGE, alpha=0.2, label="float16, subnormal")
@@ -106,7 +110,9 @@ def plot_sweep(sweep: "LearningRateSweep", path: Any) -> Any:
     left.plot(sweep.learning_rates, shown_loss, color=GREY, zorder=1)
     for mask, color, marker, label in ((sweep.survived, BLUE, "o", "survived"), (~sweep.survived, RED, "x", "did not")):
         if mask.any():
-            left.scatter(sweep.learning_rates[mask], shown_loss[mask], color=color, marker=marker, label=label, zorder=2)
+            left.scatter(
+                sweep.learning_rates[mask], shown_loss[mask], color=color, marker=marker, label=label, zorder=2
+            )
     left.axhline(sweep.initial_loss, color=GREY, linestyle="--", label="initial loss")
     positive = np.min(shown_loss) > 0
     scale = "log" if positive else "linear"

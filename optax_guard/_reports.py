@@ -155,8 +155,15 @@ def _growth_table(growth: tuple[Growth, ...]) -> str:
             ends = (ends[1], ends[0], ends[3], ends[2])
         start, stop, first, last = ends
         rows.append(
-            (shown(each.name, 32), start, stop, number(first), number(last), f"{each.exponent:+.3f}",
-             f"x{np.exp(each.exponent):.3g}")
+            (
+                shown(each.name, 32),
+                start,
+                stop,
+                number(first),
+                number(last),
+                f"{each.exponent:+.3f}",
+                f"x{np.exp(each.exponent):.3g}",
+            )
         )
     return text_table(columns, rows)
 
@@ -165,8 +172,14 @@ def _activation_table(activations: tuple[ActivationReport, ...]) -> str:
     if not activations:
         return ""
     rows = [
-        (shown(a.name, 32), number(a.root_mean_square), number(a.largest), number(a.gradient_norm),
-         f"{a.dead_share:.1%}", "-" if a.saturated_share is None else f"{a.saturated_share:.1%}")
+        (
+            shown(a.name, 32),
+            number(a.root_mean_square),
+            number(a.largest),
+            number(a.gradient_norm),
+            f"{a.dead_share:.1%}",
+            "-" if a.saturated_share is None else f"{a.saturated_share:.1%}",
+        )
         for a in activations
     ]
     return text_table(("activation", "rms", "largest", "|gradient|", "dead units", "saturated"), rows)
@@ -174,8 +187,15 @@ def _activation_table(activations: tuple[ActivationReport, ...]) -> str:
 
 def _headroom_table(headroom: tuple[Headroom, ...]) -> str:
     rows = [
-        (h.dtype, number(h.loss, 4), f"{h.loss_bits:.0f}", f"{h.gradient_bits:.0f}", f"{h.underflow_share:.2%}",
-         f"{h.subnormal_share:.2%}", f"2^{np.log2(h.loss_scale):.0f}")
+        (
+            h.dtype,
+            number(h.loss, 4),
+            f"{h.loss_bits:.0f}",
+            f"{h.gradient_bits:.0f}",
+            f"{h.underflow_share:.2%}",
+            f"{h.subnormal_share:.2%}",
+            f"2^{np.log2(h.loss_scale):.0f}",
+        )
         for h in headroom
     ]
     columns = ("dtype", "loss in it", "loss bits left", "gradient bits left", "underflow", "subnormal", "loss scale")
@@ -185,8 +205,14 @@ def _headroom_table(headroom: tuple[Headroom, ...]) -> str:
 def _leaf_table(leaves: tuple[LeafReport, ...], most: int = 16) -> str:
     ordered = sorted(leaves, key=lambda leaf: -np.nan_to_num(leaf.gradient_norm, nan=np.inf))[:most]
     rows = [
-        (shown(leaf.name), "x".join(map(str, leaf.shape)) or "()", number(leaf.parameter_norm),
-         number(leaf.gradient_norm), number(leaf.largest_gradient), f"{leaf.zero_share:.0%}")
+        (
+            shown(leaf.name),
+            "x".join(map(str, leaf.shape)) or "()",
+            number(leaf.parameter_norm),
+            number(leaf.gradient_norm),
+            number(leaf.largest_gradient),
+            f"{leaf.zero_share:.0%}",
+        )
         for leaf in ordered
     ]
     table = text_table(("leaf", "shape", "|w|", "|g|", "max |g|", "zeros"), rows)

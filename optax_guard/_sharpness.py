@@ -84,7 +84,7 @@ def largest_eigenvalues(
             which="LA",
             v0=start,
             ncv=basis,
-            tol=tolerance,
+            tol=tolerance,  # pyright: ignore[reportArgumentType]  # SciPy has no types; its default is the int 0
             maxiter=max(2, max_products // basis),
             return_eigenvectors=False,
         )
@@ -97,7 +97,7 @@ def largest_eigenvalues(
 
 
 def stable_rate(sharpness: float, factor: float) -> float:
-    """factor / sharpness; without positive curvature no rate is too large for it."""
+    """What the sharpness allows, factor / sharpness; without positive curvature no rate is too large for it."""
     return factor / sharpness if sharpness > 0 else float("inf")
 
 

@@ -137,9 +137,7 @@ def learning_rate_sweep(
         return tx
 
     @jax.jit
-    def run(rates: jax.Array, params: PyTree, batches: PyTree, last: PyTree) -> tuple[jax.Array, ...]:
-        leaves = [jnp.asarray(leaf) for leaf in p.leaves]
-
+    def run(rates: jax.Array, leaves: list[jax.Array], batches: PyTree, last: PyTree) -> tuple[jax.Array, ...]:
         def train(rate: jax.Array) -> tuple[jax.Array, ...]:
             tx = make(rate)
 
@@ -156,7 +154,7 @@ def learning_rate_sweep(
         losses, final, finite = jax.vmap(train)(rates)
         return losses, final, finite, p.loss(leaves, last)
 
-    losses, final, finite, initial = jax.device_get(run(jnp.asarray(rates), params, batches, last))
+    losses, final, finite, initial = jax.device_get(run(jnp.asarray(rates), p.leaves, batches, last))
     losses, final = np.asarray(losses, np.float64), np.asarray(final, np.float64)
     survived = finite & np.isfinite(final) & np.all(np.isfinite(losses), axis=1) & (final <= float(initial))
     counted = np.where(np.isfinite(final), np.minimum(final, float(initial)), float(initial))

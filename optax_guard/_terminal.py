@@ -16,8 +16,10 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(columns), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     rule = ["-" * width for width in widths]
-    cells = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-             for line in (lines[0], rule, *lines[1:])]
+    cells = [
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in (lines[0], rule, *lines[1:])
+    ]
     return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
@@ -60,7 +62,11 @@ def progress_bar(function: str, total: int, wanted: bool | None) -> Iterator[Cal
             if wanted:
                 raise needed(f"{function}: `progress=True`", "rich") from error
     if rich_progress is None:
-        yield lambda what, steps: None
+
+        def ignore(what: str, steps: int) -> None:
+            del what, steps
+
+        yield ignore
         return
     from rich.console import Console
 

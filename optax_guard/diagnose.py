@@ -8,8 +8,8 @@ Function               Take it for
 `worst_examples`       a finite spike: the examples with the largest gradients
 =====================  =======================================================================================
 
-Keep what is needed for it: when a guard holds a step, parameters are as they were, so `diagnose(loss_fn, params, batch)`
-on the batch just used reruns exactly that step. Not imported by `import optax_guard`.
+When a guard holds a step, the parameters are as they were, so `diagnose(loss_fn, params, batch)` on the batch just used
+reruns exactly that step. Not imported by `import optax_guard`.
 """
 
 from collections.abc import Callable
@@ -206,7 +206,13 @@ def worst_examples(
       - At most `chunk_size` gradients in memory; one compilation, two if the last chunk is shorter.
 
     Args:
-      loss_fn, params, batch, top, chunk_size, has_aux, progress: as in `diagnose`.
+      loss_fn: as in `diagnose`, like all that follow.
+      params: the parameters.
+      batch: the batch.
+      top: how many examples to name.
+      chunk_size: how many gradients to take at once.
+      has_aux: whether `loss_fn` returns (loss, anything).
+      progress: whether to show a progress bar.
 
     Returns:
       `WorstExamples`, of at most `top` examples, with the norms and losses of all.
@@ -284,7 +290,10 @@ def _compiled_word(p: Problem, batch: PyTree) -> str | None:
         return None
     checked = checkify.checkify(jax.value_and_grad(p.loss), errors=checkify.float_checks)
     error, _ = jax.jit(checked)(p.leaves, batch)
-    return error.get() or "The compiled loss or gradient is not finite, but checkify saw no NaN: an Inf of a fused operation."
+    return (
+        error.get()
+        or "The compiled loss or gradient is not finite, but checkify saw no NaN: an Inf of a fused operation."
+    )
 
 
 def _sentences(found: Diagnosis) -> list[str]:
@@ -295,7 +304,9 @@ def _sentences(found: Diagnosis) -> list[str]:
     elif found.finite:
         lines.append(f"Finite operation by operation, not when compiled. checkify: {found.checkify}")
     else:
-        lines.append(f"The loss is {found.loss:.5g}; {len(bad)} of {len(found.leaves)} leaves have a non-finite gradient.")
+        lines.append(
+            f"The loss is {found.loss:.5g}; {len(bad)} of {len(found.leaves)} leaves have a non-finite gradient."
+        )
     for leaf in found.inputs:
         lines.append(f"Already in the input: `{leaf.name}` holds {leaf.nans} NaN and {leaf.infs} Inf.")
     if found.origins:

@@ -17,9 +17,6 @@ either direction. Equinox and plain JAX need nothing: `optax_guard.apply_gradien
 
 from typing import Any
 
-import jax.numpy as jnp
-import optax
-
 from optax_guard._apply import apply_gradients
 from optax_guard._typing import PyTree
 
@@ -40,13 +37,15 @@ class TrainState(train_state.TrainState):
 
     Guarantees:
       - Fields, `create`, `replace` and checkpoints are those of `flax.training.train_state.TrainState`.
-      - A step that a guard holds returns the very bits of `params` and of the inner state; `step` counts it all the same,
-        as the number of batches seen. `guard/skipped_total` in `metrics(state.opt_state)` says how many were held.
+      - A step that a guard holds returns the very bits of `params` and of the inner state; `step` counts it all the
+        same, as the number of batches seen. `guard/skipped_total` of `metrics(state.opt_state)` counts the held ones.
       - Under `jax.jit(..., donate_argnums=0)` a guarded step runs in place.
 
     Example:
       >>> import flax.linen as nn
       >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
       >>> import optax_guard as og
       >>> from optax_guard.flax import TrainState
       >>> model, x = nn.Dense(1), jnp.ones((4, 2))
@@ -102,9 +101,11 @@ class Optimizer(nnx.Optimizer):
 
     Guarantees:
       - Constructor, attributes and checkpoints are those of `flax.nnx.Optimizer`.
-      - A step that a guard holds keeps the very bits of the model's parameters and of the inner state; `step` counts it.
+      - A step that a guard holds keeps the bits of the model's parameters and of the inner state; `step` counts it.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
       >>> from flax import nnx
       >>> import optax_guard as og
       >>> from optax_guard.flax import Optimizer
@@ -123,7 +124,9 @@ class Optimizer(nnx.Optimizer):
       `flax.nnx.Optimizer`, which passes the loss on as well and returns the updates; this one has none to return.
     """
 
-    def update(self, model: Any, grads: Any, /, **extra: Any) -> None:
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # Flax returns the updates, which are not made here
+        self, model: Any, grads: Any, /, **extra: Any
+    ) -> None:
         """Updates the model's parameters and the optimizer's state in place.
 
         Args:

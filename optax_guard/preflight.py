@@ -9,8 +9,8 @@ Function                 Take it for
 `plot`                   the picture of either
 =======================  ==================================================================================
 
-Not imported by `import optax_guard`. Needs SciPy, which JAX brings; `pip install 'optax-guard[preflight]'` adds rich for
-progress bars and matplotlib for pictures.
+Not imported by `import optax_guard`. Needs SciPy, which JAX brings; `pip install 'optax-guard[preflight]'` adds rich
+for progress bars and matplotlib for pictures.
 """
 
 from collections.abc import Callable
@@ -78,8 +78,9 @@ def preflight(
     stable learning rate SGD: 2 / lambda; heavy ball: 2 (1 + momentum) / lambda
     Adam                 2 (1 + b1) / ((1 - b1) lambda_P) = 38 / lambda_P at b1 = 0.9, with lambda_P the largest
                          eigenvalue of P^-1/2 H P^-1/2 and P = sqrt(v) + eps, v the second moment without its bias
-    growth exponent      slope of log |v_l| per layer, in the direction of travel, where v is the gradient of the weights
-                         of numbered layers (`blocks/0/...`, `Dense_1/...`), of inputs along time, or of activations
+    growth exponent      slope of log |v_l| per layer, in the direction of travel, where v is the gradient of the
+                         weights of numbered layers (`blocks/0/...`, `Dense_1/...`), of inputs along time, or of
+                         activations
     clip threshold       2 sqrt(|g|^2 + tr S), where S is the covariance of a batch's gradient
     gradient noise scale tr(S_1) / |g|^2, where S_1 is the covariance of one example's gradient
 
@@ -191,7 +192,18 @@ def preflight(
         tops, conditioned, rates = None, None, None
         if finite:
             tops, conditioned, rates = _curvature(
-                p, batch, optimizer, state, loss, gradient, variance, momentum, eigenvalues, tolerance, eps, seed,
+                p,
+                batch,
+                optimizer,
+                state,
+                loss,
+                gradient,
+                variance,
+                momentum,
+                eigenvalues,
+                tolerance,
+                eps,
+                seed,
                 lambda what: advance(what, 1),
             )
         advance("growth and precision", 0)
@@ -382,7 +394,9 @@ def _findings(report: PreflightReport, has_optimizer: bool) -> tuple[str, ...]:
     if not np.isfinite(report.loss) or not np.isfinite(report.gradient_norm):
         bad = [leaf.name for leaf in report.leaves if not np.isfinite(leaf.gradient_norm)]
         where = f"; first leaf: `{bad[0]}` ({len(bad)} of {len(report.leaves)})" if bad else ""
-        found.append(f"The loss or its gradient is not finite{where}. Run `optax_guard.diagnose.diagnose` on this batch.")
+        found.append(
+            f"The loss or its gradient is not finite{where}. Run `optax_guard.diagnose.diagnose` on this batch."
+        )
     elif report.eigenvalues is None:
         found.append("No eigenvalue was found: a product with the Hessian was not finite, or Lanczos did not converge.")
     for each in report.growth:
@@ -413,5 +427,3 @@ def _findings(report: PreflightReport, has_optimizer: bool) -> tuple[str, ...]:
     if has_optimizer and rates is not None and rates.optimizer is None:
         found.append("Nothing is known about the largest stable learning rate of this optimizer: sweep it.")
     return tuple(found)
-
-

@@ -209,7 +209,7 @@ W = jnp.ones(3)
     [
         ((lambda w, x: x @ w, W, X), {}, "must return one floating-point number"),
         ((squares, PARAMS, {"x": X, "y": jnp.ones(3)}), {}, "leading axes of `batch` differ"),
-        ((lambda w, x: jnp.mean(x), {}, X), {}, "nothing to differentiate"),
+        ((lambda _, x: jnp.mean(x), {}, X), {}, "nothing to differentiate"),
         ((lambda w, x: jnp.mean(x @ w), W, X), {"top": 0}, "`top` must be a whole number >= 1"),
         ((lambda w, x: jnp.mean(x @ w), W, X), {"chunk_size": 0}, "`chunk_size` must be a whole number >= 1"),
     ],

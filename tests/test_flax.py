@@ -68,7 +68,7 @@ def test_linen_passes_the_loss_on_holds_a_bad_step_and_equals_flax() -> None:
 
     plain = linen(train_state.TrainState, optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05)))
     for x in (BATCHES[0], BATCHES[2]):
-        grads = jax.grad(lambda p, x=x: loss_of(partial(plain.apply_fn, p), x))(plain.params)
+        grads = jax.grad(lambda p, x=x: loss_of(partial(MODEL.apply, p), x))(plain.params)
         plain = plain.apply_gradients(grads=grads)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -121,7 +121,9 @@ def through_msgpack(state: Any, like: Any, folder: Any) -> Any:
 
 @pytest.mark.parametrize("kinds", [(TrainState, TrainState), (train_state.TrainState, TrainState)])
 @pytest.mark.parametrize("save_and_restore", [through_orbax, through_msgpack])
-def test_a_linen_checkpoint_goes_on_bit_for_bit_also_from_flax(save_and_restore: Any, kinds: Any, tmp_path: Any) -> None:
+def test_a_linen_checkpoint_goes_on_bit_for_bit_also_from_flax(
+    save_and_restore: Any, kinds: Any, tmp_path: Any
+) -> None:
     tx = make_tx()
     trained, _ = linen_step(linen(TrainState, tx), BATCHES[0])
     saved = linen(kinds[0], tx).replace(

@@ -1,6 +1,7 @@
 """The audit before the run: against dense Hessians, and against runs that really diverge."""
 
 import io
+import itertools
 import json
 import sys
 import time
@@ -39,7 +40,7 @@ def make(sizes: tuple[int, ...], seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     return [
         {"kernel": jnp.asarray(rng.normal(size=(i, o)) / np.sqrt(i), jnp.float32), "bias": jnp.zeros(o)}
-        for i, o in zip(sizes, sizes[1:], strict=False)
+        for i, o in itertools.pairwise(sizes)
     ]
 
 
@@ -91,8 +92,13 @@ def test_the_dense_way_for_a_handful_of_parameters_agrees_with_lanczos() -> None
         basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
         values = np.linspace(-5, 4, size)
         matrix = jnp.asarray(basis * values @ basis.T, jnp.float32)
-        report = quiet(lambda w, x, m=matrix: w @ m @ w / 2 + 0 * jnp.mean(x), jnp.ones(size), jnp.ones((2, 1)),
-                       eigenvalues=2, tolerance=1e-4)
+        report = quiet(
+            lambda w, x, m=matrix: w @ m @ w / 2 + 0 * jnp.mean(x),
+            jnp.ones(size),
+            jnp.ones((2, 1)),
+            eigenvalues=2,
+            tolerance=1e-4,
+        )
         np.testing.assert_allclose(report.eigenvalues, values[::-1][:2], rtol=1e-3)
 
 
@@ -278,10 +284,14 @@ def test_a_loss_that_is_not_finite_is_told_and_the_leaf_named() -> None:
 
 
 def test_pictures_are_written(tmp_path: Any) -> None:
-    report = quiet(lambda w, x: jnp.mean(jnp.square(x @ (w["layer_0"] * w["layer_1"]))),
-                   {"layer_0": jnp.ones(3), "layer_1": jnp.ones(3)}, jnp.ones((4, 3)))
-    sweep = learning_rate_sweep(optax.sgd, lambda w, x: jnp.mean(jnp.square(w * x)), jnp.ones(()), jnp.ones((9, 4)),
-                                [0.1, 3.0])
+    report = quiet(
+        lambda w, x: jnp.mean(jnp.square(x @ (w["layer_0"] * w["layer_1"]))),
+        {"layer_0": jnp.ones(3), "layer_1": jnp.ones(3)},
+        jnp.ones((4, 3)),
+    )
+    sweep = learning_rate_sweep(
+        optax.sgd, lambda w, x: jnp.mean(jnp.square(w * x)), jnp.ones(()), jnp.ones((9, 4)), [0.1, 3.0]
+    )
     for name, result in (("report", report), ("sweep", sweep)):
         plot(result, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -314,7 +324,7 @@ LOSS: Any = lambda w, x: jnp.mean(x @ w)  # noqa: E731  # one line a case
         ((LOSS, W, X), {"optimizer": 3}, "`optimizer` must be"),
         ((LOSS, W, X), {"state": ()}, "`state` needs the `optimizer`"),
         ((LOSS, W, X), {"time_axis": 2}, "no floating-point leaf of `batch` has an axis 2"),
-        ((LOSS, W, X), {"tapped_loss_fn": lambda w, x, tap: jnp.mean(x @ w)}, "never called tap"),
+        ((LOSS, W, X), {"tapped_loss_fn": lambda w, x, _: jnp.mean(x @ w)}, "never called tap"),
     ],
 )
 def test_wrong_input_raises_a_sentence(arguments: Any, options: Any, message: str) -> None:
@@ -340,7 +350,11 @@ def test_each_run_of_a_sweep_is_that_training_alone_and_sensitivity_is_the_paper
     batches = jax.tree.map(lambda x: x.reshape(8, 32, *x.shape[1:]), digits)
     rates = [1e-2, 1e-1, 1.0, 300.0]
     sweep = learning_rate_sweep(
-        lambda rate: og.guard(optax.adam(rate), og.clip_by_global_norm(1.0)), loss_fn, params, batches, rates,
+        lambda rate: og.guard(optax.adam(rate), og.clip_by_global_norm(1.0)),
+        loss_fn,
+        params,
+        batches,
+        rates,
         validation=digits,
     )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rates[1]))
@@ -385,7 +399,10 @@ def test_integer_leaves_stay_as_they_are_in_a_sweep() -> None:
     [
         ({"learning_rates": []}, "one or more positive numbers"),
         ({"learning_rates": [0.1, -1.0]}, "one or more positive numbers"),
-        ({"batches": {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 2))}}, "same leading axis of steps.*`a` has .3., `b` .2."),
+        (
+            {"batches": {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 2))}},
+            "same leading axis of steps.*`a` has .3., `b` .2.",
+        ),
         ({"make_tx": lambda rate: rate}, "must return an optax.GradientTransformation"),
         ({"loss_fn": lambda w, x: x * w}, "must return one floating-point number"),
     ],
