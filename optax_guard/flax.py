@@ -1,0 +1,146 @@
+"""Flax training states that pass the loss on and take the step the fast way.
+
+====================  ================================================================================================
+Class                 In place of
+====================  ================================================================================================
+`TrainState`          `flax.training.train_state.TrainState`, for linen: `apply_gradients(grads=..., value=loss)`
+`Optimizer`           `flax.nnx.Optimizer`, for nnx: `update(model, grads, value=loss)`
+====================  ================================================================================================
+
+Flax's own classes work with everything in this library. These two differ in one thing each: linen's keeps the loss to
+itself, so that rules which judge by the loss never see it; and both write out the updates, which costs a guarded step a
+copy of the parameters and the moments. Layout and checkpoints are those of Flax's classes, so a run can change over in
+either direction. Equinox and plain JAX need nothing: `optax_guard.apply_gradients` takes their trees as they are.
+
+`pip install 'optax-guard[flax]'` brings Flax. Not imported by `import optax_guard`.
+"""
+
+from typing import Any
+
+from optax_guard._apply import apply_gradients
+from optax_guard._typing import PyTree
+
+try:
+    from flax import nnx
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+    from flax.training import train_state
+except ImportError as error:
+    raise ImportError("optax_guard.flax needs Flax: pip install 'optax-guard[flax]'") from error
+
+__all__ = ["Optimizer", "TrainState"]
+
+
+class TrainState(train_state.TrainState):
+    """Flax's linen `TrainState`, whose `apply_gradients` takes the loss.
+
+    params, opt_state <- optax_guard.apply_gradients(tx, grads, opt_state, params, value=value, **extra_args)
+
+    Guarantees:
+      - Fields, `create`, `replace` and checkpoints are those of `flax.training.train_state.TrainState`.
+      - A step that a guard holds returns the very bits of `params` and of the inner state; `step` counts it all the
+        same, as the number of batches seen. `guard/skipped_total` of `metrics(state.opt_state)` counts the held ones.
+      - Under `jax.jit(..., donate_argnums=0)` a guarded step runs in place.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_guard as og
+      >>> from optax_guard.flax import TrainState
+      >>> model, x = nn.Dense(1), jnp.ones((4, 2))
+      >>> tx = og.guard(optax.adam(1e-3), og.clip_by_global_norm(1.0))
+      >>> state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=tx)
+      >>> @jax.jit
+      ... def step(state, x):
+      ...     loss, grads = jax.value_and_grad(lambda p: jnp.mean(jnp.square(state.apply_fn(p, x))))(state.params)
+      ...     return state.apply_gradients(grads=grads, value=loss), loss
+      >>> state, loss = step(state, x)
+      >>> int(state.step), bool(og.flight_log(state.opt_state)["value"][0] == loss)
+      (1, True)
+
+    See Also:
+      `flax.training.train_state.TrainState`, whose `apply_gradients(**kwargs)` replaces fields and tells `tx` nothing.
+    """
+
+    def apply_gradients(
+        self, *, grads: PyTree, value: Any = None, extra_args: dict[str, Any] | None = None, **kwargs: Any
+    ) -> "TrainState":
+        """Takes one optimizer step.
+
+        Args:
+          grads: gradients in the structure of `params`.
+          value: the loss of this step, handed to `tx` as `value`; None hands on nothing.
+          extra_args: more for `tx.update`, by name (a `weight` for `accumulate`).
+          **kwargs: fields to replace, as in Flax (`batch_stats=...`).
+
+        Returns:
+          The new state, with `step` one higher.
+
+        Raises:
+          ValueError: `grads` has another structure than `params` (with the leaf's path), or `value` is in `extra_args`.
+        """
+        extra = dict(extra_args or {})
+        if "value" in extra:
+            raise ValueError("TrainState.apply_gradients: pass the loss as `value=`, not in `extra_args`.")
+        if value is not None:
+            extra["value"] = value
+        # Flax's own convention for the scales of fp8 layers: they are not optimized but take their gradient's value.
+        overwrites = OVERWRITE_WITH_GRADIENT in grads
+        inner_grads, inner_params = (grads["params"], self.params["params"]) if overwrites else (grads, self.params)
+        params, opt_state = apply_gradients(self.tx, inner_grads, self.opt_state, inner_params, **extra)
+        if overwrites:
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+
+
+class Optimizer(nnx.Optimizer):
+    """Flax's `nnx.Optimizer`, whose `update` takes the fast way.
+
+    params, opt_state <- optax_guard.apply_gradients(tx, grads, opt_state, params, **extra)
+
+    Guarantees:
+      - Constructor, attributes and checkpoints are those of `flax.nnx.Optimizer`.
+      - A step that a guard holds keeps the bits of the model's parameters and of the inner state; `step` counts it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from flax import nnx
+      >>> import optax_guard as og
+      >>> from optax_guard.flax import Optimizer
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = Optimizer(model, og.guard(optax.adam(1e-3), og.clip_by_global_norm(1.0)), wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def step(model, optimizer, x):
+      ...     loss, grads = nnx.value_and_grad(lambda m: jnp.mean(jnp.square(m(x))))(model)
+      ...     optimizer.update(model, grads, value=loss)
+      ...     return loss
+      >>> loss = step(model, optimizer, jnp.ones((4, 2)))
+      >>> bool(og.flight_log(optimizer.opt_state)["value"][0] == loss)
+      True
+
+    See Also:
+      `flax.nnx.Optimizer`, which passes the loss on as well and returns the updates; this one has none to return.
+    """
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # Flax returns the updates, which are not made here
+        self, model: Any, grads: Any, /, **extra: Any
+    ) -> None:
+        """Updates the model's parameters and the optimizer's state in place.
+
+        Args:
+          model: the module whose variables selected by `wrt` are trained.
+          grads: what `nnx.grad` or `nnx.value_and_grad` returned, with the same `wrt`.
+          **extra: handed to `tx.update`; the loss is called `value`.
+
+        Raises:
+          ValueError: `grads` has another structure than the parameters (with the leaf's path).
+        """
+        params = nnx.as_pure(nnx.state(model, self.wrt, graph=self.graph))
+        pure_grads = nnx.as_pure(nnx.state(grads, self.wrt, graph=self.graph))
+        state, pure_extra = nnx.as_pure(self.opt_state), nnx.as_pure(extra)
+        params, state = apply_gradients(self.tx, pure_grads, state, params, **pure_extra)
+        nnx.update(model, params)
+        nnx.update(self.opt_state, nnx.state(state, graph=self.graph))
+        self.step[...] += 1

@@ -1,0 +1,217 @@
+"""The two Flax classes: the same numbers as Flax's own, the loss passed on, jit, donation, checkpoints."""
+
+import importlib
+import sys
+from functools import partial
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training import train_state
+
+import optax_guard as og
+from optax_guard.flax import Optimizer, TrainState
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # Flax itself does not work under the strict one
+
+X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+BATCHES = [X, np.full_like(X, np.nan), X[::-1].copy()]
+
+
+def make_tx() -> Any:
+    return og.guard(optax.adam(0.05), og.clip_by_global_norm(0.5), history=4)
+
+
+def loss_of(model: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(model(x) - 1))
+
+
+MODEL = nn.Dense(2)
+
+
+def linen(kind: type = TrainState, tx: Any = None, **fields: Any) -> Any:
+    params = MODEL.init(jax.random.key(0), X)
+    return kind.create(apply_fn=MODEL.apply, params=params, tx=make_tx() if tx is None else tx, **fields)
+
+
+@partial(jax.jit, donate_argnums=0)
+def linen_step(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+    loss, grads = jax.value_and_grad(lambda p: loss_of(partial(state.apply_fn, p), x))(state.params)
+    return state.apply_gradients(grads=grads, value=loss), loss
+
+
+def same(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_linen_passes_the_loss_on_holds_a_bad_step_and_equals_flax() -> None:
+    state = linen()
+    losses = []
+    for x in BATCHES:
+        before = jax.tree.map(np.array, (state.params, state.opt_state.guarded_state))
+        state, loss = linen_step(state, x)
+        losses.append(float(loss))
+        if np.isnan(x).any():
+            same((state.params, state.opt_state.guarded_state), before)
+    np.testing.assert_array_equal(og.flight_log(state.opt_state)["value"], np.float32(losses))
+    assert int(state.step) == 3
+    assert int(og.metrics(state.opt_state)["guard/skipped_total"]) == 1
+
+    plain = linen(train_state.TrainState, optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05)))
+    for x in (BATCHES[0], BATCHES[2]):
+        grads = jax.grad(lambda p, x=x: loss_of(partial(MODEL.apply, p), x))(plain.params)
+        plain = plain.apply_gradients(grads=grads)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_linen_replaces_fields_and_forwards_extra_arguments() -> None:
+    class WithStatistics(TrainState):
+        batch_stats: Any
+
+    tx = og.accumulate(optax.sgd(0.1), 2)
+    state = linen(WithStatistics, tx, batch_stats=jnp.zeros(()))
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    state = state.apply_gradients(grads=grads, extra_args={"weight": jnp.float32(3.0)}, batch_stats=jnp.ones(()))
+    assert state.batch_stats == 1
+    assert og.metrics(state.opt_state)["accumulate/weight"] == 3
+    with pytest.raises(ValueError, match="pass the loss as `value=`"):
+        state.apply_gradients(grads=grads, extra_args={"value": 1.0})
+    with pytest.raises(ValueError, match="`grads` lacks leaf `params/bias`"):
+        state.apply_gradients(grads={"params": {"kernel": grads["params"]["kernel"]}})
+
+
+def test_linen_overwrites_what_flax_overwrites() -> None:
+    params = {"params": {"w": jnp.ones(2)}, "_overwrite_with_gradient": {"scale": jnp.zeros(())}}
+    grads = {"params": {"w": jnp.ones(2)}, "_overwrite_with_gradient": {"scale": jnp.full((), 7.0)}}
+    states = [
+        kind.create(apply_fn=None, params=params, tx=optax.sgd(0.5)).apply_gradients(grads=grads)
+        for kind in (TrainState, train_state.TrainState)
+    ]
+    same(states[0].params, states[1].params)
+
+
+def test_a_donated_linen_step_needs_no_copy() -> None:
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), linen())
+    memory = linen_step.lower(state, X).compile().memory_analysis()
+    parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    assert memory.alias_size_in_bytes >= 3 * parameters  # parameters and both moments
+
+
+def through_orbax(state: Any, like: Any, folder: Any) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "state", like)
+
+
+def through_msgpack(state: Any, like: Any, folder: Any) -> Any:
+    del folder
+    return flax.serialization.from_bytes(like, flax.serialization.to_bytes(state))
+
+
+@pytest.mark.parametrize("kinds", [(TrainState, TrainState), (train_state.TrainState, TrainState)])
+@pytest.mark.parametrize("save_and_restore", [through_orbax, through_msgpack])
+def test_a_linen_checkpoint_goes_on_bit_for_bit_also_from_flax(
+    save_and_restore: Any, kinds: Any, tmp_path: Any
+) -> None:
+    tx = make_tx()
+    trained, _ = linen_step(linen(TrainState, tx), BATCHES[0])
+    saved = linen(kinds[0], tx).replace(
+        **{name: getattr(trained, name) for name in ("params", "opt_state")}, step=jnp.asarray(trained.step)
+    )
+    restored = save_and_restore(saved, linen(kinds[1], tx).replace(step=jnp.zeros((), jnp.int32)), tmp_path)
+    assert isinstance(restored, TrainState)
+    same(restored.opt_state, trained.opt_state)
+    copy = trained.replace(step=jnp.asarray(trained.step))
+    same(linen_step(restored, BATCHES[2])[0].params, linen_step(copy, BATCHES[2])[0].params)
+
+
+@nnx.jit
+def nnx_step(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    loss, grads = nnx.value_and_grad(loss_of)(model, x)
+    optimizer.update(model, grads, value=loss)
+    return loss
+
+
+@nnx.jit(donate_argnums=(0, 1))
+def nnx_donated_step(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+    loss, grads = nnx.value_and_grad(loss_of)(model, x)
+    optimizer.update(model, grads, value=loss)
+    return loss
+
+
+def arrays(*nodes: Any) -> Any:
+    return jax.tree.map(np.array, [nnx.as_pure(nnx.state(node)) for node in nodes])
+
+
+@pytest.mark.parametrize("step", [nnx_step, nnx_donated_step])
+def test_nnx_passes_the_loss_on_holds_a_bad_step_and_equals_flax(step: Any) -> None:
+    pairs = []
+    for kind in (Optimizer, nnx.Optimizer):
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        pairs.append((model, kind(model, make_tx(), wrt=nnx.Param)))
+    losses = []
+    for x in BATCHES:
+        before = arrays(pairs[0][0])
+        losses.append(float(step(*pairs[0], x)))
+        step(*pairs[1], x)
+        if np.isnan(x).any():
+            same(arrays(pairs[0][0]), before)
+    (model, optimizer), other = pairs
+    np.testing.assert_array_equal(og.flight_log(optimizer.opt_state)["value"], np.float32(losses))
+    assert int(optimizer.step[...]) == 3
+    assert int(og.metrics(optimizer.opt_state)["guard/skipped_total"]) == 1
+    for a, b in zip(jax.tree.leaves(arrays(model, optimizer)), jax.tree.leaves(arrays(*other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_nnx_trains_only_what_wrt_selects() -> None:
+    class Frozen(nnx.Variable): ...
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    model.scale = Frozen(jnp.ones(2))
+    optimizer = Optimizer(model, make_tx(), wrt=nnx.Param)
+    before = np.array(model.kernel[...])
+    nnx_step(model, optimizer, X)
+    assert not np.array_equal(before, model.kernel[...])
+    np.testing.assert_array_equal(model.scale[...], np.ones(2))
+
+
+@pytest.mark.parametrize("kind", [Optimizer, nnx.Optimizer])  # a run can change over from Flax's own class
+def test_an_nnx_checkpoint_goes_on_bit_for_bit(kind: Any, tmp_path: Any) -> None:
+    def build(seed: int, kind: Any = Optimizer) -> Any:
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(seed))
+        return model, kind(model, make_tx(), wrt=nnx.Param)
+
+    saved = build(0, kind)
+    nnx_step(*saved, BATCHES[0])
+    state = {"model": nnx.state(saved[0]), "optimizer": nnx.state(saved[1])}
+    resumed = build(1)
+    like = {"model": nnx.state(resumed[0]), "optimizer": nnx.state(resumed[1])}
+    restored = through_orbax(state, like, tmp_path)
+    nnx.update(resumed[0], restored["model"])
+    nnx.update(resumed[1], restored["optimizer"])
+    same(jax.tree.leaves(arrays(*resumed)), jax.tree.leaves(arrays(*saved)))
+    straight = build(0)
+    nnx_step(*straight, BATCHES[0])
+    for pair in (resumed, straight):
+        nnx_step(*pair, BATCHES[2])
+    if kind is Optimizer:
+        same(jax.tree.leaves(arrays(*resumed)), jax.tree.leaves(arrays(*straight)))
+
+
+def test_without_flax_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flax", None)
+    monkeypatch.delitem(sys.modules, "optax_guard.flax")
+    with pytest.raises(ImportError, match=r"pip install 'optax-guard\[flax\]'"):
+        importlib.import_module("optax_guard.flax")
