@@ -23,9 +23,23 @@ from optax_guard._clipping import (
 )
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
 
+# Recover when holding steps is not enough
+from optax_guard._ladder import RecoveryState
+from optax_guard._recovery import BackOffState, ResetState, RewindState, back_off, reset_moments, rewind
+from optax_guard._watch import LossWatch
+
+# Add a guard to a run in flight
+from optax_guard._migration import inner_state, with_guard_state
+
 # See what happened
 from optax_guard._leaf_record import LeafLog, LeafRecordState, leaf_log, record_leaves
 from optax_guard._metrics import flight_log, metrics
+
+# Bound the gradient by its own history
+from optax_guard._norm_history import MedianNormState, NormHistoryState, clip_by_median_norm, clip_by_norm_history
+
+# The one line that most people need
+from optax_guard._presets import stabilize
 
 # Change the gradient on purpose
 from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
@@ -46,7 +60,7 @@ from optax_guard._record import FlightRecorder
 from optax_guard._rule import Rule, Verdict, rule
 
 # Hold a step
-from optax_guard._skipping import skip_large, skip_nonfinite
+from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_spikes
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
 from optax_guard._tree import leaf_names
 
@@ -57,6 +71,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "AccumulateState",
+    "BackOffState",
     "ClipState",
     "FastTransformation",
     "FlightRecorder",
@@ -64,20 +79,30 @@ __all__ = [
     "GuardState",
     "LeafLog",
     "LeafRecordState",
+    "LossWatch",
+    "MedianNormState",
     "NoiseState",
+    "NormHistoryState",
     "PenaltyState",
     "ProximalState",
+    "RecoveryState",
+    "ResetState",
+    "RewindState",
     "Rule",
     "Sparsity",
+    "SpikeState",
     "TrainingHalted",
     "Verdict",
     "accumulate",
     "adaptive_grad_clip",
     "anticorrelated_noise",
     "apply_gradients",
+    "back_off",
     "clear_halt",
     "clip_by_global_norm",
     "clip_by_leaf_norm",
+    "clip_by_median_norm",
+    "clip_by_norm_history",
     "clip_by_value",
     "dense_penalty",
     "elastic_net_penalty",
@@ -86,6 +111,7 @@ __all__ = [
     "gradient_statistics",
     "guard",
     "has_updated",
+    "inner_state",
     "l1_penalty",
     "langevin_noise",
     "leaf_log",
@@ -98,9 +124,14 @@ __all__ = [
     "proximal_l1",
     "raise_if_halted",
     "record_leaves",
+    "reset_moments",
+    "rewind",
     "rule",
     "shrink_gradients",
     "skip_large",
     "skip_nonfinite",
+    "skip_spikes",
     "sparsity",
+    "stabilize",
+    "with_guard_state",
 ]

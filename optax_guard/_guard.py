@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_guard import _validate
+from optax_guard import _ladder, _validate
 from optax_guard._apply import (
     FastTransformation,
     add_updates,
@@ -38,6 +38,7 @@ from optax_guard._typing import AxisName, PyTree
 __all__ = ["GuardState", "TrainingHalted", "clear_halt", "guard", "raise_if_halted"]
 
 _CODE = {name: code for code, name in enumerate(EVENTS)}
+_EVENT_ORDER = ("halted", "nonfinite", "nonfinite_update", "skipped", "recovery", "let_through", "clipped")
 
 
 class GuardState(NamedTuple):
@@ -54,10 +55,11 @@ class GuardState(NamedTuple):
     let_through_total: jax.Array  # i32[]: refused steps applied after all, patience being over
     halted: jax.Array  # bool[]: every further step is held
     recorder: FlightRecorder
+    recovery_state: Any  # RecoveryState; () without `recovery`
 
 
 class TrainingHalted(RuntimeError):  # noqa: N818 (named after what happened, as StopIteration is)
-    """Raised on the host when a guard has halted: too many non-finite steps in a row."""
+    """Raised on the host when a guard has halted: too many non-finite steps in a row, or rewinds that did not help."""
 
 
 class _Judgement(NamedTuple):
@@ -70,11 +72,13 @@ class _Judgement(NamedTuple):
     clipped: jax.Array  # bool[]
     rule: jax.Array  # i32[]
     worst_leaf: jax.Array  # i32[]
+    has_gradient: jax.Array  # bool[n_leaves]
 
 
 def guard(
     inner: optax.GradientTransformation,
     *rules: Rule,
+    recovery: tuple[Any, ...] = (),
     patience: int = 10,
     halt_after: int = 50,
     history: int = 256,
@@ -102,6 +106,7 @@ def guard(
     a rule skips a finite step               held; after `patience` in a row one is let through, as the rules scale it
     `halt_after` non-finite steps in a row   `halted`: all later steps are held until `clear_halt`
     a rule answers with a NaN scale          held and counted as non-finite
+    steps of trouble in a row, the loss up   nothing more, or what `recovery` says: reset, back off, rewind
     zero gradient, empty tree                the inner optimizer steps as it would alone
     float16, update not finite               applied by `check_updates=False`; held and counted by True
     =======================================  ==========================================================================
@@ -109,6 +114,8 @@ def guard(
     Args:
       inner: any Optax transformation, usually the whole optimizer.
       *rules: applied in order, first to last. None is needed for the guarantees above.
+      recovery: what to do when holding steps is not enough: a tuple of `reset_moments(...)`, `back_off(...)` and
+        `rewind(...)`, in any order (docs/recovery.md). Without it, no state and no work.
       patience: how many finite steps in a row the rules may refuse before one is let through (>= 0). A lasting change
         must not stop a run. An applied step resets the count; a non-finite one neither counts nor resets.
       halt_after: non-finite steps in a row until the guard halts (>= 1). A finite step resets the count.
@@ -157,12 +164,15 @@ def guard(
             raise ValueError(
                 f"{name}: rule {position} has axis_name={each.axis_name!r}, the guard {axis_name!r}: they must agree."
             )
+    ladder = _ladder.as_ladder(recovery, inner, halt_after, axis_name)
+    scales_updates = ladder is not None and ladder.back_off is not None
     update_inner = optax.with_extra_args_support(inner).update
 
     def init(params: optax.Params) -> GuardState:
         check_arrays(name, params)
+        inner_state = inner.init(params)
         return GuardState(
-            guarded_state=inner.init(params),
+            guarded_state=inner_state,
             rule_states=tuple(each.init(params) for each in rules),
             guard_step=jnp.zeros((), jnp.int32),
             refused_in_row=jnp.zeros((), jnp.int32),
@@ -173,6 +183,7 @@ def guard(
             let_through_total=jnp.zeros((), jnp.int32),
             halted=jnp.zeros((), bool),
             recorder=empty_recorder(history),
+            recovery_state=_ladder.init_ladder(ladder, params, inner_state),
         )
 
     def run(
@@ -188,38 +199,54 @@ def guard(
         extra = _checked_value(extra, axis_name)
         judged = _judge(total, factor, rules, state, params, extra, axis_name)
         scale = judged.scale if factor is None else judged.scale * factor.astype(judged.scale.dtype)
+        seen = _ladder.Seen(
+            step=state.guard_step,
+            finite=judged.finite,
+            refused=judged.refused,
+            alive=~state.halted,
+            has_gradient=judged.has_gradient,
+            value=extra.get("value"),
+        )
+        plan, before = _ladder.plan(ladder, state.recovery_state, seen, params), params
+        params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, params, state.guarded_state)
 
         def propose() -> tuple[PyTree, Any]:
-            updates, new_state = update_inner(mean_of(total, scale, like), state.guarded_state, params, **extra)
-            return updates, settle(name, new_state, state.guarded_state)
+            updates, new_state = update_inner(mean_of(total, scale, like), inner_state, params, **extra)
+            return _ladder.scaled(plan, updates), settle(name, new_state, inner_state)
 
         untouched = params if fast else no_updates(jax.eval_shape(propose)[0], like)
 
         def act() -> tuple[PyTree, Any, jax.Array]:
             nothing_bad = jnp.full((), -1, jnp.int32)
-            if fast and not check_updates:
+            if fast and not check_updates and not scales_updates:
                 gradient = mean_of(total, scale, like)
-                new_params, new_state = take_step(inner, gradient, state.guarded_state, params, None, like, extra)
-                return new_params, settle(name, new_state, state.guarded_state), nothing_bad
+                new_params, new_state = take_step(inner, gradient, inner_state, params, None, like, extra)
+                return new_params, settle(name, new_state, inner_state), nothing_bad
             updates, new_state = propose()
             if not check_updates:
-                return updates, new_state, nothing_bad
+                return add_updates(params, updates) if fast else updates, new_state, nothing_bad
             bad_leaf = _first_nonfinite(updates, axis_name)
             result, new_state = lax.cond(
                 bad_leaf < 0,
                 lambda: (add_updates(params, updates) if fast else updates, new_state),
-                lambda: (untouched, state.guarded_state),
+                lambda: (untouched, inner_state),
             )
             return result, new_state, bad_leaf
 
         def hold() -> tuple[PyTree, Any, jax.Array]:
-            return untouched, state.guarded_state, jnp.full((), -1, jnp.int32)
+            result = untouched if fast else _ladder.held_updates(plan, before, params, untouched)
+            return result, inner_state, jnp.full((), -1, jnp.int32)
 
         applied = judged.finite & ~state.halted & (~judged.refused | (state.refused_in_row >= patience))
+        if plan is not None:
+            applied = applied & ~plan.replaces
         # The order of the branches decides a factor of 5: with `lax.cond(skip, hold, act)` jax 0.10 copies all that
         # the branches alias (4.7 to 5.7 times a bare AdamW step, against 1.1 to 1.3; benchmarks/overhead.py).
-        result, inner_state, bad_leaf = lax.cond(applied, act, hold)
-        return result, _advance(state, judged, inner_state, applied, bad_leaf, halt_after, extra.get("value"))
+        result, new_state, bad_leaf = lax.cond(applied, act, hold)
+        happened = applied & (bad_leaf < 0)
+        after = lambda: result if fast else add_updates(before, result)
+        recovery_state = _ladder.finish(ladder, plan, seen, happened, applied & ~happened, after, new_state)
+        return result, _advance(state, judged, new_state, applied, bad_leaf, halt_after, seen, plan, recovery_state)
 
     return fast_transformation(name, init, run)
 
@@ -256,7 +283,7 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
 
 
 def clear_halt(state: optax.OptState) -> optax.OptState:
-    """The same state with every guard's `halted` cleared and its count of non-finite steps at 0.
+    """The same state with every guard's `halted` cleared and its counts of non-finite steps and of rewinds at 0.
 
     Args:
       state: any optimizer state.
@@ -280,6 +307,7 @@ def clear_halt(state: optax.OptState) -> optax.OptState:
         fields["guarded_state"] = clear_halt(node.guarded_state)
         fields["halted"] = jax.tree.map(jnp.zeros_like, node.halted)
         fields["nonfinite_in_row"] = jax.tree.map(jnp.zeros_like, node.nonfinite_in_row)
+        fields["recovery_state"] = _ladder.forgive(node.recovery_state)
         return GuardState(**fields)
 
     return jax.tree.map(clear, state, is_leaf=lambda node: isinstance(node, GuardState))
@@ -330,6 +358,7 @@ def _judge(
         clipped=jnp.any(scale != 1),
         rule=acted,
         worst_leaf=_worst_leaf(before),
+        has_gradient=before.finite & (before.sum_squares > 0),
     )
 
 
@@ -347,7 +376,9 @@ def _advance(
     applied: jax.Array,
     bad_leaf: jax.Array,
     halt_after: int,
-    value: Any,
+    seen: _ladder.Seen,
+    plan: _ladder.Plan | None,
+    recovery_state: Any,
 ) -> GuardState:
     """The counters and the recorder after a step."""
     bad_update = applied & (bad_leaf >= 0)
@@ -357,20 +388,22 @@ def _advance(
     in_row = jnp.where(state.halted, state.nonfinite_in_row, counted)  # what led to the halt stays told
     refused = judged.finite & judged.refused & ~applied & ~state.halted
     event = jnp.select(
-        [state.halted, ~judged.finite, bad_update, refused, judged.refused, judged.clipped],
-        [_CODE[e] for e in ("halted", "nonfinite", "nonfinite_update", "skipped", "let_through", "clipped")],
+        [state.halted, ~judged.finite, bad_update, refused, ~applied, judged.refused, judged.clipped],
+        [_CODE[e] for e in _EVENT_ORDER],
         _CODE["applied"],
     ).astype(jnp.int32)
     row = Row(
         step=state.guard_step,
-        value=value,
+        value=seen.value,
         grad_norm=judged.norm,
         clipped_norm=jnp.where(happened, judged.clipped_norm, 0),
         scale=jnp.where(happened, jnp.min(judged.scale, initial=1.0), 0),
         event=event,
         rule=judged.rule,
         worst_leaf=jnp.where(bad_update, bad_leaf, judged.worst_leaf),
+        recovery=0 if plan is None else plan.reason,
     )
+    halted = state.halted | (in_row >= halt_after)
     return GuardState(
         guarded_state=inner_state,
         rule_states=judged.rule_states,
@@ -381,8 +414,9 @@ def _advance(
         skipped_total=_add(state.skipped_total, ~happened),
         nonfinite_total=_add(state.nonfinite_total, nonfinite),
         let_through_total=_add(state.let_through_total, happened & judged.refused),
-        halted=state.halted | (in_row >= halt_after),
+        halted=halted if plan is None else halted | plan.gives_up,
         recorder=add_row(state.recorder, row),
+        recovery_state=recovery_state,
     )
 
 
@@ -414,6 +448,13 @@ def _checked_value(extra: dict[str, Any], axis_name: AxisName | None) -> dict[st
 def _story(state: GuardState, params: PyTree | None) -> str:
     """What the last rows of the recorder tell of a halt, in words."""
     rows = read_rows(state.recorder)
+    given_up = [row for row in rows[rows["event"] != "halted"][-1:] if "gave_up" in str(row["recovery"])]
+    if given_up:
+        return (
+            f"halted at step {int(given_up[0]['step'])}: the loss diverged again after every rewind, so the batches were "
+            "not the cause. Lower the learning rate or look at the data, and go on with `clear_halt(state)`, which takes "
+            "the loss as it is for the new level."
+        )
     bad = rows[(rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update")]
     if len(bad) == 0:
         return "halted; the flight recorder no longer reaches back to the cause."

@@ -15,6 +15,8 @@ import optax
 
 from optax_guard._accumulation import AccumulateState
 from optax_guard._guard import GuardState
+from optax_guard._ladder import RecoveryState
+from optax_guard._norm_history import NormHistoryState
 from optax_guard._record import EVENTS, last_row, read_rows
 from optax_guard._tree import find_states, unwrapped
 
@@ -40,6 +42,21 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     guard/refused_in_row          i32: finite refusals in a row
     guard/nonfinite_in_row        i32: non-finite steps in a row
     guard/halted                  bool: every further step is held
+    guard/trouble_in_row          i32: with `recovery`: steps in a row that were refused or not finite
+    guard/reset_total             i32: with `reset_moments`: resets, for whatever reason
+    guard/silent_death_total      i32: the same: resets because moments were not finite or parameters stood still
+    guard/moments_finite          bool: the same: what the last look saw
+    guard/frozen_leaves           i32: the same: leaves that stood still at the last look though they have a gradient
+    guard/update_scale            f32: with `back_off`: what the last update was multiplied by
+    guard/back_off_total          i32: the same: steps down
+    guard/rewind_total            i32: with `rewind`
+    guard/snapshot_step           i32: the same: the step count at the snapshot a rewind would go to; -1 if none
+    guard/smoothed_loss           f32: the same, or with `back_off(diverged=...)`
+    guard/best_loss               f32: the lowest of it, or what it was at the snapshot gone back to
+    norm_history/threshold        f32: the norm that `clip_by_norm_history` will let pass at the next step; 0 at first
+    norm_history/touched_in_row   i32: steps it scaled in a row; a long run is a lasting rise, or an explosion
+    norm_history/leaf             i32: with `scope="leaf"` the two are those of the leaf with the longest run: its index
+                                  into `leaf_names(params)`; -1 with `scope="tree"`
     accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated: see `Accumul
     ============================  ====================================================================================
 
@@ -61,7 +78,11 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
       {'guard/grad_norm': 5.0, 'guard/clipped_norm': 1.0}
     """
     result: dict[str, jax.Array] = {}
-    for kind, prefix, read in ((GuardState, "guard", _guard_metrics), (AccumulateState, "accumulate", _accumulate)):
+    for kind, prefix, read in (
+        (GuardState, "guard", _guard_metrics),
+        (NormHistoryState, "norm_history", _norm_history),
+        (AccumulateState, "accumulate", _accumulate),
+    ):
         for index, each in enumerate(find_states(state, kind)):
             label = prefix if index == 0 else f"{prefix}_{index}"
             result |= {f"{label}/{name}": number for name, number in read(each).items()}
@@ -77,8 +98,9 @@ def flight_log(state: optax.OptState) -> np.ndarray:
     Returns:
       A NumPy structured array with columns `step`, `value` (the loss; NaN if none was passed), `grad_norm` (NaN or Inf
       as they were), `clipped_norm`, `scale`, `event` (applied, clipped, skipped, let_through, nonfinite,
-      nonfinite_update, halted), `rule` (position of the first rule that acted; -1) and `worst_leaf` (index into
-      `leaf_names(params)`). At most `history` rows.
+      nonfinite_update, halted, recovery), `rule` (position of the first rule that acted; -1), `worst_leaf` (index into
+      `leaf_names(params)`) and `recovery` (what the ladder did: reset_refused, reset_nonfinite, reset_frozen, back_off,
+      rewind_refused, rewind_diverged, gave_up; several are joined by `+`). At most `history` rows.
 
     Raises:
       ValueError: there is no guard in `state`, or more than one.
@@ -103,7 +125,7 @@ def flight_log(state: optax.OptState) -> np.ndarray:
 def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
     step = unwrapped(state.guard_step)
     row = last_row(state.recorder, step)
-    held = jnp.array([e in ("skipped", "nonfinite", "nonfinite_update", "halted") for e in EVENTS], jnp.int32)
+    held = jnp.array([e in ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery") for e in EVENTS], jnp.int32)
     return {
         "grad_norm": row.grad_norm,
         "clipped_norm": row.clipped_norm,
@@ -123,7 +145,24 @@ def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
                 "halted",
             )
         },
+        **(_recovery_metrics(state.recovery_state) if isinstance(state.recovery_state, RecoveryState) else {}),
     }
+
+
+def _recovery_metrics(state: RecoveryState) -> dict[str, jax.Array]:
+    """Of the rungs that are there."""
+    numbers = {"trouble_in_row": unwrapped(state.trouble_in_row)}
+    for part, names in (
+        (state.reset_state, ("reset_total", "silent_death_total", "moments_finite", "frozen_leaves")),
+        (state.back_off_state, ("update_scale", "back_off_total")),
+        (state.rewind_state, ("rewind_total",)),
+        (state.loss_watch, ("smoothed_loss", "best_loss")),
+    ):
+        numbers |= {name: unwrapped(getattr(part, name)) for name in names if part != ()}
+    if state.rewind_state != ():
+        steps, newest = unwrapped(state.rewind_state.snapshot_steps), unwrapped(state.rewind_state.newest_snapshot)
+        numbers["snapshot_step"] = steps[newest]
+    return numbers
 
 
 def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
@@ -135,3 +174,16 @@ def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
         "empty_total": unwrapped(state.empty_total),
         "updated": unwrapped(state.emitted),
     }
+
+
+def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
+    threshold, seen = unwrapped(state.log_threshold), unwrapped(state.norms_seen)
+    in_row = unwrapped(state.touched_in_row)
+    leaf = jnp.full((), -1, jnp.int32)
+    threshold = jnp.where(seen > 0, jnp.exp(threshold), 0)
+    if in_row.size == 0:
+        return {"threshold": jnp.zeros(()), "touched_in_row": jnp.zeros((), jnp.int32), "leaf": leaf}
+    if in_row.ndim > 0:
+        leaf = jnp.argmax(in_row).astype(jnp.int32)
+        threshold, in_row = threshold[leaf], in_row[leaf]
+    return {"threshold": threshold, "touched_in_row": in_row, "leaf": leaf}

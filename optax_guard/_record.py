@@ -12,7 +12,7 @@ import numpy as np
 
 from optax_guard._tree import unwrapped
 
-__all__ = ["EVENTS", "FlightRecorder", "Row", "add_row", "empty_recorder", "last_row", "read_rows"]
+__all__ = ["EVENTS", "RECOVERIES", "FlightRecorder", "Row", "add_row", "empty_recorder", "last_row", "read_rows"]
 
 EVENTS = (
     "applied",  # the gradient went in as it was
@@ -22,9 +22,20 @@ EVENTS = (
     "nonfinite",  # NaN, Inf, or too large to square: held
     "nonfinite_update",  # the inner optimizer's update was not finite: held (with `check_updates=True`)
     "halted",  # the guard had halted before: held
+    "recovery",  # the gradient was good, but the ladder acted in place of the step: held
+)
+RECOVERIES = (  # what the ladder did; several may come together
+    "reset_refused",  # moments re-initialised: steps refused or not finite in a row
+    "reset_nonfinite",  # the same: a moment was not finite
+    "reset_frozen",  # the same: parameters had stopped moving
+    "back_off",  # updates are scaled down from here on
+    "rewind_refused",  # back to a snapshot: steps refused or not finite in a row
+    "rewind_diverged",  # the same: the smoothed loss had diverged
+    "gave_up",  # diverged again after all rewinds: the guard halts
 )
 _NUMBERS = ("value", "grad_norm", "clipped_norm", "scale")
 _FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)
+_RECOVERY = 5 ** len(_NUMBERS)  # where the ladder's bits begin in the packed code
 
 
 class Row(NamedTuple):
@@ -38,13 +49,14 @@ class Row(NamedTuple):
     event: jax.Array  # i32[]: index into EVENTS
     rule: jax.Array  # i32[]: position of the first rule that acted, -1 if none
     worst_leaf: jax.Array  # i32[]: the first leaf that is not finite, else the one of largest norm; -1 without leaves
+    recovery: jax.Array | int = 0  # i32[]: bits of RECOVERIES
 
 
 class FlightRecorder(NamedTuple):
     """The last `history` rows. Row of step t is at t % history; `codes[:, 0]` is -1 where nothing was written."""
 
     numbers: jax.Array  # f32[history, 4]: value, grad_norm, clipped_norm, scale; 0 where not finite
-    codes: jax.Array  # i32[history, 5]: step, event, rule, worst_leaf, and what the numbers were (base 5)
+    codes: jax.Array  # i32[history, 5]: step, event, rule, worst_leaf, and what the numbers were (base 5) + 625 * recovery
 
 
 def empty_recorder(history: int) -> FlightRecorder:
@@ -66,7 +78,7 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
     )
     if absent:
         kinds = kinds.at[0].set(_ABSENT)
-    packed = jnp.sum(kinds * jnp.array([1, 5, 25, 125], jnp.int32))
+    packed = jnp.sum(kinds * jnp.array([1, 5, 25, 125], jnp.int32)) + _RECOVERY * row.recovery
     codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed.astype(jnp.int32)])
     place = row.step % recorder.codes.shape[0]
     return FlightRecorder(
@@ -81,7 +93,8 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     place = (step - 1) % all_codes.shape[0]
     codes = all_codes[place]
     numbers = _unpack(all_numbers[place], jnp.maximum(codes[4], 0), jnp)
-    return Row(codes[0], *numbers, event=codes[1], rule=codes[2], worst_leaf=codes[3])
+    recovery = jnp.maximum(codes[4], 0) // _RECOVERY
+    return Row(codes[0], *numbers, event=codes[1], rule=codes[2], worst_leaf=codes[3], recovery=recovery)
 
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:
@@ -92,13 +105,25 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
     order = np.argsort(codes[:, 0], kind="stable")
     rows = np.zeros(
         len(order),
-        dtype=[("step", "i4"), *((n, "f4") for n in _NUMBERS), ("event", "U16"), ("rule", "i4"), ("worst_leaf", "i4")],
+        dtype=[
+            ("step", "i4"),
+            *((n, "f4") for n in _NUMBERS),
+            ("event", "U16"),
+            ("rule", "i4"),
+            ("worst_leaf", "i4"),
+            ("recovery", "U64"),
+        ],
     )
     for name, column in zip(_NUMBERS, _unpack(numbers[order].T, codes[order, 4], np), strict=True):
         rows[name] = column
     rows["step"], rows["rule"], rows["worst_leaf"] = codes[order, 0], codes[order, 2], codes[order, 3]
     rows["event"] = np.array(EVENTS)[codes[order, 1]]
+    rows["recovery"] = [_recovery_words(packed // _RECOVERY) for packed in codes[order, 4]]
     return rows
+
+
+def _recovery_words(bits: int) -> str:
+    return "+".join(name for position, name in enumerate(RECOVERIES) if bits >> position & 1)
 
 
 def _unpack(numbers: Any, packed: Any, xp: Any) -> list[Any]:

@@ -19,11 +19,14 @@ NOT_TRANSFORMATIONS = {
     "FlightRecorder": "a part of GuardState",
     "GradientStatistics": "what a rule judges from",
     "GuardState": "a state",
+    "MedianNormState": "a state",
     "NoiseState": "a state",
+    "NormHistoryState": "a state",
     "PenaltyState": "a state",
     "ProximalState": "a state",
     "Rule": "the type of a rule",
     "Sparsity": "what `sparsity` answers",
+    "SpikeState": "a state",
     "TrainingHalted": "an exception",
     "Verdict": "what a rule answers",
     "apply_gradients": "takes a step with a transformation",
@@ -149,8 +152,11 @@ def halving_rule(threshold=1.0, axis_name=None):
 
 
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
+HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 NOISE_STATIC = ("key", "kind", "relative_to", "mask")
+
+SPIKE_STATIC = ("window", "on", "follow", "faithful", "axis_name")
 
 ENTRIES = (
     Entry("clip_by_global_norm", "", og.clip_by_global_norm, {"max_norm": 1.0}),
@@ -158,8 +164,14 @@ ENTRIES = (
     Entry("clip_by_leaf_norm", "", og.clip_by_leaf_norm, {"max_norm": 1.0}),
     Entry("clip_by_value", "", og.clip_by_value, {"max_value": 0.5}),
     Entry("adaptive_grad_clip", "", og.adaptive_grad_clip, {"clipping": 0.1}, ("axis",), needs_params=True),
+    Entry("clip_by_norm_history", "", og.clip_by_norm_history, {"max_norm": 2.0}, HISTORY_STATIC),
+    Entry("clip_by_norm_history", "leaf", og.clip_by_norm_history, {"scope": "leaf"}, HISTORY_STATIC),
+    Entry("clip_by_median_norm", "", og.clip_by_median_norm, {}, ("window", *HISTORY_STATIC)),
+    Entry("clip_by_median_norm", "leaf", og.clip_by_median_norm, {"scope": "leaf"}, ("window", *HISTORY_STATIC)),
     Entry("skip_nonfinite", "", og.skip_nonfinite),
     Entry("skip_large", "", og.skip_large, {"max_norm": 10.0}),
+    Entry("skip_spikes", "", og.skip_spikes, {"window": 8}, SPIKE_STATIC),
+    Entry("skip_spikes", "faithful", og.skip_spikes, {"window": 4, "faithful": True}, SPIKE_STATIC),
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),

@@ -451,7 +451,7 @@ def test_state_fields_have_names_of_their_own_that_optax_does_not_use() -> None:
         if not issubclass(state, optax.GradientTransformation)
         for name in state._fields
     }
-    assert len(STATES) == 7
+    assert len(STATES) >= 9
     assert len(fields) == len(set(fields))
     assert "count" in theirs
     assert not theirs & set(fields)
@@ -460,7 +460,8 @@ def test_state_fields_have_names_of_their_own_that_optax_does_not_use() -> None:
 def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
     inner = optax.chain(og.noise_injection(), og.l1_penalty(schedule), optax.adamw(0.1))
     inner = og.proximal_l1(inner, 0.1, learning_rate=0.1)
-    tx = og.accumulate(og.guard(inner, og.clip_by_global_norm(schedule)), every=2)
+    rules = og.clip_by_global_norm(schedule), og.clip_by_norm_history(), og.clip_by_median_norm()
+    tx = og.accumulate(og.guard(inner, *rules), every=2)
     state = jax.eval_shape(tx.init, PARAMS)
     for name in (name for kind in STATES for name in kind._fields):
         assert optax.tree.get(state, name) is not None, name

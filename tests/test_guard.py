@@ -238,7 +238,9 @@ def test_the_recorder_keeps_the_last_rows_and_the_loss_as_it_was() -> None:
     chex.assert_tree_all_finite(state)
     norm = np.sqrt(9 * 0.1**2)
     np.testing.assert_allclose(log["grad_norm"], norm, rtol=1e-6)
-    assert log.dtype.names == ("step", "value", "grad_norm", "clipped_norm", "scale", "event", "rule", "worst_leaf")
+    assert log.dtype.names == (
+        *("step", "value", "grad_norm", "clipped_norm", "scale", "event", "rule", "worst_leaf", "recovery"),
+    )
 
 
 def test_metrics_before_the_first_step_and_of_foreign_states() -> None:

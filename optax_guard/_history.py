@@ -1,0 +1,113 @@
+"""Judging a number against its own history: when is it a spike, and when is the level a new one?
+
+Two answers, each a threshold from the past alone. `published_threshold` is mean + sigmas * standard deviation of the
+last `window` values, whatever they were. `threshold` reads two windows: the values that were accepted give the
+threshold, and the last 2 * follow - 1 values, accepted or not, can say that the level has changed:
+
+    margin = max(sigmas * (q90 - q50) / 1.28 * (1 + 8 / n), least)     over the n <= window accepted values
+    limit  = q50 + margin
+    if the median of the recent values exceeds limit (so at least `follow` of them do):
+        limit = that median + max(sigmas * 1.48 * MAD of the recent values, margin)
+
+The upper decile and not the MAD measures the spread, since losses and norms have long upper tails: on lognormal values
+with a log-sd of 1.5, median + 6 MAD is exceeded by one healthy value in ten, this limit by one in eighty.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Series", "empty_series", "published_threshold", "push", "push_published", "start_of", "threshold"]
+
+_DECILE = 1.2815516  # (q90 - q50) of a standard normal distribution
+_MAD = 1.4826022  # 1 / median |x| of a standard normal distribution
+_YOUNG = 8.0  # widens the margin of a window of n values by 1 + 8 / n: a tenth of few values is a poor estimate
+_UNSEEN = 3.0e38  # fills unused places: sorts last
+
+
+class Series(NamedTuple):
+    """The history of one number. No field ever holds a NaN or an Inf."""
+
+    accepted: jax.Array  # f32[window]: the last accepted values, a ring
+    recent: jax.Array  # f32[2 * follow - 1]: the last finite values, a ring
+    accepted_total: jax.Array  # i32[]: values ever written to `accepted`, up to 2^30
+    recent_total: jax.Array  # i32[]: the same for `recent`
+
+
+def empty_series(window: int, follow: int) -> Series:
+    """A history without a value."""
+    return Series(
+        accepted=jnp.full(window, _UNSEEN, jnp.float32),
+        recent=jnp.full(2 * follow - 1, _UNSEEN, jnp.float32),
+        accepted_total=jnp.zeros((), jnp.int32),
+        recent_total=jnp.zeros((), jnp.int32),
+    )
+
+
+def start_of(window: int, follow: int) -> int:
+    """The number of accepted values from which on `threshold` is finite."""
+    return min(window, 2 * follow - 1)
+
+
+def threshold(series: Series, sigmas: float | jax.Array, least: float, relative: bool) -> jax.Array:
+    """The largest value that is no spike; Inf while too little is known.
+
+    `least` is the smallest margin, times |median| if `relative`.
+    """
+    window, width = series.accepted.shape[0], series.recent.shape[0]
+    n = jnp.minimum(series.accepted_total, window)
+    ordered = jnp.sort(series.accepted)
+    below, above, upper = (ordered[jnp.clip(i, 0, window - 1)] for i in ((n - 1) // 2, n // 2, 9 * n // 10))
+    middle = below + (above - below) / 2  # their sum may overflow
+    young = 1 + _YOUNG / jnp.maximum(n, 1).astype(jnp.float32)
+
+    def margin(center: jax.Array, spread: jax.Array) -> jax.Array:
+        return jnp.maximum(spread, least * jnp.abs(center) if relative else least)
+
+    known = margin(middle, sigmas * young * (upper - middle) / _DECILE)
+    limit = middle + known
+    recent = jnp.sort(series.recent)[width // 2]
+    mad = jnp.sort(jnp.abs(series.recent - recent))[width // 2]
+    changed = (series.recent_total >= width) & (recent > limit)
+    limit = jnp.where(changed, recent + jnp.maximum(margin(recent, sigmas * _MAD * mad), known), limit)
+    # A history of nothing but zeros has no scale to judge by.
+    return jnp.where((n >= min(window, width)) & (known > 0), limit, jnp.inf)
+
+
+def push(series: Series, x: jax.Array, kept: jax.Array, accept: jax.Array, seen: jax.Array) -> Series:
+    """The history after the value `x`, of which `kept` is remembered if `accept`; as it was unless `seen`."""
+    accept = accept & seen
+    place, spot = series.accepted_total % series.accepted.shape[0], series.recent_total % series.recent.shape[0]
+    return Series(
+        accepted=series.accepted.at[place].set(jnp.where(accept, kept, series.accepted[place])),
+        recent=series.recent.at[spot].set(jnp.where(seen, x, series.recent[spot])),
+        accepted_total=_counted(series.accepted_total, accept, series.accepted.shape[0]),
+        recent_total=_counted(series.recent_total, seen, series.recent.shape[0]),
+    )
+
+
+def published_threshold(
+    series: Series, sigmas: float | jax.Array, unbiased: bool, least: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mean + sigmas * std of the window, as published, NaN while a non-finite value is in it; and whether to judge."""
+    window = series.accepted.shape[0]
+    n = jnp.minimum(series.accepted_total, window)
+    used = jnp.arange(window) < n
+    values = jnp.where(series.accepted == -_UNSEEN, jnp.nan, series.accepted)
+    count = jnp.maximum(n, 1).astype(jnp.float32)
+    mean = jnp.sum(jnp.where(used, values, 0)) / count
+    squares = jnp.sum(jnp.where(used, jnp.square(values - mean), 0))
+    spread = jnp.sqrt(squares / jnp.maximum(count - (1 if unbiased else 0), 1))
+    return mean + sigmas * jnp.maximum(spread, least), n >= max(2, window // 2)
+
+
+def push_published(series: Series, x: jax.Array) -> Series:
+    """Every value enters the window as it came; one that is not finite as a code for NaN."""
+    code = jnp.where(jnp.isfinite(x), x, -_UNSEEN)
+    return push(series, jnp.float32(0), code, jnp.ones((), bool), jnp.ones((), bool))
+
+
+def _counted(total: jax.Array, event: jax.Array, period: int) -> jax.Array:
+    """Total + 1, turned back by whole periods before it could overflow: only its place in the ring matters then."""
+    return jnp.where(event, jnp.where(total < 2**30, total + 1, total - period * (2**30 // period - 1) + 1), total)

@@ -1,0 +1,464 @@
+"""How a guard climbs its ladder: decide before the step, go back before it, look and remember after it.
+
+`plan` looks only at scalars. `recover` is what the step starts from: parameters and state as they are, reset, or from a
+snapshot. `finish` looks at the moments and takes snapshots, when they are due.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._record import RECOVERIES
+from optax_guard._recovery import (
+    BackOff,
+    BackOffState,
+    Reset,
+    ResetState,
+    Rewind,
+    RewindState,
+    empty_back_off,
+    step_down,
+    step_up,
+)
+from optax_guard._reset import all_finite, fingerprints, moments, reset_state
+from optax_guard._rule import scale_leaves
+from optax_guard._step import next_step
+from optax_guard._tree import NO_PARAMS_MSG, is_gradient, positions, wider_dtype
+from optax_guard._typing import AxisName, PyTree
+from optax_guard._watch import LossWatch, empty_watch, loss_above, watch_loss
+
+__all__ = ["Ladder", "Plan", "RecoveryState", "Seen", "as_ladder", "finish", "forgive", "held_updates", "init_ladder", "plan", "recover", "scaled"]
+
+_BIT = {name: 1 << position for position, name in enumerate(RECOVERIES)}
+
+
+class RecoveryState(NamedTuple):
+    """What the ladder of a guard carries; `()` for a rung that is not there."""
+
+    trouble_in_row: jax.Array  # i32[]: steps of trouble since the last healthy one
+    bad_update_before: jax.Array  # bool[]: whether the last update was not finite (with `check_updates=True`)
+    reset_state: Any  # ResetState
+    back_off_state: Any  # BackOffState
+    rewind_state: Any  # RewindState
+    loss_watch: Any  # LossWatch, if a rung looks at the loss
+
+
+class Ladder(NamedTuple):
+    """The rungs of a guard, and whose they are."""
+
+    reset: Reset | None
+    back_off: BackOff | None
+    rewind: Rewind | None
+    inner: optax.GradientTransformation
+    axis_name: AxisName | None
+
+
+class Seen(NamedTuple):
+    """What the guard knows of a step before it is taken."""
+
+    step: jax.Array  # i32[]
+    finite: jax.Array  # bool[]
+    refused: jax.Array  # bool[]
+    alive: jax.Array  # bool[]: not halted
+    has_gradient: jax.Array  # bool[n_leaves]: a finite norm above 0
+    value: jax.Array | None
+
+
+class Plan(NamedTuple):
+    """What the ladder does in this step."""
+
+    state: RecoveryState  # after all that is known before the step
+    resets: jax.Array  # bool[]
+    rewinds: jax.Array  # bool[]
+    gives_up: jax.Array  # bool[]: the guard halts
+    place: jax.Array  # i32[]: of the snapshot to go back to
+    update_scale: jax.Array | None  # f32[]; None without `back_off`
+    reason: jax.Array  # i32[]: bits of RECOVERIES
+
+    @property
+    def replaces(self) -> jax.Array:
+        """Whether the gradient of this step is not applied."""
+        return self.resets | self.rewinds | self.gives_up
+
+
+def as_ladder(
+    recovery: Any, inner: optax.GradientTransformation, halt_after: int, axis_name: AxisName | None
+) -> Ladder | None:
+    """Sorts the rungs; None if there are none."""
+    kinds = {"reset_moments": Reset, "back_off": BackOff, "rewind": Rewind}
+    wanted = "a tuple of `reset_moments(...)`, `back_off(...)`, `rewind(...)`"
+    if isinstance(recovery, tuple(kinds.values())) or not isinstance(recovery, (tuple, list)):
+        raise ValueError(f"guard: `recovery` must be {wanted}; got {recovery!r}.")
+    found: dict[str, Any] = {}
+    for each in recovery:
+        name = next((name for name, kind in kinds.items() if isinstance(each, kind)), None)
+        if name is None:
+            raise ValueError(f"guard: `recovery` must be {wanted}; it holds {each!r}.")
+        if name in found:
+            raise ValueError(f"guard: `recovery` holds `{name}` twice; each rung may be there once.")
+        if name != "back_off" and each.after > halt_after:
+            raise ValueError(
+                f"guard: `{name}(after={each.after})` would never act on non-finite steps, since `halt_after` is "
+                f"{halt_after}; `after` must be in [1, halt_after]."
+            )
+        found[name] = each
+    if not found:
+        return None
+    return Ladder(found.get("reset_moments"), found.get("back_off"), found.get("rewind"), inner, axis_name)
+
+
+def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> RecoveryState | tuple[()]:
+    """The ladder's state before the first step; nothing at all without a ladder."""
+    if ladder is None:
+        return ()
+    leaves = len(positions(params))
+    reset = ResetState(
+        parameter_sums=jnp.zeros((leaves, 2), jnp.float32),
+        leaf_moved=jnp.zeros(leaves, bool),
+        applied_since_check=_zero(),
+        moments_finite=jnp.ones((), bool),
+        frozen_leaves=_zero(),
+        parameters_frozen=jnp.zeros((), bool),
+        reset_total=_zero(),
+        silent_death_total=_zero(),
+    )
+    rewind: Any = ()
+    if ladder.rewind is not None:
+        keep = ladder.rewind.keep
+        rewind = RewindState(
+            snapshots=tuple(
+                jax.tree.map(lambda x: _stored(ladder.rewind, jnp.zeros_like(x)), (params, inner_state))
+                for _ in range(keep)
+            ),
+            snapshot_steps=jnp.full(keep, -1, jnp.int32),
+            snapshot_losses=jnp.zeros(keep, jnp.float32),
+            newest_snapshot=jnp.full((), keep - 1, jnp.int32),
+            snapshots_held=_zero(),
+            snapshot_due_in=_zero(),
+            rewinds_in_row=_zero(),
+            rewind_total=_zero(),
+        )
+    return RecoveryState(
+        trouble_in_row=_zero(),
+        bad_update_before=jnp.zeros((), bool),
+        reset_state=() if ladder.reset is None else reset,
+        back_off_state=() if ladder.back_off is None else empty_back_off(()),
+        rewind_state=rewind,
+        loss_watch=empty_watch() if _watches(ladder) else (),
+    )
+
+
+def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree | None) -> Plan | None:
+    """What to do in this step, and the state that follows from what is known before it; None without a ladder."""
+    if ladder is None:
+        return None
+    if params is None and (ladder.reset is not None or ladder.rewind is not None):
+        raise ValueError(NO_PARAMS_MSG)
+    never = jnp.zeros((), bool)
+    reasons = dict.fromkeys(RECOVERIES, never)
+    bad = ~seen.finite | seen.refused | state.bad_update_before
+    in_row = jnp.where(seen.alive, jnp.where(bad, next_step(state.trouble_in_row), 0), state.trouble_in_row)
+    bad = bad & seen.alive
+    watch = state.loss_watch
+    if _watches(ladder) and seen.value is not None:
+        watch = watch_loss(watch, seen.value, seen.alive & seen.finite)
+
+    if ladder.reset is not None:
+        reasons["reset_refused"] = bad & (in_row == ladder.reset.after)
+        reasons["reset_nonfinite"] = seen.alive & ~state.reset_state.moments_finite
+        reasons["reset_frozen"] = seen.alive & state.reset_state.parameters_frozen
+    place = _zero()
+    if ladder.rewind is not None:
+        old = state.rewind_state
+        may = (old.rewinds_in_row < ladder.rewind.attempts) & (old.snapshots_held > 0)
+        diverged = seen.alive & seen.finite & _diverged(watch, ladder.rewind.diverged, seen)
+        reasons["rewind_refused"] = bad & (in_row % ladder.rewind.after == 0) & may
+        reasons["rewind_diverged"] = diverged & may
+        reasons["gave_up"] = diverged & (old.rewinds_in_row >= ladder.rewind.attempts)
+        again = (old.rewinds_in_row > 0) & (old.snapshots_held > 1)
+        place = (old.newest_snapshot - again.astype(jnp.int32)) % ladder.rewind.keep
+    rewinds = reasons["rewind_refused"] | reasons["rewind_diverged"]
+    for name in ("reset_refused", "reset_nonfinite", "reset_frozen"):
+        reasons[name] = reasons[name] & ~rewinds & ~reasons["gave_up"]
+    dead = reasons["reset_nonfinite"] | reasons["reset_frozen"]
+
+    back_off = state.back_off_state
+    if ladder.back_off is not None:
+        bar = ladder.back_off.diverged
+        rises = _diverged(watch, bar, seen) & ~_diverged(state.loss_watch, bar, seen)
+        down = dead | rewinds | bad & (in_row == ladder.back_off.after) | seen.alive & rises
+        reasons["back_off"] = down
+        back_off = step_down(ladder.back_off, back_off, down)
+    resets = dead | reasons["reset_refused"]
+    return Plan(
+        state=RecoveryState(
+            trouble_in_row=in_row,
+            bad_update_before=state.bad_update_before,
+            reset_state=_after_reset(state.reset_state, resets, dead),
+            back_off_state=back_off,
+            rewind_state=_after_rewind(ladder.rewind, state.rewind_state, rewinds, place),
+            loss_watch=_watch_after_rewind(watch, state.rewind_state, rewinds, place),
+        ),
+        resets=resets,
+        rewinds=rewinds,
+        gives_up=reasons["gave_up"],
+        place=place,
+        update_scale=None if ladder.back_off is None else back_off.update_scale,
+        reason=sum(jnp.where(on, _BIT[name], 0) for name, on in reasons.items()) + _zero(),
+    )
+
+
+def recover(
+    ladder: Ladder | None, planned: Plan | None, state: RecoveryState, params: PyTree, inner_state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Parameters and inner state to go on from: the very same, or reset, or those of a snapshot.
+
+    One `lax.cond` after the other, each of the form (change, keep), before that of the step. As branches of the step's
+    own cond they cost JAX 0.10 up to three copies of the parameters.
+    """
+    if ladder is None or planned is None:
+        return params, inner_state
+    if ladder.reset is not None:
+        params, inner_state = lax.cond(
+            planned.resets,
+            lambda: (params, reset_state(ladder.inner, inner_state, params)),
+            lambda: (params, inner_state),
+        )
+    if ladder.rewind is not None:
+        kept = params, inner_state
+        for position, snapshot in enumerate(state.rewind_state.snapshots):
+            kept = lax.cond(
+                planned.rewinds & (planned.place == position),
+                lambda snapshot=snapshot: _loaded(ladder.rewind, snapshot, (params, inner_state)),
+                lambda kept=kept: kept,
+            )
+        params, inner_state = kept
+    return params, inner_state
+
+
+def held_updates(planned: Plan | None, before: PyTree, after: PyTree, untouched: PyTree) -> PyTree:
+    """Optax's updates for a step that was not applied: those that lead to a snapshot, or to where one is."""
+    if planned is None or before is None:
+        return untouched
+    return lax.cond(planned.rewinds, lambda: _updates_to(after, before, untouched), lambda: untouched)
+
+
+def scaled(planned: Plan | None, updates: PyTree) -> PyTree:
+    """The finished updates as `back_off` scales them."""
+    if planned is None or planned.update_scale is None:
+        return updates
+    return scale_leaves(updates, planned.update_scale)
+
+
+def finish(
+    ladder: Ladder | None,
+    planned: Plan | None,
+    seen: Seen,
+    applied: jax.Array,
+    bad_update: jax.Array,
+    params: Callable[[], PyTree],
+    inner_state: PyTree,
+) -> RecoveryState | tuple[()]:
+    """The state after the step: looks at the moments and takes a snapshot where they are due.
+
+    `applied` is whether the step's update was; `params` gives the parameters after it.
+    """
+    if ladder is None or planned is None:
+        return ()
+    state = planned.state
+    healthy = applied & ~seen.refused
+    reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
+    if ladder.reset is not None:
+        reset = _look_at_moments(ladder, reset, seen, applied, params, inner_state)
+    if ladder.back_off is not None:
+        back_off = step_up(back_off, healthy, ())
+    if ladder.rewind is not None:
+        low = ~_diverged(state.loss_watch, (1 + ladder.rewind.diverged) / 2, seen)
+        rewind = _take_snapshot(ladder, rewind, healthy & low, seen.step, state.loss_watch, params, inner_state)
+    return RecoveryState(
+        trouble_in_row=state.trouble_in_row,
+        bad_update_before=jnp.where(seen.alive, bad_update, state.bad_update_before),
+        reset_state=reset,
+        back_off_state=back_off,
+        rewind_state=rewind,
+        loss_watch=state.loss_watch,
+    )
+
+
+def forgive(state: RecoveryState | tuple[()]) -> RecoveryState | tuple[()]:
+    """The state after `clear_halt`: rewinds are counted anew, and the loss as it now is becomes the level."""
+    if not isinstance(state, RecoveryState):
+        return state
+    fields = state._asdict()
+    fields["trouble_in_row"] = jax.tree.map(jnp.zeros_like, state.trouble_in_row)
+    fields["loss_watch"] = jax.tree.map(jnp.zeros_like, state.loss_watch)
+    if isinstance(state.rewind_state, RewindState):
+        inside = state.rewind_state._asdict()
+        inside["rewinds_in_row"] = jax.tree.map(jnp.zeros_like, state.rewind_state.rewinds_in_row)
+        fields["rewind_state"] = RewindState(**inside)
+    return RecoveryState(**fields)
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)  # a new array each: a donated buffer may be there once only
+
+
+def _watches(ladder: Ladder) -> bool:
+    return ladder.rewind is not None or (ladder.back_off is not None and ladder.back_off.diverged is not None)
+
+
+def _diverged(watch: Any, factor: float | None, seen: Seen) -> jax.Array:
+    return jnp.zeros((), bool) if factor is None or seen.value is None else loss_above(watch, factor)
+
+
+def _after_reset(state: Any, resets: jax.Array, dead: jax.Array) -> Any:
+    if not isinstance(state, ResetState):
+        return state
+    return ResetState(
+        parameter_sums=state.parameter_sums,
+        leaf_moved=state.leaf_moved,
+        applied_since_check=state.applied_since_check,
+        moments_finite=state.moments_finite | resets,
+        frozen_leaves=state.frozen_leaves,
+        parameters_frozen=state.parameters_frozen & ~resets,
+        reset_total=jnp.where(resets, next_step(state.reset_total), state.reset_total),
+        silent_death_total=jnp.where(dead, next_step(state.silent_death_total), state.silent_death_total),
+    )
+
+
+def _after_rewind(rung: Rewind | None, state: Any, rewinds: jax.Array, place: jax.Array) -> Any:
+    if rung is None:
+        return state
+    dropped = (rewinds & (place != state.newest_snapshot)).astype(jnp.int32)
+    return RewindState(
+        snapshots=state.snapshots,
+        snapshot_steps=state.snapshot_steps,
+        snapshot_losses=state.snapshot_losses,
+        newest_snapshot=jnp.where(rewinds, place, state.newest_snapshot),
+        snapshots_held=state.snapshots_held - dropped,
+        # counted anew, so that a snapshot after a rewind proves that it helped
+        snapshot_due_in=jnp.where(rewinds, rung.every - 1, state.snapshot_due_in),
+        rewinds_in_row=state.rewinds_in_row + rewinds.astype(jnp.int32),
+        rewind_total=jnp.where(rewinds, next_step(state.rewind_total), state.rewind_total),
+    )
+
+
+def _watch_after_rewind(watch: Any, state: Any, rewinds: jax.Array, place: jax.Array) -> Any:
+    """The loss at the snapshot is the level from which a rise counts."""
+    if not isinstance(state, RewindState):
+        return watch
+    loss = state.snapshot_losses[place]
+    return LossWatch(
+        smoothed_loss=jnp.where(rewinds, loss, watch.smoothed_loss),
+        best_loss=jnp.where(rewinds, loss, watch.best_loss),
+        first_loss=watch.first_loss,
+        losses_seen=watch.losses_seen,
+    )
+
+
+def _look_at_moments(
+    ladder: Ladder,
+    state: ResetState,
+    seen: Seen,
+    applied: jax.Array,
+    params: Callable[[], PyTree],
+    inner_state: PyTree,
+) -> ResetState:
+    """Every `check_every` steps: are the moments finite, and did the parameters move since the last look?"""
+
+    def look() -> tuple[jax.Array, jax.Array]:
+        now = params()
+        return all_finite(moments(inner_state, now), ladder.axis_name), fingerprints(now, ladder.axis_name)
+
+    due = seen.alive & (seen.step % ladder.reset.check_every == 0)
+    finite, sums = lax.cond(due, look, lambda: (state.moments_finite, state.parameter_sums))
+    moved = jnp.any(sums != state.parameter_sums, axis=1) & (seen.step > 0)  # the first look has nothing to compare with
+    applied_steps = state.applied_since_check + applied.astype(jnp.int32)
+    eligible = due & state.leaf_moved & seen.has_gradient & (applied_steps > 0)
+    frozen = jnp.sum(eligible & ~moved, dtype=jnp.int32)
+    half = (frozen > 0) & (2 * frozen >= jnp.sum(eligible, dtype=jnp.int32))
+    return ResetState(
+        parameter_sums=sums,
+        leaf_moved=jnp.where(due, moved, state.leaf_moved),
+        applied_since_check=jnp.where(due, 0, applied_steps),
+        moments_finite=finite,
+        frozen_leaves=jnp.where(due, frozen, state.frozen_leaves),
+        parameters_frozen=jnp.where(due, half, state.parameters_frozen),
+        reset_total=state.reset_total,
+        silent_death_total=state.silent_death_total,
+    )
+
+
+def _take_snapshot(
+    ladder: Ladder,
+    state: RewindState,
+    healthy: jax.Array,
+    step: jax.Array,
+    watch: LossWatch,
+    params: Callable[[], PyTree],
+    inner_state: PyTree,
+) -> RewindState:
+    """Copies parameters and inner state if a snapshot is due and nothing speaks against it."""
+    rung, due = ladder.rewind, healthy & (state.snapshot_due_in <= 0)
+
+    def clean() -> jax.Array:
+        now = params()
+        return all_finite([*positions(now), *moments(inner_state, now)], ladder.axis_name)
+
+    takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
+    target = (state.newest_snapshot + 1) % rung.keep
+    snapshots = tuple(
+        lax.cond(
+            takes & (target == position),
+            lambda: jax.tree.map(lambda x: _stored(rung, x), (params(), inner_state)),
+            lambda snapshot=snapshot: snapshot,
+        )
+        for position, snapshot in enumerate(state.snapshots)
+    )
+    here = takes & (jnp.arange(rung.keep, dtype=jnp.int32) == target)
+    waits = jnp.maximum(state.snapshot_due_in - healthy.astype(jnp.int32), 0)
+    return RewindState(
+        snapshots=snapshots,
+        snapshot_steps=jnp.where(here, step + 1, state.snapshot_steps),
+        snapshot_losses=jnp.where(here, watch.smoothed_loss, state.snapshot_losses),
+        newest_snapshot=jnp.where(takes, target, state.newest_snapshot),
+        snapshots_held=jnp.minimum(state.snapshots_held + takes.astype(jnp.int32), rung.keep),
+        snapshot_due_in=jnp.where(takes, rung.every - 1, waits),
+        rewinds_in_row=jnp.where(takes, 0, state.rewinds_in_row),
+        rewind_total=state.rewind_total,
+    )
+
+
+def _stored(rung: Rewind, leaf: Any) -> Any:
+    """A leaf as a snapshot holds it."""
+    if rung.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+        if wider_dtype(leaf.dtype, rung.dtype) != rung.dtype:
+            leaf = leaf.astype(rung.dtype)
+    return jax.device_put(leaf, jax.memory.Space.Host) if rung.memory == "host" else leaf
+
+
+def _loaded(rung: Rewind, tree: PyTree, like: PyTree) -> PyTree:
+    """What `_stored` stored."""
+
+    def load(stored: Any, leaf: Any) -> Any:
+        if rung.memory == "host":
+            stored = jax.device_put(stored, jax.memory.Space.Device)
+        return stored if stored.dtype == leaf.dtype else stored.astype(leaf.dtype)
+
+    return jax.tree.map(load, tree, like)
+
+
+def _updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:
+    """Updates that lead from `params` to `target`, in the types of `untouched`."""
+
+    def difference(update: Any, param: Any, wanted: Any) -> Any:
+        if not is_gradient(update):
+            return update
+        wide = wider_dtype(param.dtype, update.dtype)
+        return (wanted.astype(wide) - param.astype(wide)).astype(update.dtype)
+
+    return jax.tree.map(difference, untouched, params, target, is_leaf=lambda leaf: leaf is None)

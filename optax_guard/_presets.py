@@ -1,0 +1,130 @@
+"""The one line that most people need.
+
+=============================================  =====================================================================
+You want                                       Take
+=============================================  =====================================================================
+faults and spikes in the data held or clipped  `stabilize(optimizer)`
+a hard bound on the gradient's norm, too       `stabilize(optimizer, max_norm=1.0)`
+a learning rate that may be too large          `stabilize(optimizer, max_change=0.01)`
+a run that nobody watches                      `stabilize(optimizer, recovery=(reset_moments(), back_off(), rewind()))`
+=============================================  =====================================================================
+
+It goes where `guard` goes: around the whole optimizer, inside `accumulate`.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from optax_guard._apply import FastTransformation, as_transformation
+from optax_guard._guard import guard
+from optax_guard._norm_history import clip_by_norm_history
+from optax_guard._rule import Rule, Verdict, rule
+from optax_guard._skipping import skip_spikes
+from optax_guard._statistics import GradientStatistics
+from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
+from optax_guard._updates import limit_step
+
+__all__ = ["stabilize"]
+
+
+def stabilize(
+    optimizer: optax.GradientTransformation,
+    *,
+    max_norm: float | None = None,
+    max_change: ScalarOrSchedule | None = None,
+    follow: float = 100.0,
+    recovery: tuple[Any, ...] = (),
+    patience: int = 10,
+    halt_after: int = 50,
+    history: int = 256,
+    axis_name: AxisName | None = None,
+) -> FastTransformation:
+    """Guards an optimizer against the three ways in which a run blows up: faults, spikes, steps that are too long.
+
+    guard(chain(optimizer, limit_step(max_change)), skip_spikes(on="loss"), clip_by_norm_history(follow, max_norm))
+
+      - a gradient that is not finite, and a loss that is not, hold the step;
+      - a loss far above its own history holds the step, where it is passed as `value=`; without it nothing is missed
+        but this;
+      - a norm far above its own history is clipped to the edge of it, and to `max_norm`, if that is given;
+      - with `max_change`, no step changes the parameters by more than that share of their norm: the one medicine
+        against a learning rate that is too large, which no clip relative to the history can be.
+
+    Guarantees:
+      - Those of `guard`: nothing non-finite is ever applied, a held step leaves no trace, a flight recorder runs along.
+      - Until a rule acts, and while steps are within `max_change`, the updates equal those of `optimizer`.
+
+    ===========================================  ===================================================================
+    Case                                         Result
+    ===========================================  ===================================================================
+    no `value=`                                  no skip of spikes in the loss; everything else
+    a lasting change of level, of loss or norm   followed: after 8 refused steps, and within about `follow` steps
+    first steps                                  the loss is judged from the 16th, the norm from the 2nd on;
+                                                 `max_norm` bounds the first
+    fixed learning rate, far too large           lives with `max_change`; without it, finite but useless
+    ===========================================  ===================================================================
+
+    In the flight log rule 0 is the skip of spikes and rule 1 the clip.
+
+    Args:
+      optimizer: any Optax transformation: SGD, Adam, Lion, Adafactor, Muon, chains with schedules and weight decay.
+      max_norm: also a fixed bound (> 0) on the gradient's norm, as of `clip_by_global_norm`.
+      max_change: bound on the norm of a step relative to that of the parameters (>= 0): a number, a 0-d array or a
+        schedule. No value fits all: 0.001 to 0.003 for a recurrent net, 0.01 for a small transformer were best. Halve
+        or double it like a learning rate. None leaves steps as they are, at no cost; with it the update is written out
+        and read once more.
+      follow: steps in which the norm's history follows a change (see `clip_by_norm_history`).
+      recovery: rungs of the ladder, as for `guard`.
+      patience: as for `guard`.
+      halt_after: as for `guard`.
+      history: rows of the flight recorder.
+      axis_name: as in `gradient_statistics`.
+
+    Returns:
+      A transformation for `apply_gradients` and for anything that takes an Optax one.
+
+    Raises:
+      ValueError: wrong static arguments.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.stabilize(optax.adam(1e-2))
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> for size in (1.0, 1.1, jnp.nan, 1e6):
+      ...     params, state = og.apply_gradients(tx, {"w": jnp.full(2, size)}, state, params)
+      >>> [str(event) for event in og.flight_log(state)["event"]]
+      ['applied', 'applied', 'nonfinite', 'clipped']
+
+    See Also:
+      `guard`, to choose the rules oneself.
+    """
+    inner = as_transformation("stabilize", optimizer)
+    if max_change is not None:
+        inner = optax.chain(inner, limit_step(max_change, axis_name=axis_name))
+    return guard(
+        inner,
+        _skip_loss_spikes(axis_name),
+        clip_by_norm_history(follow, max_norm=max_norm, axis_name=axis_name),
+        recovery=recovery,
+        patience=patience,
+        halt_after=halt_after,
+        history=history,
+        axis_name=axis_name,
+    )
+
+
+def _skip_loss_spikes(axis_name: AxisName | None) -> Rule:
+    """`skip_spikes(on="loss")` that has no opinion where there is no loss, instead of asking for it."""
+    skip = skip_spikes(on="loss", axis_name=axis_name)
+
+    def judge(
+        statistics: GradientStatistics, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[Verdict, Any]:
+        if extra.get("value") is None:
+            return Verdict(scale=jnp.ones((), statistics.sum_squares.dtype), skip=jnp.zeros((), bool)), state
+        return skip.judge(statistics, state, params, **extra)
+
+    return rule(skip.init, judge, axis_name=axis_name)

@@ -1,0 +1,90 @@
+"""Which arrays of an optimizer's state are moments, how they start anew, and how one sees that they are dead.
+
+A moment is a floating-point array with at least one dimension, or a 0-d one whose path ends in that of a 0-d parameter.
+A counter that sits beside a moment in the same state (Adam's `count`) is the moment's age: it starts anew with it, or
+Adam's bias correction would no longer fit (zeroed moments of a late step give updates up to 6.5 times the learning rate).
+Every other counter (a schedule's), key, flag and 0-d number (an injected learning rate) is kept.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._statistics import first_look
+from optax_guard._tree import is_gradient, positions, wider_dtype
+from optax_guard._typing import AxisName, PyTree
+
+__all__ = ["all_finite", "fingerprints", "moments", "reset_state"]
+
+# Fields whose floats are no moments: of a guard inside, and of `optax.inject_hyperparams`.
+_NO_MOMENTS = ("rule_states", "recovery_state", "recorder", "hyperparams", "hyperparams_states")
+
+
+def reset_state(inner: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
+    """The state with its moments (and their ages) as `inner.init(params)` makes them."""
+    chosen = _moments_and_ages(state, params)[1]
+    leaves, structure = jax.tree.flatten(state)
+    fresh = jax.tree.leaves(inner.init(params))
+    mixed = [new.astype(old.dtype) if i in chosen else old for i, (new, old) in enumerate(zip(fresh, leaves, strict=True))]
+    return jax.tree.unflatten(structure, mixed)
+
+
+def moments(state: PyTree, params: PyTree) -> list[Any]:
+    """The arrays of the state that are moments."""
+    chosen = _moments_and_ages(state, params)[0]
+    return [leaf for i, leaf in enumerate(jax.tree.leaves(state)) if i in chosen]
+
+
+def all_finite(leaves: list[Any], axis_name: AxisName | None) -> jax.Array:
+    """Whether every number is finite, on all devices."""
+    # The largest magnitude tells it, and NaN wins every maximum. XLA's CPU backend fuses that into the reduction, while
+    # `jnp.isfinite` on the elements writes an array per leaf first (benchmarks/recovery.py).
+    largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves if is_gradient(leaf)]
+    bad = sum((~jnp.isfinite(x)).astype(jnp.int32) for x in largest) + jnp.zeros((), jnp.int32)
+    return (bad if axis_name is None else lax.psum(bad, axis_name)) == 0
+
+
+def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
+    """f32[n_leaves, 2]: sum of squares and sum of each leaf; NaN and Inf read as 0.
+
+    A leaf that keeps both to the last bit has moved by less than 1e-7 of itself, if at all. The sum is there because
+    weights before a normalisation turn without growing.
+    """
+
+    def total(leaf: Any) -> jax.Array:
+        if not is_gradient(leaf):
+            return jnp.zeros((), jnp.float32)
+        return jnp.sum(jnp.real(leaf), dtype=wider_dtype(jnp.real(leaf).dtype, jnp.float32)).astype(jnp.float32)
+
+    leaves = positions(params)
+    if not leaves:
+        return jnp.zeros((0, 2), jnp.float32)
+    squares = first_look(params, axis_name).sum_squares.astype(jnp.float32)
+    sums = jnp.stack([total(leaf) for leaf in leaves])
+    result = jnp.stack([squares, sums if axis_name is None else lax.psum(sums, axis_name)], axis=1)
+    return jnp.where(jnp.isfinite(result), result, 0)
+
+
+def _moments_and_ages(state: PyTree, params: PyTree) -> tuple[set[int], set[int]]:
+    """Indices into the state's leaves: the moments, and the moments with their ages."""
+    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_gradient(leaf)}
+    longest = max((len(path) for path in shapes), default=0)
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    found, homes = set(), set()
+    for i, (path, leaf) in enumerate(paths):
+        if not is_gradient(leaf) or any(getattr(key, "name", None) in _NO_MOMENTS for key in path):
+            continue
+        ends = (path[len(path) - n :] for n in range(min(longest, len(path) - 1), -1, -1))
+        end = next((end for end in ends if end in shapes), None)
+        if leaf.ndim > 0 or (end is not None and shapes[end] == ()):
+            found.add(i)
+            homes.add(path[: len(path) - 1 - len(end or ())])
+    ages = {
+        i
+        for i, (path, leaf) in enumerate(paths)
+        if leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer) and path[:-1] in homes
+    }
+    return found, found | ages

@@ -1,0 +1,209 @@
+"""`stabilize`, and guards added to and taken out of a run in flight."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optax_guard as og
+
+KEY = np.random.default_rng(0)
+PARAMS = {"bias": jnp.ones(4), "kernel": jnp.asarray(KEY.normal(size=(8, 4)).astype(np.float32))}
+INPUTS = jnp.asarray(KEY.normal(size=(16, 8)).astype(np.float32))
+TARGETS = jnp.asarray(KEY.normal(size=(16, 4)).astype(np.float32))
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.05),
+    "adam": optax.adam(0.02),
+    "lion": optax.lion(0.01),
+    "adafactor": optax.adafactor(0.02, min_dim_size_to_factor=4),
+    "muon": optax.contrib.muon(0.02),
+    "schedules": optax.chain(
+        og.noise_injection(1e-6, key=1),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(1e-4, mask={"bias": False, "kernel": True}),
+        optax.scale_by_learning_rate(optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 80)),
+    ),
+}
+
+
+def loss_fn(params: Any, scale: Any) -> jax.Array:
+    return jnp.mean(jnp.square(INPUTS @ params["kernel"] + params["bias"][None] - TARGETS)) * scale
+
+
+def train(tx: Any, scales: list[float], params: Any = PARAMS, state: Any = None, with_loss: bool = True) -> Any:
+    @jax.jit
+    def step(params: Any, state: Any, scale: jax.Array) -> Any:
+        loss, grads = jax.value_and_grad(loss_fn)(params, scale)
+        return og.apply_gradients(tx, grads, state, params, **({"value": loss} if with_loss else {}))
+
+    state = tx.init(params) if state is None else state
+    for scale in scales:
+        params, state = step(params, state, jnp.float32(scale))
+    return params, state
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stabilize_carries_any_optimizer_through_faults_and_spikes(name: str) -> None:
+    tx = og.stabilize(OPTIMIZERS[name], max_change=0.05)
+    scales = [1.0] * 60
+    scales[20], scales[30:33], scales[40] = np.nan, [np.inf] * 3, 1e4
+    params, state = train(tx, scales)
+    chex.assert_tree_all_finite((params, state))
+    log = og.flight_log(state)
+    assert list(log["event"][[20, 30, 31, 32, 40]]) == ["nonfinite"] * 4 + ["skipped"]
+    assert set(np.delete(log["event"], [20, 30, 31, 32, 40])) <= {"applied", "clipped"}
+    assert log["rule"][40] == 0
+    assert loss_fn(params, 1.0) < 0.95 * loss_fn(PARAMS, 1.0)
+
+
+def test_without_a_loss_the_spike_is_clipped_by_the_norms_history() -> None:
+    tx = og.stabilize(optax.sgd(0.05))
+    _, state = train(tx, [1.0] * 40 + [1e4], with_loss=False)
+    row = og.flight_log(state)[-1]
+    assert (row["event"], row["rule"]) == ("clipped", 1)
+    assert row["clipped_norm"] < 8 * og.flight_log(state)["grad_norm"][-2]
+    jax.eval_shape(lambda: tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=None))
+
+
+def test_while_nothing_is_wrong_stabilize_is_the_optimizer() -> None:
+    adam = OPTIMIZERS["adam"]
+    (ours, state), (theirs, _) = train(og.stabilize(adam), [1.0] * 25), train(adam, [1.0] * 25)
+    assert set(og.flight_log(state)["event"]) == {"applied"}
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_max_change_bounds_every_step_and_cures_a_learning_rate_that_is_too_large() -> None:
+    """0.1 of the norm a step at most, by a schedule that shrinks; SGD at 300 times its rate."""
+    schedule = lambda step: 0.1 / (1 + 0.2 * step)
+    for change in (0.01, schedule):
+        tx = og.stabilize(optax.sgd(15.0), max_change=change)
+        params, state = PARAMS, tx.init(PARAMS)
+        step = jax.jit(lambda params, state, tx=tx: _step(tx, params, state))
+        for i in range(40):
+            before = params
+            params, state = step(params, state)
+            moved = og.global_norm(jax.tree.map(jnp.subtract, params, before))
+            bound = change if isinstance(change, float) else change(i)
+            assert moved <= bound * og.global_norm(before) * (1 + 1e-4)
+        assert loss_fn(params, 1.0) < loss_fn(PARAMS, 1.0)
+    assert not loss_fn(train(og.stabilize(optax.sgd(15.0)), [1.0] * 40)[0], 1.0) < loss_fn(PARAMS, 1.0)
+
+
+def _step(tx: Any, params: Any, state: Any) -> Any:
+    loss, grads = jax.value_and_grad(loss_fn)(params, 1.0)
+    return og.apply_gradients(tx, grads, state, params, value=loss)
+
+
+def test_max_norm_bounds_the_first_step() -> None:
+    _, state = train(og.stabilize(optax.sgd(0.1), max_norm=0.5), [1e6])
+    np.testing.assert_allclose(og.flight_log(state)["clipped_norm"], 0.5, rtol=1e-5)
+
+
+def test_recovery_and_accumulation_around_stabilize() -> None:
+    tx = og.accumulate(og.stabilize(optax.adam(0.02), recovery=(og.back_off(), og.rewind(every=5))), 2)
+    params, state = train(tx, [1.0] * 8 + [np.nan] * 2 + [1.0] * 8)
+    chex.assert_tree_all_finite((params, state))
+    assert og.metrics(state)["guard/snapshot_step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: og.stabilize(optax.adam), "stabilize: `inner`"),
+        (lambda: og.stabilize(optax.sgd(1.0), max_norm=-1.0), "`max_norm` -1.0"),
+        (lambda: og.stabilize(optax.sgd(1.0), max_change=-1.0), "`max_change` -1.0"),
+        (lambda: og.stabilize(optax.sgd(1.0), follow=0), "`follow` 0"),
+        (lambda: og.stabilize(optax.sgd(1.0), recovery=(1,)), "`recovery` 1"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        call()
+    assert all(word in str(caught.value) for word in words.split()), str(caught.value)
+
+
+# Guards for runs in flight
+
+
+def test_a_guard_comes_to_a_run_in_flight_and_leaves_it_bit_for_bit(tmp_path: Any) -> None:
+    adam = OPTIMIZERS["schedules"]
+    expected_params, expected_state = train(adam, [1.0] * 9)
+    params, old = train(adam, [1.0] * 3)
+    with ocp.StandardCheckpointer() as checkpointer:  # the checkpoint of the unguarded run
+        checkpointer.save(tmp_path / "old", old)
+    with ocp.StandardCheckpointer() as checkpointer:
+        old = checkpointer.restore(tmp_path / "old", jax.eval_shape(adam.init, PARAMS))
+    tx = og.guard(adam, og.clip_by_global_norm(1e6), og.skip_large(1e6), recovery=(og.rewind(), og.reset_moments()))
+    state = og.with_guard_state(tx, params, old)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+    params, state = train(tx, [1.0] * 3, params, state)
+    with ocp.StandardCheckpointer() as checkpointer:  # that of the guarded one
+        checkpointer.save(tmp_path / "new", state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "new", jax.eval_shape(tx.init, PARAMS))
+    assert bits(restored) == bits(state)
+    params, state = train(adam, [1.0] * 3, params, og.inner_state(restored))
+    assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+    assert bits((params, state)) == bits((expected_params, expected_state))
+
+
+ADAM, LION = optax.adam(0.1), optax.lion(0.1)
+NESTED = {
+    "guard": (og.guard(ADAM), ADAM),
+    "accumulate": (og.accumulate(og.guard(ADAM), 3), og.accumulate(ADAM, 3)),
+    "chain": (optax.chain(LION, og.guard(ADAM, og.clip_by_global_norm(1.0))), optax.chain(LION, ADAM)),
+    "two": (optax.chain(og.guard(LION), og.guard(ADAM)), optax.chain(LION, ADAM)),
+    "guard in guard": (og.guard(optax.chain(og.guard(ADAM)), recovery=(og.rewind(),)), optax.chain(ADAM)),
+    "stabilize": (og.stabilize(ADAM), ADAM),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_states_go_in_and_come_out_in_any_nesting(case: str) -> None:
+    tx, bare = NESTED[case]
+    old = jax.tree.map(lambda x: jnp.full_like(x, 3), bare.init(PARAMS))
+    state = og.with_guard_state(tx, PARAMS, old)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
+    assert jax.tree.structure(og.inner_state(state)) == jax.tree.structure(old)
+    assert bits(og.inner_state(state)) == bits(old)
+
+
+def test_the_optimizers_state_alone_fits_into_the_one_guard_of_a_larger_whole() -> None:
+    old = jax.tree.map(jnp.ones_like, ADAM.init(PARAMS))
+    for tx in (og.accumulate(og.guard(ADAM), 3), optax.chain(LION, og.guard(ADAM))):
+        state = og.with_guard_state(tx, PARAMS, old)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
+        (guarded,) = [node for node in jax.tree.leaves(state, is_leaf=_is_guard) if _is_guard(node)]
+        assert bits(guarded.guarded_state) == bits(old)
+
+
+def _is_guard(node: Any) -> bool:
+    return isinstance(node, og.GuardState)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    guard, adam = og.guard(ADAM), ADAM.init(PARAMS)
+    other = {"bias": jnp.ones(4), "kernel": jnp.ones((3, 4))}
+    for call, words in (
+        (lambda: og.with_guard_state(ADAM, PARAMS, adam), "with_guard_state: no guard in `tx`"),
+        (lambda: og.with_guard_state(guard, PARAMS, guard.init(PARAMS)), "with_guard_state: `inner_state` already"),
+        (lambda: og.with_guard_state(guard, PARAMS, LION.init(PARAMS)), "with_guard_state: lacks `0/nu/bias`"),
+        (lambda: og.with_guard_state(guard, PARAMS, ADAM.init(other)), "with_guard_state: `0/mu/kernel` [3, 4] [8, 4]"),
+        (lambda: og.with_guard_state(og.guard(LION), PARAMS, adam), "with_guard_state: `0/nu/bias`"),
+        (lambda: og.with_guard_state(NESTED["two"][0], PARAMS, adam), "with_guard_state: lacks `0/0/count`"),
+        (lambda: og.inner_state(adam), "inner_state: no guard"),
+    ):
+        with pytest.raises(ValueError, match=r".") as caught:
+            call()
+        assert all(word in str(caught.value) for word in words.split()), str(caught.value)
