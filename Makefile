@@ -1,13 +1,18 @@
 # make demo   the quickstart: four arms, one table, quickstart.png
 # make test   the whole test suite          make lint   format, lint, types
+# make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
+# make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
 # make bench  the overhead table (results in benchmarks/results/)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench conformance clean
+.PHONY: demo article test lint bench docs api conformance clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
+
+article: $(VENV)/.installed
+	$(BIN)/python examples/article.py --write-docs
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
@@ -24,6 +29,16 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
 
+api: $(VENV)/.installed
+	$(BIN)/python docs/build_api.py
+
+# Both generators build the same mkdocs.yml; MkDocs checks links and fails on a warning, Zensical is its successor.
+docs: api
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	$(BIN)/mkdocs build --strict --site-dir site/mkdocs
+	$(BIN)/zensical build --clean --strict
+	@echo "open site/index.html"
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -31,4 +46,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) site docs/api .pytest_cache .ruff_cache .hypothesis dist

@@ -32,31 +32,27 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         log = load(options.checkpoint)
         if options.command == "report":
-            _say(f"written to {report(log, path=options.output)} and {options.output.with_suffix('.png')}")
+            print(f"written to {report(log, path=options.output)} and {options.output.with_suffix('.png')}")
         else:
             _print_log(log, options.last)
     except (ValueError, ImportError, OSError) as error:
-        print(f"optax_guard: {error}", file=sys.stderr)  # noqa: T201 (a command prints)
+        print(f"optax_guard: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _print_log(log: TrainingLog, last: int) -> None:
     for sentence in story(log):
-        _say(sentence)
+        print(sentence)
     rows = log.rows[-last:] if last > 0 else log.rows
     names = known_names(log)
-    _say("")
-    _say(f"{'step':>8} {'verdict':16} {'loss':>10} {'norm':>10} {'let in':>10} {'scale':>8}  worst leaf")
+    print()
+    print(f"{'step':>8} {'verdict':16} {'loss':>10} {'norm':>10} {'let in':>10} {'scale':>8}  worst leaf")
     for row in rows:
-        _say(
+        print(
             f"{row['step']:8d} {row['event']:16} {row['value']:10.4g} {row['grad_norm']:10.4g} "
             f"{row['clipped_norm']:10.4g} {row['scale']:8.3g}  {leaf_label(names, int(row['worst_leaf']))}"
         )
-
-
-def _say(line: str) -> None:
-    print(line)  # noqa: T201 (a command prints)
 
 
 if __name__ == "__main__":

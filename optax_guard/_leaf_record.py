@@ -71,7 +71,7 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
 
     Args:
       window: steps to keep (>= 1); the memory is 4 bytes * window * leaves. Equal to the guard's `history`, it tells
-        the same steps.
+        the same steps. Under `optax.inject_hyperparams` list it in `static_args`.
       axis_name: as in `gradient_statistics`.
 
     Returns:

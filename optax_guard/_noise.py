@@ -403,7 +403,9 @@ def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: j
     on = (sigma != 0) & ((stream.first | np.uint32(1)) != 0)
     chosen = positions(updates) if mask is None else positions(resolve_mask(name, mask, updates))
 
-    leaves = [leaf if use is not False else None for leaf, use in zip(positions(updates), chosen, strict=True)]
+    leaves: list[Any] = [
+        leaf if use is not False else None for leaf, use in zip(positions(updates), chosen, strict=True)
+    ]
     keys = leaf_words(stream, leaf_names(updates))
 
     def sample(draw: Callable[..., Any]) -> _Draw:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -72,10 +73,12 @@ def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = No
     log = read_log(state, params)
     path = Path(path)
     path = path if path.suffix else path.with_suffix(".npz")
-    columns = {f"row_{name}": log.rows[name] for name in log.rows.dtype.names or ()}
-    leaves = {} if log.leaves is None else {"leaf_steps": log.leaves.steps, "leaf_norms": log.leaves.norms}
+    columns: dict[str, Any] = {f"row_{name}": log.rows[name] for name in log.rows.dtype.names or ()}
+    leaves: dict[str, Any] = (
+        {} if log.leaves is None else {"leaf_steps": log.leaves.steps, "leaf_norms": log.leaves.norms}
+    )
     names = log.names if log.leaves is None else log.leaves.names
-    totals = {f"total_{name}": np.array(number) for name, number in log.totals.items()}
+    totals: dict[str, Any] = {f"total_{name}": np.array(number) for name, number in log.totals.items()}
     with path.open("wb") as file:
         np.savez_compressed(file, format=np.array(_FORMAT), names=np.array(names, "U"), **columns, **leaves, **totals)
     return path
@@ -97,7 +100,7 @@ def load_log(path: str | Path) -> TrainingLog:
     if not path.exists():
         raise ValueError(f"there is no file or folder {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             parts = {name: file[name] for name in file.files}
         if str(parts["format"]) != _FORMAT:
             raise KeyError("format")
@@ -145,7 +148,7 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
         )
     guard = guards[0]
     recorder = guard["recorder"]
-    rows = read_rows(FlightRecorder(numbers=_array(recorder["numbers"]), codes=_array(recorder["codes"])))
+    rows = read_rows(FlightRecorder(jnp.asarray(_array(recorder["numbers"])), jnp.asarray(_array(recorder["codes"]))))
     records = [node for node in _nodes(guard["rule_states"]) if {"recorded_norms", "recorded_steps"} <= node.keys()]
     names = next((leaf_names(node["params"]) for node in _nodes(tree) if "params" in node), [])
     leaves = None
@@ -158,7 +161,14 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
 
 
 def load(path: str | Path) -> TrainingLog:
-    """`load_checkpoint` for a folder, `load_log` for a file."""
+    """`load_checkpoint` for a folder, `load_log` for a file.
+
+    Args:
+      path: the folder or file.
+
+    Returns:
+      A `TrainingLog`.
+    """
     return load_checkpoint(path) if Path(path).is_dir() else load_log(path)
 
 

@@ -33,6 +33,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 caption { text-align: left; padding: .3rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
 th:first-child, td.text, th.text { text-align: left; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 summary { cursor: pointer; padding: .3rem 0; }
 @media print {
   :root { --ink: #000; --back: #fff; --faint: #bbb; --soft: #fff; }

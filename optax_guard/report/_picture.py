@@ -19,7 +19,7 @@ class Theme(NamedTuple):
     line: str
     after: str
     events: dict[str, str]
-    heat: str  # a diverging matplotlib colour map with the background's lightness in its middle
+    heat: tuple[str, str]  # below and above usual; usual is the background
     bad: str
 
 
@@ -39,7 +39,7 @@ _LIGHT = Theme(
         "recovery": "#0b7a5c",
         "halted": "#30343a",
     },
-    heat="RdBu_r",
+    heat=("#0b4f9c", "#a3101f"),
     bad="#000000",
 )
 _DARK = Theme(
@@ -58,7 +58,7 @@ _DARK = Theme(
         "recovery": "#4fd1a5",
         "halted": "#c9ced4",
     },
-    heat="berlin",
+    heat=("#86bcff", "#ff8a70"),
     bad="#ffffff",
 )
 _WORDS = {"let_through": "let through", "nonfinite": "not finite", "nonfinite_update": "update not finite"}
@@ -69,28 +69,27 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
     """A PNG."""
     try:
         from matplotlib.figure import Figure
-        from PIL import Image
     except ImportError as error:
         raise ImportError("the picture needs matplotlib: pip install 'optax-guard[report]'") from error
     theme = _DARK if dark else _LIGHT
     leaves = log.leaves is not None and log.leaves.norms.size > 0
     heights = [2.2, 2.6, 0.55] + ([3.6] if leaves else [])
     width = 4.6 if narrow else 10.5
-    # Margins in inches, set by hand: a layout engine would draw everything twice.
-    gap, bottom, top = 0.55, 0.6, 0.35
-    height = sum(heights) + gap * (len(heights) - 1) + bottom + top
+    # Panels are placed by hand, in inches: a layout engine would draw everything twice.
+    names = len(np.unique(log.rows["event"]))
+    gaps = [0.5, 0.5] + ([0.6 + 0.2 * (names // 2 if narrow else 0)] if leaves else [])
+    bottom = 0.6 if leaves else 0.9 + 0.2 * (names // 2 if narrow else 0)
+    left, right = ((1.35 if narrow else 2.5), 0.65) if leaves else (0.7, 0.2)
+    height = sum(heights) + sum(gaps) + bottom + 0.35
     figure = Figure(figsize=(width, height), dpi=100, facecolor=theme.background)
-    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    left = (1.35 if narrow else 2.5) if leaves else 0.7
-    figure.subplots_adjust(
-        left=left / width,
-        right=1 - (0.65 if leaves else 0.15) / width,
-        bottom=bottom / height,
-        top=1 - top / height,
-        hspace=gap * len(heights) / sum(heights),
-    )
+    axes: list[Any] = []
+    place = height - 0.35
+    for size, gap in zip(heights, [*gaps, 0.0], strict=True):
+        box = (left / width, (place - size) / height, (width - left - right) / width, size / height)
+        axes.append(figure.add_axes(box, sharex=axes[0] if axes else None))
+        place -= size + gap
     _loss(axes[0], log, theme)
-    _norms(axes[1], log, theme, narrow)
+    _norms(axes[1], log, theme)
     _verdicts(axes[2], log, theme, narrow)
     if leaves:
         _heat_map(figure, axes[3], log, theme, narrow)
@@ -98,15 +97,12 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
     axes[0].set_xlim(log.rows["step"][0] - 0.5, log.rows["step"][-1] + 0.5)
     for axis in axes:
         axis.set_facecolor(theme.background)
-        axis.tick_params(colors=theme.ink, labelsize=9)
+        axis.tick_params(colors=theme.ink, labelsize=9, labelbottom=axis is axes[-1])
         for spine in axis.spines.values():
             spine.set_color(theme.faint)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=theme.background)
-    # 128 colours are enough for lines and a heat map, and a third of the bytes.
-    small = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(128).save(small, format="png", optimize=True)
-    return small.getvalue()
+    return buffer.getvalue()
 
 
 def _loss(axis: Any, log: TrainingLog, theme: Theme) -> None:
@@ -125,7 +121,7 @@ def _loss(axis: Any, log: TrainingLog, theme: Theme) -> None:
     axis.grid(color=theme.faint, linewidth=0.5)
 
 
-def _norms(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
+def _norms(axis: Any, log: TrainingLog, theme: Theme) -> None:
     rows = log.rows
     axis.set_title("gradient norm", loc="left", color=theme.ink, fontsize=10)
     before = np.where(np.isfinite(rows["grad_norm"]) & (rows["grad_norm"] > 0), rows["grad_norm"], np.nan)
@@ -133,7 +129,7 @@ def _norms(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
     clipped = rows["event"] == "clipped"
     if clipped.any():
         axis.scatter(rows["step"][clipped], rows["clipped_norm"][clipped], s=9, color=theme.after, zorder=3,
-                     label="let in, where a rule scaled it: its bound")  # fmt: skip
+                     label="let in, where a rule scaled it")  # fmt: skip
     if np.isfinite(before).any():
         axis.set_yscale("log")
     bad = ~np.isfinite(rows["grad_norm"])
@@ -142,7 +138,7 @@ def _norms(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
         axis.scatter(rows["step"][bad], top, s=24, marker="v", color=theme.events["nonfinite"], clip_on=False, zorder=4,
                      transform=axis.get_xaxis_transform(), label="NaN or Inf")  # fmt: skip
     axis.grid(color=theme.faint, linewidth=0.5)
-    _legend(axis, theme, 1 if narrow else 3)
+    _legend(axis, theme)
 
 
 def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
@@ -177,7 +173,7 @@ def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
 
 
 def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
-    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
 
     assert log.leaves is not None
     norms = log.leaves.norms.T.astype(np.float64)
@@ -189,9 +185,14 @@ def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bo
     bad = ~np.isfinite(norms)
     steps = log.leaves.steps
     axis.set_title("each leaf's norm, relative to its own median", loc="left", color=theme.ink, fontsize=10)
-    colours = matplotlib.colormaps[theme.heat].with_extremes(bad=theme.background)
-    image = axis.imshow(ratio, aspect="auto", interpolation="nearest", cmap=colours, vmin=-2, vmax=2,
-                        extent=(steps[0] - 0.5, steps[-1] + 0.5, len(norms) - 0.5, -0.5))  # fmt: skip
+    # Few colours, so that noise around the usual norm stays white and the file small.
+    low, high = theme.heat
+    colours = LinearSegmentedColormap.from_list("usual", [low, theme.background, high], N=17)
+    colours = colours.with_extremes(bad=theme.background)
+    binned, width = _binned(ratio, 260 if narrow else 730)
+    end = steps[0] + width * binned.shape[1] - 0.5
+    image = axis.imshow(binned, aspect="auto", interpolation="nearest", cmap=colours, vmin=-2, vmax=2,
+                        extent=(steps[0] - 0.5, end, len(norms) - 0.5, -0.5))  # fmt: skip
     places = np.argwhere(bad)
     if len(places):
         axis.scatter(steps[places[:, 1]], places[:, 0], s=6, marker="s", color=theme.bad, linewidths=0)
@@ -211,6 +212,15 @@ def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bo
     bar.outline.set_edgecolor(theme.faint)
 
 
+def _binned(ratio: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
+    """At most so many columns, each the most unusual of its `width` steps: drawn smaller, single steps would vanish."""
+    width = max(-(-ratio.shape[1] // columns), 1)
+    padded = np.pad(ratio, ((0, 0), (0, -ratio.shape[1] % width)), constant_values=np.nan)
+    bins = padded.reshape(len(ratio), -1, width)
+    most = np.argmax(np.nan_to_num(np.abs(bins), nan=-1.0), axis=2, keepdims=True)
+    return np.take_along_axis(bins, most, axis=2)[:, :, 0], width
+
+
 def _spaced(order: np.ndarray, total: int) -> np.ndarray:
     """The first of `order` that stay far enough apart for a line of text each."""
     chosen: list[int] = []
@@ -222,6 +232,5 @@ def _spaced(order: np.ndarray, total: int) -> np.ndarray:
     return np.array(sorted(chosen))
 
 
-def _legend(axis: Any, theme: Theme, columns: int) -> None:
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0) if columns == 1 else (0.2, 0.98), ncols=columns, fontsize=8,
-                frameon=False, labelcolor=theme.ink)  # fmt: skip
+def _legend(axis: Any, theme: Theme) -> None:
+    axis.legend(loc="upper left", fontsize=8, labelcolor=theme.ink, facecolor=theme.background, edgecolor=theme.faint)

@@ -77,7 +77,15 @@ def story(log: TrainingLog) -> list[str]:
 
 
 def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:
-    """The incidents of a log in the order of time; of more than `most`, the severest."""
+    """The incidents of a log in the order of time.
+
+    Args:
+      log: as in `story`.
+      most: of more than this many, the severest.
+
+    Returns:
+      What `story` tells, with steps and events apart.
+    """
     rows = log.rows
     acted = np.isin(rows["event"], _HELD) | (rows["event"] == "let_through")
     acted |= (rows["event"] == "clipped") & (rows["scale"] < _BOUND)
