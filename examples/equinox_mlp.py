@@ -5,8 +5,8 @@
 
 An MLP reads scikit-learn's handwritten digits; every tenth batch holds a NaN. There are two ways to take the step, and
 both give the same model: the Optax way, of which Equinox's documentation tells and in which nothing changes but the
-optimizer, and `og.apply_gradients`, which makes no copy of the parameters and needs the model parted into arrays and the
-rest. Halfway the run is saved to one file and read back.
+optimizer, and `og.apply_gradients`, which makes no copy of the parameters and needs the model parted into arrays and
+the rest. Halfway the run is saved to one file and read back.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def optax_step(model: eqx.nn.MLP, state: Any, inputs: jax.Array, labels: jax.Arr
 
 @eqx.filter_jit(donate="all")
 def fast_step(model: eqx.nn.MLP, state: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-    """The step in place: the model's arrays go in, the new ones come out, and the rest of it is put back around them."""
+    """The step in place: the model's arrays go in, the new ones come out, the rest is put back around them."""
     loss, grads = loss_and_gradient(model, inputs, labels)
     params, rest = eqx.partition(model, eqx.is_inexact_array)
     params, state = og.apply_gradients(TX, grads, state, params, value=loss)

@@ -4,22 +4,24 @@
     python examples/heavy_tails.py --quick    # a short mode, to see that it runs
 
 The RAND Health Insurance Experiment, from statsmodels: 20 190 person-years, of which an MLP predicts the visits to a
-doctor (mean 2.9, median 1, at most 77) by squared error. The gradient of a small batch is as heavy-tailed as the visits.
-Those tails are the data; a clip that cuts them teaches the median where the mean was asked for. In the second table one
-batch in a hundred holds a typing error besides, a number of visits times 1000. What ought to be cut is this alone.
+doctor (mean 2.9, median 1, at most 77) by squared error. The gradient of a small batch is heavy-tailed, as the visits
+are. Those tails are the data; a clip that cuts them teaches the median where the mean was asked for. In the second
+table one batch in a hundred holds a typing error besides, a number of visits times 1000. What ought to be cut is this
+alone.
 
-How to read the tables. `unexplained` is the mean squared error on held-out persons as a share of their variance: 1 is as
-good as predicting the mean, and lower is better. `bias` is the mean prediction minus the mean of the truth, in visits.
-Both are means over seeds (data split, start, batches) with their standard deviation over the seeds.
+How to read the tables. `unexplained` is the mean squared error on held-out persons as a share of their variance: 1 is
+as good as predicting the mean, and lower is better. `bias` is the mean prediction minus the mean of the truth, in
+visits. Both are means over seeds (data split, start, batches) with their standard deviation over the seeds.
 
-As measured: at the good learning rate no clip is as good as any, and `clip_by_norm_history` leaves the tails alone (0.1 %
-of the steps) but not the typing errors, at the same bias with them as without; the fixed clip at 1 touches every step and
-predicts 0.35 visits too few. At ten times that rate the fixed clip at 1 is the only one of use: it bounds every step, a
-medicine against the learning rate, which a clip relative to the history is not and cannot be (`max_change` of
-`stabilize` is).
+As measured: at the good learning rate no clip is as good as any, and `clip_by_norm_history` leaves the tails alone
+(0.1 % of the steps) but not the typing errors, at the same bias with them as without; the fixed clip at 1 touches
+every step and predicts 0.35 visits too few. At ten times that rate the fixed clip at 1 is the only one of use: it
+bounds every step, a medicine against the learning rate, which a clip relative to the history is not and cannot be
+(`max_change` of `stabilize` is).
 """
 
 import argparse
+import itertools
 import sys
 from typing import Any, NamedTuple
 
@@ -77,7 +79,7 @@ def draw(seed: int, steps: int, rows: int) -> Seeds:
     """One seed's split, batches and initial parameters."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(rows)
-    shapes = list(zip(SIZES[:-1], SIZES[1:], strict=True))
+    shapes = list(itertools.pairwise(SIZES))
     params = [{"w": rng.normal(0, a**-0.5, (a, b)).astype(np.float32), "b": np.zeros(b, np.float32)} for a, b in shapes]
     return Seeds(params, order[HELD_OUT:][rng.integers(rows - HELD_OUT, size=(steps, BATCH))], order[:HELD_OUT])
 

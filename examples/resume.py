@@ -6,8 +6,8 @@
 A child process trains and saves a checkpoint with Orbax every few batches. Somewhere in between it is killed with
 SIGKILL, which leaves it no time for anything. This process then restores the latest checkpoint, finishes the run, and
 trains once more from the start without interruption. Everything that could go astray is in the run: Adam's moments, a
-learning rate schedule, gradient noise, a clip that learns from its history, batches with NaN, and an accumulation over 4
-batches whose cycle a checkpoint cuts in half.
+learning rate schedule, gradient noise, a clip that learns from its history, batches with NaN, and an accumulation over
+4 batches whose cycle a checkpoint cuts in half.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from optax_guard._loss import Problem
-from optax_guard._second_moment import curvatures
+from optax_guard._second_moment import reader, responses
 from optax_guard._statistics import global_norm
 from optax_guard._tree import find_states, leaf_names
 from optax_guard._typing import PyTree
@@ -132,12 +132,14 @@ def dynamics(
     used = one if state is None else state
     chosen = jax.tree.map(lambda _: True, params)
     try:
-        found = curvatures("preflight", used, params, chosen, "second_moment", b2, eps)
+        # The gain of a momentum is not asked for: `factor` has its own.
+        read = reader("preflight", "second_moment", 0.0, b2, eps)
+        found = [each.metric for each in responses(read, used, params, chosen, jnp.zeros((), jnp.int32))]
     except ValueError:
         plain = trace is not None or not any(jnp.ndim(leaf) for leaf in jax.tree.leaves(used))
         return None, (2 * (1 + (trace or 0.0)) if plain else None)
     by_name = dict(zip(leaf_names(params), found, strict=True))
-    divisors: list[jax.Array] = [by_name[name] for name in problem.names]  # pyright: ignore[reportAssignmentType]  # none missing
+    divisors: list[jax.Array] = [by_name[name] for name in problem.names]  # pyright: ignore[reportAssignmentType] (none is missing)
     if not any(bool(jnp.any(jnp.isfinite(leaf))) for leaf in divisors):
         return None, None  # an optimizer that has not moved yet, as inside a cycle of accumulation
     if b1 is not None:

@@ -1,4 +1,4 @@
-"""The recipes of docs/logging.md do what the page says: its blocks are run as they stand, and what they wrote is read."""
+"""The recipes of docs/logging.md do what the page says: its blocks are run as they stand, and their output read."""
 
 import csv
 import re
@@ -51,7 +51,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def expected() -> dict[str, dict[int, float]]:
-    """Name -> step -> number, from the definitions: every norm but that of the NaN, and how many were held or clipped."""
+    """Name -> step -> number, from the definitions: norms but for the NaN, and how many steps were held or clipped."""
     norms = {step: float(SIZES[step]) for step in LOGGED}
     clipped = {step: float(sum(1 for size in SIZES[: step + 1] if size > 1)) for step in LOGGED}
     held = {step: float(step >= NAN_STEP) for step in LOGGED}
@@ -112,7 +112,7 @@ def test_weights_and_biases_gets_a_flat_dict_of_scalars(monkeypatch: pytest.Monk
             logged[step] = data
 
     stand_in = types.ModuleType("wandb")
-    stand_in.init = lambda project: Run()  # pyright: ignore[reportAttributeAccessIssue] (a stand-in)
+    stand_in.init = lambda **_: Run()  # pyright: ignore[reportAttributeAccessIssue] (a stand-in)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     run_block("Weights & Biases")
     assert all(isinstance(number.item(), float | int | bool) for data in logged.values() for number in data.values())
