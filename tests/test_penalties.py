@@ -48,7 +48,10 @@ DERIVATIVES = {
 @pytest.mark.parametrize("case", DERIVATIVES)
 def test_what_is_added_is_the_derivative_of_the_stated_penalty(case: str) -> None:
     tx, penalty = DERIVATIVES[case]
-    weights, grads = jnp.asarray(WEIGHTS, jnp.float32), jnp.asarray(RNG.normal(size=WEIGHTS.shape), jnp.float32)
+    weights, grads = (
+        jnp.asarray(WEIGHTS, jnp.float32),
+        jnp.asarray(np.random.default_rng(1).normal(size=WEIGHTS.shape), jnp.float32),
+    )
     exact = np.asarray(weights, np.float64)
     expected = np.asarray(grads, np.float64) + slope(penalty, exact)
     np.testing.assert_allclose(once(tx, grads, weights), expected, rtol=2e-6, atol=1e-6)

@@ -179,10 +179,11 @@ def test_the_group_prox_in_a_metric_is_the_root_found_by_bisection(spread: float
 
 
 def test_groups_of_one_and_a_constant_metric_agree_with_the_other_forms() -> None:
-    x = jnp.asarray(RNG.normal(size=(1, 40)), jnp.float32)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(1, 40)), jnp.float32)
     single = one_step(og.proximal_group_lasso(optax.sgd(1.0), 0.5, learning_rate=1.0), x)
     np.testing.assert_allclose(single, one_step(og.proximal_l1(optax.sgd(1.0), 0.5, learning_rate=1.0), x), atol=1e-6)
-    x = jnp.asarray(RNG.normal(size=(4, 40)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(4, 40)), jnp.float32)
     plain = one_step(og.proximal_group_lasso(optax.sgd(1.0), 0.5, learning_rate=1.0), x)
     metric = og.proximal_group_lasso(optax.sgd(1.0), 0.5, learning_rate=1.0, metric=lambda _: jnp.ones_like(x))
     np.testing.assert_allclose(plain, one_step(metric, x), atol=1e-6)
@@ -191,8 +192,9 @@ def test_groups_of_one_and_a_constant_metric_agree_with_the_other_forms() -> Non
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
 @pytest.mark.parametrize("make", [og.proximal_l1, og.proximal_group_lasso])
 def test_under_adam_no_weight_moves_further_than_its_update_and_the_learning_rate(make: Any, strength: float) -> None:
-    params = jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)
-    grads = jnp.asarray(RNG.normal(size=(8, 16)) * 10.0 ** RNG.integers(-12, 3, size=(8, 16)), jnp.float32)
+    rng = np.random.default_rng(1)
+    params = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
+    grads = jnp.asarray(rng.normal(size=(8, 16)) * 10.0 ** rng.integers(-12, 3, size=(8, 16)), jnp.float32)
     inner = optax.adam(0.01)
     update, _ = inner.update(grads, inner.init(params))
     shrinkage = params + update - one_step(make(inner, strength, learning_rate=0.01), params, grads)
@@ -203,7 +205,8 @@ def test_under_adam_no_weight_moves_further_than_its_update_and_the_learning_rat
 @pytest.mark.parametrize("make", [og.proximal_l1, og.proximal_group_lasso])
 @pytest.mark.parametrize("inner", [optax.adam(0.1), optax.amsgrad(0.1), optax.adabelief(0.1), optax.rmsprop(0.1)])
 def test_an_unused_embedding_row_keeps_its_bits(make: Any, inner: Any) -> None:
-    table = jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
+    rng = np.random.default_rng(1)
+    table = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
     grads = jnp.ones((5, 4)).at[2].set(0)
     options = {} if make is og.proximal_l1 else {"axis": 0}
     tx = make(inner, 10.0, learning_rate=0.1, **options)
@@ -234,8 +237,9 @@ WIDE = ("float32", "bfloat16", "float16")
 @pytest.mark.parametrize("of_updates", WIDE)
 @pytest.mark.parametrize("kind", ["l1", "elastic net", "group"])
 def test_zeros_are_exact_for_every_pair_of_dtypes_in_both_ways(of_params: str, of_updates: str, kind: str) -> None:
-    x = RNG.normal(size=(20, 50))
-    params, grads = jnp.asarray(x, of_params), jnp.asarray(0.1 * RNG.normal(size=x.shape), of_updates)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(20, 50))
+    params, grads = jnp.asarray(x, of_params), jnp.asarray(0.1 * rng.normal(size=x.shape), of_updates)
     tx = {
         "l1": og.proximal_l1(optax.sgd(1.0), 0.3, learning_rate=1.0),
         "elastic net": og.proximal_elastic_net(optax.sgd(1.0), 0.3, 0.1, learning_rate=1.0),
@@ -247,7 +251,7 @@ def test_zeros_are_exact_for_every_pair_of_dtypes_in_both_ways(of_params: str, o
     fast = one_step(tx, params, grads)
     updates, _ = tx.update(grads, tx.init(params), params)
     slow = optax.apply_updates(params, updates)
-    clear = np.abs(size - bound) > 1e-3
+    clear = (np.abs(size - bound) > 1e-3) & (np.abs(moved) > 0.05)  # in 16 bits a small sum may be zero by itself
     for got in (fast, slow):
         assert got.dtype == params.dtype
         np.testing.assert_array_equal((np.asarray(got) == 0)[clear], (size <= bound)[clear])
@@ -296,7 +300,8 @@ def test_a_gradient_that_is_not_finite_is_not_laundered_into_a_zero(make: Any, i
 
 
 def test_a_strength_of_zero_is_the_optimizer_alone_and_masked_out_leaves_are_its_own() -> None:
-    params = {"bias": jnp.ones(3), "kernel": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32)}
+    rng = np.random.default_rng(1)
+    params = {"bias": jnp.ones(3), "kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
     grads = jax.tree.map(jnp.ones_like, params)
     inner = optax.adam(0.1)
     alone = one_step(inner, params, grads)

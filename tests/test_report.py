@@ -1,5 +1,6 @@
 """What happened: leaves on record, the story, the page and the command line."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -265,6 +266,7 @@ def test_help_as_a_person_expects() -> None:
     assert "Orbax checkpoint" in text.stdout
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves of a damaged one
 def test_whatever_is_wrong_is_said_in_a_sentence_with_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -295,6 +297,7 @@ def test_whatever_is_wrong_is_said_in_a_sentence_with_exit_code_2(
         assert error.startswith("optax_guard: ")
         assert message in error
         assert "Traceback" not in error
+    gc.collect()  # those event loops are this test's
     with pytest.raises(SystemExit, match="2"):
         main([])
     with pytest.raises(ValueError, match="there is no guard in this state"):
