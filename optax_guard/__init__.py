@@ -10,7 +10,7 @@ Wrap the optimizer in `guard`, take the step with `apply_gradients`, read what h
 from importlib.metadata import PackageNotFoundError, version
 
 # Guard a training step
-from optax_guard._accumulation import AccumulateState, accumulate, has_updated
+from optax_guard._accumulation import AccumulateState, accumulate, flush, has_updated
 from optax_guard._apply import FastTransformation, apply_gradients
 
 # Bound the gradient by a number
@@ -22,6 +22,10 @@ from optax_guard._clipping import (
     clip_by_value,
 )
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
+from optax_guard._micro_batches import accumulate_gradients
+
+# Train in float16
+from optax_guard._precision import LossScalingState, loss_scaling, scale_loss
 
 # See what happened
 from optax_guard._metrics import flight_log, metrics
@@ -61,6 +65,7 @@ __all__ = [
     "FlightRecorder",
     "GradientStatistics",
     "GuardState",
+    "LossScalingState",
     "NoiseState",
     "PenaltyState",
     "ProximalState",
@@ -69,6 +74,7 @@ __all__ = [
     "TrainingHalted",
     "Verdict",
     "accumulate",
+    "accumulate_gradients",
     "adaptive_grad_clip",
     "anticorrelated_noise",
     "apply_gradients",
@@ -79,6 +85,7 @@ __all__ = [
     "dense_penalty",
     "elastic_net_penalty",
     "flight_log",
+    "flush",
     "global_norm",
     "gradient_statistics",
     "guard",
@@ -86,6 +93,7 @@ __all__ = [
     "l1_penalty",
     "langevin_noise",
     "leaf_names",
+    "loss_scaling",
     "metrics",
     "noise_injection",
     "perturb_weights",
@@ -94,6 +102,7 @@ __all__ = [
     "proximal_l1",
     "raise_if_halted",
     "rule",
+    "scale_loss",
     "shrink_gradients",
     "skip_large",
     "skip_nonfinite",

@@ -15,6 +15,7 @@ import optax
 
 from optax_guard._accumulation import AccumulateState
 from optax_guard._guard import GuardState
+from optax_guard._precision import LossScalingState
 from optax_guard._record import EVENTS, last_row, read_rows
 from optax_guard._tree import find_states, unwrapped
 
@@ -40,7 +41,8 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     guard/refused_in_row          i32: finite refusals in a row
     guard/nonfinite_in_row        i32: non-finite steps in a row
     guard/halted                  bool: every further step is held
-    accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated: see `Accumul
+    accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated
+    loss_scaling/...              scale (f32), clean_in_row, overflow_total
     ============================  ====================================================================================
 
     A second guard in the same state appears as `guard_1/...`, a third as `guard_2/...`, outer before inner.
@@ -61,7 +63,12 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
       {'guard/grad_norm': 5.0, 'guard/clipped_norm': 1.0}
     """
     result: dict[str, jax.Array] = {}
-    for kind, prefix, read in ((GuardState, "guard", _guard_metrics), (AccumulateState, "accumulate", _accumulate)):
+    readers = (
+        (GuardState, "guard", _guard_metrics),
+        (AccumulateState, "accumulate", _accumulate),
+        (LossScalingState, "loss_scaling", _loss_scaling),
+    )
+    for kind, prefix, read in readers:
         for index, each in enumerate(find_states(state, kind)):
             label = prefix if index == 0 else f"{prefix}_{index}"
             result |= {f"{label}/{name}": number for name, number in read(each).items()}
@@ -134,4 +141,12 @@ def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
         "dropped_total": unwrapped(state.dropped_total),
         "empty_total": unwrapped(state.empty_total),
         "updated": unwrapped(state.emitted),
+    }
+
+
+def _loss_scaling(state: LossScalingState) -> dict[str, jax.Array]:
+    return {
+        "scale": unwrapped(state.loss_scale),
+        "clean_in_row": unwrapped(state.clean_in_row),
+        "overflow_total": unwrapped(state.overflow_total),
     }

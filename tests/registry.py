@@ -19,20 +19,24 @@ NOT_TRANSFORMATIONS = {
     "FlightRecorder": "a part of GuardState",
     "GradientStatistics": "what a rule judges from",
     "GuardState": "a state",
+    "LossScalingState": "a state",
     "NoiseState": "a state",
     "PenaltyState": "a state",
     "Rule": "the type of a rule",
     "TrainingHalted": "an exception",
     "Verdict": "what a rule answers",
+    "accumulate_gradients": "makes a gradient function",
     "apply_gradients": "takes a step with a transformation",
     "clear_halt": "edits a state",
     "flight_log": "reads a state",
+    "flush": "takes a step with what `accumulate` holds",
     "global_norm": "a function of a tree",
     "gradient_statistics": "a function of a tree",
     "has_updated": "reads a state",
     "leaf_names": "a function of a tree",
     "metrics": "reads a state",
     "raise_if_halted": "reads a state",
+    "scale_loss": "a function of a state and a loss",
 }
 
 
@@ -112,6 +116,15 @@ def accumulated_guard(learning_rate=0.1, max_norm=1.0, inner=momentum, every=2, 
     return og.accumulate(tx, every, axis_name=axis_name)
 
 
+def loss_scaled(learning_rate=0.1, inner=momentum, axis_name=None):
+    return og.loss_scaling(inner(learning_rate), init=4.0, growth_interval=2, axis_name=axis_name)
+
+
+def loss_scaled_accumulation(learning_rate=0.1, inner=momentum, axis_name=None):
+    tx = og.accumulate(og.guard(inner(learning_rate), axis_name=axis_name), 2, axis_name=axis_name)
+    return og.loss_scaling(tx, init=4.0, growth_interval=2, axis_name=axis_name)
+
+
 def halving_rule(threshold=1.0, axis_name=None):
     """A rule with a memory: halves a gradient whose norm exceeds the largest seen so far by `threshold`."""
 
@@ -133,6 +146,7 @@ def schedule(step: jax.Array) -> jax.Array:
 
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
+LOSS_SCALING_STATIC = ("inner", "axis_name")
 
 ENTRIES = (
     Entry("clip_by_global_norm", "", og.clip_by_global_norm, {"max_norm": 1.0}),
@@ -177,5 +191,9 @@ ENTRIES = (
         wraps=True,
         strict=False,
         parameter_copies=3,
+    ),
+    Entry("loss_scaling", "", loss_scaled, {}, LOSS_SCALING_STATIC, wraps=True, parameter_copies=1),
+    Entry(
+        "loss_scaling", "accumulate", loss_scaled_accumulation, {}, LOSS_SCALING_STATIC, wraps=True, parameter_copies=2
     ),
 )
