@@ -57,12 +57,12 @@ def accumulate_gradients(
 
     Args:
       loss_fn: (params, micro_batch, *args) -> mean loss, or (loss, aux) with `has_aux`; takes `key=` if one is given.
-      num_micro_batches: n (>= 1). Micro-batch i holds rows i, i + n, i + 2n, ...: so the rows of a sharded batch stay on
-        their devices.
+      num_micro_batches: n (>= 1). Micro-batch i holds rows i, i + n, i + 2n, ...: so the rows of a sharded batch stay
+        on their devices.
       has_aux: as in `jax.value_and_grad`.
       weight_fn: micro_batch -> its weight, for instance the number of tokens that its mask leaves. None: equal weights.
-      remainder: "error" refuses a batch that is not divisible; "pad" appends rows of zeros, which `weight_fn` (required)
-        and `loss_fn` must count as nothing, as a mask in the batch does.
+      remainder: "error" refuses a batch that is not divisible; "pad" appends rows of zeros, which `weight_fn`
+        (required) and `loss_fn` must count as nothing, as a mask in the batch does.
       axis_name: the mesh axis over which the batch is split (axis 0 of every leaf) and the parameters are not. Inside
         `jax.shard_map` its manual axis; under `jit` the gradient then runs in a `shard_map` over that axis alone, other
         axes (tensor parallelism) stay with `jit`. None under `jit`: XLA places the communication, one per micro-batch.
@@ -164,7 +164,7 @@ def _padded(batch: PyTree, n: int, devices: int, remainder: str) -> PyTree:
                 f"{name}: the first axes of the batch disagree: `{path_name(first)}` has {rows} rows, "
                 f"`{path_name(path)}` has {leaf.shape[0]}."
             )
-    assert rows is not None  # noqa: S101 (for the type checker)
+    assert rows is not None  # for the type checker: there are leaves
     pieces = n * devices
     if pieces > rows:
         raise ValueError(f"{name}: `num_micro_batches` must be at most the rows per device; got {n} for {rows} rows.")

@@ -130,8 +130,8 @@ def first_look(tree: PyTree, axis_name: AxisName | None = None) -> GradientStati
             sums = lax.psum(sums, axis_name)
         except NameError as error:
             error.add_note(
-                f"optax_guard: `axis_name={axis_name!r}` must name an axis of an enclosing jax.shard_map; leave it None "
-                "under jit, where arrays are global."
+                f"optax_guard: `axis_name={axis_name!r}` must name an axis of an enclosing jax.shard_map; leave it "
+                "None under jit, where arrays are global."
             )
             raise
     return GradientStatistics(sum_squares=sums, magnitude=jnp.ones_like(sums))
