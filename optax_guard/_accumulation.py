@@ -43,6 +43,7 @@ from optax_guard._tree import (
     path_name,
     positions,
     unwrapped,
+    varying_axes,
     wider_dtype,
 )
 from optax_guard._typing import AxisName, PyTree
@@ -506,7 +507,7 @@ def _counted(total: jax.Array, event: jax.Array) -> jax.Array:
 
 def _varying_like(statistics: GradientStatistics, leaves: list[Any]) -> GradientStatistics:
     """Constants beside numbers that differ between the devices of a `shard_map` must be typed as differing too."""
-    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in getattr(jax.typeof(leaf), "vma", ())}
+    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)}
     return lax.pcast(statistics, tuple(axes), to="varying") if axes else statistics
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from optax_guard import _validate
-from optax_guard._tree import check_arrays, is_gradient, path_name, wider_dtype
+from optax_guard._tree import check_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._typing import PyTree
 
 __all__ = ["accumulate_gradients"]
@@ -244,6 +244,6 @@ def _varying(tree: PyTree, axis_name: str | None) -> PyTree:
         return tree
 
     def cast(x: Any) -> Any:
-        return x if axis_name in jax.typeof(x).vma else lax.pcast(x, axis_name, to="varying")
+        return x if axis_name in varying_axes(x) else lax.pcast(x, axis_name, to="varying")
 
     return jax.tree.map(cast, tree)
