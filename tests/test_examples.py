@@ -53,3 +53,29 @@ def test_quickstart_explains_its_options() -> None:
     run = example("--help")
     assert run.returncode == 0
     assert "--learning-rate" in run.stdout
+
+
+def run_file(name: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_float16_underflows_without_loss_scaling_and_trains_with_it() -> None:
+    plain, scaled = run_file("float16.py", "--quick").splitlines()[:2]
+    accuracy = [float(line.split("accuracy: ")[1].split()[0]) for line in (plain, scaled)]
+    assert "gradients that are 0: 1 " in plain
+    assert accuracy[0] < 0.3
+    assert accuracy[1] > 0.9
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_multi_device_holds_the_steps_with_nan_on_all_devices(processes: int) -> None:
+    output = run_file("multi_device.py", "--quick", "--processes", str(processes))
+    assert f"8 devices in {processes} process(es); all-reduces in the step: 1" in output
+    assert "device 5 saw NaN at steps [4, 6]; held everywhere at steps [4, 6]" in output
+    digests = [line.split("parameters ")[1] for line in output.splitlines() if "parameters" in line]
+    assert len(digests) == processes
+    assert len(set(digests)) == 1
