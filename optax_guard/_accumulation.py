@@ -171,7 +171,7 @@ def accumulate(
     if not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{name}: `accumulator_dtype` must be a floating-point dtype; got {accumulator_dtype!r}.")
     judges = isinstance(inner, FastTransformation) and inner.judges
-    if judges and inner.axis_name != axis_name:
+    if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
         raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inner.axis_name!r}: must agree.")
 
     def buffer(leaf: Any) -> jax.Array:
@@ -256,7 +256,7 @@ def accumulate(
         if on_nonfinite == "drop_cycle":
             emit = emit & (end.dropped == 0)
         active, statistics = emit, None
-        if judges:
+        if end.statistics is not None:
             # A cycle lost to bad numbers is told to the guard as what it is, a step that was not finite.
             active = emit | (closing & (end.dropped > 0))
             bad = _never_finite(end.statistics, end.seen)

@@ -153,12 +153,12 @@ def _padded(batch: PyTree, n: int, devices: int, remainder: str) -> PyTree:
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
         raise ValueError(f"{name}: the batch has no leaves.")
-    rows = None
+    first, rows = leaves[0][0], None
     for path, leaf in leaves:
         if leaf.ndim == 0:
             raise ValueError(f"{name}: leaf `{path_name(path)}` of the batch has no axis to split.")
         if rows is None:
-            rows, first = leaf.shape[0], path
+            rows = leaf.shape[0]
         elif leaf.shape[0] != rows:
             raise ValueError(
                 f"{name}: the first axes of the batch disagree: `{path_name(first)}` has {rows} rows, "

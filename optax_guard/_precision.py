@@ -121,7 +121,7 @@ def loss_scaling(
     _validate.scalar(name, "factor", factor, low=1, open_low=True)
     if not float(min_scale) <= init <= float(max_scale):
         raise ValueError(f"{name}: `init` must be a number in [{min_scale:g}, {max_scale:g}]; got {init!r}.")
-    first_scale = float(init)
+    first_scale, growth = float(init), factor
     judges = isinstance(inner, FastTransformation) and inner.judges
     if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
         raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inner.axis_name!r}: they must agree.")
@@ -139,7 +139,7 @@ def loss_scaling(
         total: PyTree,
         state: LossScalingState,
         params: PyTree | None,
-        factor_in: jax.Array | None,
+        factor: jax.Array | None,
         like: PyTree,
         extra: dict[str, Any],
         fast: bool,
@@ -149,7 +149,7 @@ def loss_scaling(
             statistics = first_look(total, axis_name)
         finite = jnp.all(statistics.finite)
         inverse = 1 / state.loss_scale
-        whole = inverse if factor_in is None else factor_in * inverse.astype(factor_in.dtype)
+        whole = inverse if factor is None else factor * inverse.astype(factor.dtype)
         total, like_wide = jax.tree.map(_widened, total), jax.tree.map(_widened, like)
 
         def step() -> tuple[PyTree, Any]:
@@ -173,8 +173,8 @@ def loss_scaling(
             result, inner_state = lax.cond(finite, step, lambda: (untouched, state.unscaled_state))
         clean = jnp.where(finite, state.clean_in_row + 1, 0)
         grows = clean >= growth_interval
-        grown = jnp.minimum(state.loss_scale * factor, max_scale)
-        shrunk = jnp.maximum(state.loss_scale / factor, min_scale)
+        grown = jnp.minimum(state.loss_scale * growth, max_scale)
+        shrunk = jnp.maximum(state.loss_scale / growth, min_scale)
         return result, LossScalingState(
             unscaled_state=inner_state,
             loss_scale=jnp.where(finite, jnp.where(grows, grown, state.loss_scale), shrunk),

@@ -105,8 +105,9 @@ def test_a_stack_in_every_layout_equals_one_device_and_gathers_nothing(
     assert (int(got[1].dropped_total), int(got[1].emitted_total)) == (1, 2)
     program = STEP.lower(params, state, gradients[0]).compile().as_text()
     assert "all-gather" not in program
-    # One vector of sums per look: at the micro-batch, and at the finished sum in the call that ends a cycle.
-    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == (0 if layout == "data_parallel" else 2)
+    # One vector of sums per look, at the micro-batch and at the finished sum, and per mesh axis that splits a leaf.
+    expected_reduces = {"data_parallel": 0, "fsdp_and_tensor_parallel": 4}.get(layout, 2)
+    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == expected_reduces
 
 
 def test_jit_sees_global_norms_and_shard_map_local_ones_unless_axis_name() -> None:
