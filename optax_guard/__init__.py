@@ -10,7 +10,7 @@ Wrap the optimizer in `guard`, take the step with `apply_gradients`, read what h
 from importlib.metadata import PackageNotFoundError, version
 
 # Guard a training step
-from optax_guard._accumulation import AccumulateState, accumulate, has_updated
+from optax_guard._accumulation import AccumulateState, accumulate, flush, has_updated
 from optax_guard._apply import FastTransformation, apply_gradients
 
 # Bound the gradient by its history, as published
@@ -25,6 +25,10 @@ from optax_guard._clipping import (
     clip_by_value,
 )
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
+from optax_guard._micro_batches import accumulate_gradients
+
+# Train in float16
+from optax_guard._precision import LossScalingState, loss_scaling, scale_loss
 
 # Recover when holding steps is not enough
 from optax_guard._ladder import RecoveryState
@@ -90,6 +94,7 @@ __all__ = [
     "GuardState",
     "LeafLog",
     "LeafRecordState",
+    "LossScalingState",
     "LossWatch",
     "MedianNormState",
     "NoiseState",
@@ -109,6 +114,7 @@ __all__ = [
     "Verdict",
     "ZClipState",
     "accumulate",
+    "accumulate_gradients",
     "adagc",
     "adaptive_grad_clip",
     "anticorrelated_noise",
@@ -127,6 +133,7 @@ __all__ = [
     "dense_penalty",
     "elastic_net_penalty",
     "flight_log",
+    "flush",
     "global_norm",
     "gradient_statistics",
     "guard",
@@ -137,6 +144,7 @@ __all__ = [
     "leaf_log",
     "leaf_names",
     "limit_step",
+    "loss_scaling",
     "metrics",
     "noise_injection",
     "perturb_weights",
@@ -148,6 +156,7 @@ __all__ = [
     "reset_moments",
     "rewind",
     "rule",
+    "scale_loss",
     "shrink_gradients",
     "skip_large",
     "skip_nonfinite",

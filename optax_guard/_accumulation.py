@@ -8,6 +8,8 @@ You have                               Take
 =====================================  ============================================================
 a loop that calls the step each batch  `accumulate(tx, every=4)`, and `apply_gradients`
 batches of unequal token counts        the same, and `weight=` the number of tokens in the call
+an epoch that ends within a cycle      `flush`: a step with what the cycle holds
+a batch too large for one pass         `accumulate_gradients`, inside one call
 =====================================  ============================================================
 """
 
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -29,7 +32,7 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
-from optax_guard._statistics import first_look, widest_accumulator
+from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, widest_accumulator
 from optax_guard._step import next_step
 from optax_guard._tree import (
     check_arrays,
@@ -37,13 +40,17 @@ from optax_guard._tree import (
     find_states,
     is_gradient,
     leaf_names,
+    path_name,
     positions,
     unwrapped,
+    varying_axes,
     wider_dtype,
 )
 from optax_guard._typing import AxisName, PyTree
 
-__all__ = ["AccumulateState", "accumulate", "has_updated"]
+__all__ = ["AccumulateState", "accumulate", "flush", "has_updated"]
+
+_REDUCTIONS = ("mean", "sum", "max", "last")
 
 
 class AccumulateState(NamedTuple):
@@ -54,17 +61,29 @@ class AccumulateState(NamedTuple):
     accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): sum of the weights in `gradient_sum`
     added: jax.Array  # i32[]: micro-batches in `gradient_sum`
     micro_step: jax.Array  # i32[]: calls in this cycle, dropped ones included
+    dropped_in_cycle: jax.Array  # i32[]: micro-batches of this cycle that were dropped
     emitted: jax.Array  # bool[]: whether the last call ran the inner optimizer
     emitted_total: jax.Array  # i32[]: runs of the inner optimizer
     dropped_total: jax.Array  # i32[]: micro-batches dropped (not finite, or a negative or non-finite weight)
     empty_total: jax.Array  # i32[]: cycles that ended with nothing to step with
 
 
+class _Sum(NamedTuple):
+    """What a cycle ends with."""
+
+    total: PyTree  # in the structure of the gradient
+    weight: jax.Array  # f32[]
+    dropped: jax.Array  # i32[]
+    statistics: GradientStatistics | None  # of `total`, if the inner optimizer judges
+    seen: GradientStatistics | None  # of the last micro-batch
+
+
 def accumulate(
     inner: optax.GradientTransformation,
     every: int | Callable[[jax.Array], jax.Array],
     *,
-    use_mean: bool = True,
+    on_nonfinite: str = "drop_micro",
+    reduction: Any = "mean",
     accumulator_dtype: Any = jnp.float32,
     axis_name: AxisName | None = None,
 ) -> FastTransformation:
@@ -77,6 +96,8 @@ def accumulate(
       - Unequal micro-batches whose `weight` is their number of tokens (or rows) equal the full batch.
       - A micro-batch that is not finite never touches any state: it is dropped with its weight, and counted. It keeps
         its place: a cycle is `every` calls.
+      - A stream that stays bad ends: a `guard` as `inner` counts every cycle that lost all its micro-batches like a
+        non-finite step, and halts after `halt_after` of them.
       - Sums are held in float32 (float64 for float64, complex for complex leaves), and `inner` receives the mean in the
         gradient's dtype. With `every=1` its updates are those of `inner` alone, bit for bit.
       - `has_updated(state)` is True exactly after a call that ran `inner`.
@@ -85,22 +106,36 @@ def accumulate(
     =========================================  =======================================================================
     Case                                       Result
     =========================================  =======================================================================
-    NaN or Inf in a micro-batch                dropped and counted in `dropped_total`; the mean is over the others
+    NaN or Inf in a micro-batch                as `on_nonfinite` says, below
+    `weight` negative or not finite            that micro-batch is dropped and counted, whatever `on_nonfinite` says
+    `weight` times gradient above 1.8e19       the same as a gradient that is not finite: it could not be squared
     nothing left at the end of a cycle         a held step: `inner` does not run; counted in `empty_total`
-    all weights of a cycle are zero            the same
-    weight negative or not finite              that micro-batch is dropped and counted
+    all weights of a cycle are zero            the same; nothing was bad, so a guard inside does not count it
     a leaf is an integer, `float0` or `None`   passed to `inner` as the emitting call brought it
-    the last, unfilled cycle of an epoch       stays in the buffer and goes on with the next call
+    the last, unfilled cycle of an epoch       `flush` steps with it; else it goes on with the next call
     =========================================  =======================================================================
+
+    ================  ================================================================================================
+    `on_nonfinite`    A micro-batch with a NaN or an Inf
+    ================  ================================================================================================
+    "drop_micro"      is left out with its weight: the mean is over the others
+    "drop_cycle"      spoils its cycle: the others wait for its end, which is a held step (`empty_total`)
+    "propagate"       goes into the sum, unread: the cheapest. A guard inside holds the cycle; a bare optimizer is
+                      poisoned. The next cycle starts clean
+    ================  ================================================================================================
 
     Args:
       inner: any Optax transformation: usually `guard(optimizer, rules...)`.
       every: calls per cycle (>= 1), or a schedule that maps the number of emitted steps to it (values below 1 count
         as 1).
-      use_mean: False hands `inner` the weighted sum instead of the mean.
+      on_nonfinite: "drop_micro", "drop_cycle" or "propagate".
+      reduction: "mean"; "sum" (weighted, not divided); "max" (elementwise); "last"; or a tree of these in the structure
+        of (a prefix of) the parameters, or a function from the parameters to it. FP8 scales and other numbers that
+        travel as gradients must not be averaged: give their leaves "max" or "last". Micro-batches of weight 0 count for
+        none of them.
       accumulator_dtype: the narrowest dtype to sum in; a leaf of a wider dtype is summed in its own.
       axis_name: as in `gradient_statistics`: needed inside `jax.shard_map` on sharded gradients, so that all devices
-        drop the same micro-batches.
+        drop the same micro-batches. A guard inside must have the same.
 
     Returns:
       A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. Its `update` takes
@@ -122,6 +157,7 @@ def accumulate(
       (Array([-2., -2.], dtype=float32), True)
 
     See Also:
+      `accumulate_gradients`: the same mean inside one call, with one all-reduce.
       `optax.MultiSteps`: equal weights, runs the inner optimizer at every call and discards the result, and keeps a NaN
       for ever.
     """
@@ -129,10 +165,14 @@ def accumulate(
     inner = as_transformation(name, inner)
     if not callable(every):
         every = _validate.integer(name, "every", every, low=1)
-    _validate.boolean(name, "use_mean", use_mean)
+    _validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
+    if isinstance(reduction, str):
+        _validate.one_of(name, "reduction", reduction, _REDUCTIONS)
     if not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{name}: `accumulator_dtype` must be a floating-point dtype; got {accumulator_dtype!r}.")
-    update_inner = optax.with_extra_args_support(inner).update
+    judges = isinstance(inner, FastTransformation) and inner.judges
+    if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
+        raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inner.axis_name!r}: must agree.")
 
     def buffer(leaf: Any) -> jax.Array:
         if not is_gradient(leaf):
@@ -141,12 +181,15 @@ def accumulate(
 
     def init(params: optax.Params) -> AccumulateState:
         check_arrays(name, params)
+        if positions(params):  # Optax also calls `init` with a placeholder without leaves
+            _check_reduction(reduction, params)
         return AccumulateState(
             accumulated_state=inner.init(params),
             gradient_sum=jax.tree.map(buffer, params),
             accumulated_weight=jnp.zeros((), widest_accumulator(params)),
             added=jnp.zeros((), jnp.int32),
             micro_step=jnp.zeros((), jnp.int32),
+            dropped_in_cycle=jnp.zeros((), jnp.int32),
             emitted=jnp.zeros((), bool),
             emitted_total=jnp.zeros((), jnp.int32),
             dropped_total=jnp.zeros((), jnp.int32),
@@ -161,50 +204,157 @@ def accumulate(
         like: PyTree,
         extra: dict[str, Any],
         fast: bool,
+        statistics: GradientStatistics | None = None,
     ) -> tuple[PyTree, AccumulateState]:
-        _check_shapes(state.gradient_sum, total)
         updates = mean_of(total, factor, like)
-        weight = _weight(extra, state.accumulated_weight.dtype)
-        good = jnp.all(first_look(updates, axis_name).finite) & jnp.isfinite(weight) & (weight >= 0)
-        # One branch per outcome: a `where` over the buffer would cost a second copy of it.
-        new_sum = lax.cond(
-            good,
-            lambda: _added(state, updates, None if extra.get("weight") is None else weight),
-            lambda: positions(state.gradient_sum),
-        )
-        first = state.added == 0
-        weight_sum = jnp.where(first, 0, state.accumulated_weight) + jnp.where(good, weight, 0)
-        added = state.added + good.astype(jnp.int32)
+        _check_shapes(state.gradient_sum, updates)
+        if statistics is not None and factor is not None:
+            statistics = scale_statistics(statistics, factor)
+        call = _Call(state, updates, extra, reduction, alone=every == 1)
         length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
         full = state.micro_step + 1 >= length
-        emit = full & (weight_sum > 0)
-
-        mean_factor = 1 / jnp.where(weight_sum > 0, weight_sum, 1) if use_mean else None
-        sum_tree = _with_passengers(new_sum, updates)
-
-        def propose() -> tuple[PyTree, Any]:
-            mean = mean_of(sum_tree, mean_factor, updates)
-            new_updates, new_state = update_inner(mean, state.accumulated_state, params, **extra)
-            return new_updates, settle(name, new_state, state.accumulated_state)
-
-        def step() -> tuple[PyTree, Any]:
-            return take_step(inner, sum_tree, state.accumulated_state, params, mean_factor, updates, extra)
-
-        untouched = params if fast else no_updates(jax.eval_shape(propose)[0], updates)
-        result, inner_state = lax.cond(emit, step if fast else propose, lambda: (untouched, state.accumulated_state))
+        if on_nonfinite == "propagate":
+            good, seen = call.usable, None
+        else:
+            seen = call.look(updates, axis_name) if statistics is None else statistics
+            good = call.usable & call.fits(seen)
+        adds = good & (call.weight > 0)
+        sums = call.written(adds)
+        finished = None
+        if judges:
+            known = call.alone and seen is not None and not call.weighted
+            finished = seen if known else call.look_if(full, sums, axis_name)
+        dropped = state.dropped_in_cycle + (~good).astype(jnp.int32)
+        weight_sum = jnp.where(state.added == 0, 0, state.accumulated_weight) + jnp.where(adds, call.weight, 0)
+        end = _Sum(_with_passengers(sums, updates), weight_sum, dropped, finished, seen)
+        result, inner_state, emit = close(end, full, state, params, updates, extra, fast)
+        added = state.added + adds.astype(jnp.int32)
         return result, AccumulateState(
             accumulated_state=inner_state,
-            gradient_sum=_with_passengers(new_sum, state.gradient_sum),
+            gradient_sum=call.stored(sums),
             accumulated_weight=jnp.where(full, 0, weight_sum),
             added=jnp.where(full, 0, added),
             micro_step=jnp.where(full, 0, state.micro_step + 1),
+            dropped_in_cycle=jnp.where(full, 0, dropped),
             emitted=emit,
-            emitted_total=jnp.where(emit, next_step(state.emitted_total), state.emitted_total),
-            dropped_total=jnp.where(good, state.dropped_total, next_step(state.dropped_total)),
-            empty_total=jnp.where(full & ~emit, next_step(state.empty_total), state.empty_total),
+            emitted_total=_counted(state.emitted_total, emit),
+            dropped_total=_counted(state.dropped_total, ~good),
+            empty_total=_counted(state.empty_total, full & ~emit),
         )
 
-    return fast_transformation(name, init, run)
+    def close(
+        end: _Sum,
+        closing: jax.Array,
+        state: AccumulateState,
+        params: PyTree | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+    ) -> tuple[PyTree, Any, jax.Array]:
+        """Ends a cycle where `closing`: a step of the inner optimizer, or none."""
+        emit = closing & (end.weight >= jnp.finfo(end.weight.dtype).tiny)
+        if on_nonfinite == "drop_cycle":
+            emit = emit & (end.dropped == 0)
+        active, statistics = emit, None
+        if end.statistics is not None:
+            # A cycle lost to bad numbers is told to the guard as what it is, a step that was not finite.
+            active = emit | (closing & (end.dropped > 0))
+            bad = _never_finite(end.statistics, end.seen)
+            statistics = _where(emit, end.statistics, bad)
+        kinds = _labels(reduction, state.gradient_sum)
+        inverse = 1 / jnp.where(emit, end.weight, 1)
+        factor = None
+        if "mean" in kinds:
+            means = np.array([kind == "mean" for kind in kinds])
+            factor = inverse if means.all() else jnp.where(means, inverse, 1)
+
+        def step() -> tuple[PyTree, Any]:
+            result, new_state = take_step(
+                inner, end.total, state.accumulated_state, params, factor, like, extra, fast=fast, statistics=statistics
+            )
+            return result, settle(name, new_state, state.accumulated_state)
+
+        untouched = params if fast else no_updates(jax.eval_shape(step)[0], like)
+        return *lax.cond(active, step, lambda: (untouched, state.accumulated_state)), emit
+
+    def flush_cycle(
+        state: AccumulateState, params: PyTree, like: PyTree, extra: dict[str, Any]
+    ) -> tuple[PyTree, AccumulateState]:
+        _check_shapes(state.gradient_sum, like)
+        total = _with_passengers(positions(state.gradient_sum), like)
+        holds = state.micro_step > 0
+        weight = jnp.where(state.added == 0, 0, state.accumulated_weight)
+        look = first_look(total, axis_name) if judges else None
+        end = _Sum(total, weight, state.dropped_in_cycle, look, None)
+        params, inner_state, emit = close(end, holds, state, params, like, extra, fast=True)
+        nothing = jnp.zeros((), jnp.int32)
+        return params, AccumulateState(
+            accumulated_state=inner_state,
+            gradient_sum=state.gradient_sum,
+            accumulated_weight=jnp.zeros_like(state.accumulated_weight),
+            added=nothing,
+            micro_step=nothing,
+            dropped_in_cycle=nothing,
+            emitted=emit,
+            emitted_total=_counted(state.emitted_total, emit),
+            dropped_total=state.dropped_total,
+            empty_total=_counted(state.empty_total, holds & ~emit),
+        )
+
+    return fast_transformation(name, init, run, judges=True, axis_name=axis_name, flush=flush_cycle)
+
+
+def flush(
+    tx: optax.GradientTransformation,
+    state: AccumulateState,
+    params: PyTree,
+    *,
+    like: PyTree | None = None,
+    **extra: Any,
+) -> tuple[PyTree, AccumulateState]:
+    """Ends the cycle here: one step with the micro-batches it holds, as for the last batch of an epoch.
+
+    params, inner <- inner step with sum_i w_i g_i / sum_i w_i       over the calls since the last step
+
+    Guarantees:
+      - The same numbers as a cycle of just that many calls.
+      - A cycle that holds nothing (flushed right after a step) changes nothing: parameters and inner state keep their
+        bits, and `has_updated` is False.
+      - The next call starts a new cycle.
+
+    Args:
+      tx: what `accumulate` returned; it must be outermost.
+      state: its state. Of a linen `TrainState` pass `tx`, `opt_state` and `params`.
+      params: the parameters.
+      like: gradients (or their shapes) of any call, if their dtypes or `None`s differ from the parameters'.
+      **extra: forwarded to the inner optimizer; the loss is called `value`.
+
+    Returns:
+      The new (params, state).
+
+    Raises:
+      ValueError: `tx` or `state` is not of `accumulate`; `like` does not match the parameters.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.accumulate(optax.sgd(1.0), every=4)
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
+      >>> for _ in range(6):
+      ...     params, state = og.apply_gradients(tx, jnp.ones(1), state, params)
+      >>> params, state = og.flush(tx, state, params)
+      >>> params, int(state.emitted_total)
+      (Array([-2.], dtype=float32), 2)
+    """
+    if not isinstance(tx, FastTransformation) or tx.flush is None or not isinstance(state, AccumulateState):
+        raise ValueError(
+            "flush: `tx` and `state` must be those of `accumulate`, outermost; got "
+            f"{type(tx).__name__} and {type(state).__name__}."
+        )
+    if like is None:
+        like = jax.tree.map(lambda x: x if is_gradient(x) else np.zeros(x.shape, jax.dtypes.float0), params)
+    check_same_structure("flush", "like", like, "params", params)
+    return tx.flush(state, params, like, extra)
 
 
 def has_updated(state: optax.OptState) -> jax.Array:
@@ -237,6 +387,107 @@ def has_updated(state: optax.OptState) -> jax.Array:
     return unwrapped(states[0].emitted)
 
 
+class _Call:
+    """One micro-batch on its way into the sum."""
+
+    def __init__(self, state: AccumulateState, updates: PyTree, extra: dict[str, Any], reduction: Any, alone: bool):
+        self.state, self.updates, self.alone = state, updates, alone
+        self.weighted = extra.get("weight") is not None
+        self.weight = _weight(extra, state.accumulated_weight.dtype)
+        self.usable = jnp.isfinite(self.weight) & (self.weight >= 0)
+        self.first = state.added == 0
+        self.sums = positions(state.gradient_sum)
+        self.kinds = _labels(reduction, state.gradient_sum)
+
+    def written(self, adds: jax.Array) -> list[Any]:
+        """The sums with this micro-batch in them, if it adds."""
+        if self.alone:
+            return self._each(self._share)
+        # One branch per outcome: a `where` over the buffer would cost a second copy of it.
+        return lax.cond(adds, lambda: self._each(self._added), lambda: self.sums)
+
+    def stored(self, sums: list[Any]) -> PyTree:
+        """The buffer after this call; cycles of one call need none."""
+        return self.state.gradient_sum if self.alone else _with_passengers(sums, self.state.gradient_sum)
+
+    def look(self, tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
+        """First look in the dtype of the sums."""
+        dtype = widest_accumulator(self.state.gradient_sum)
+        return jax.tree.map(lambda x: x.astype(dtype), first_look(tree, axis_name))
+
+    def look_if(self, wanted: jax.Array, sums: list[Any], axis_name: AxisName | None) -> GradientStatistics:
+        """The statistics of the sums if they are wanted, and of no finite number otherwise."""
+
+        def look() -> GradientStatistics:
+            return self.look(_with_passengers(sums, self.updates), axis_name)
+
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
+        return lax.cond(wanted, look, lambda: _varying_like(nothing, sums if axis_name is None else []))
+
+    def fits(self, seen: GradientStatistics) -> jax.Array:
+        """Whether weight times gradient is finite and can be squared in the dtype of its sum."""
+        if not self.weighted:
+            return jnp.all(seen.finite)
+        limits = [
+            np.sqrt(float(jnp.finfo(old.dtype).max)) if is_gradient(leaf) else np.inf
+            for leaf, old in zip(positions(self.updates), self.sums, strict=True)
+        ]
+        sizes = jnp.where(seen.finite, seen.leaf_norms, jnp.inf) * jnp.where(self.weight > 0, self.weight, 1)
+        return jnp.all(sizes <= jnp.asarray(np.minimum(limits, float(jnp.finfo(sizes.dtype).max)), sizes.dtype))
+
+    def _each(self, function: Callable[[Any, Any, str], Any]) -> list[Any]:
+        leaves = zip(positions(self.updates), self.sums, self.kinds, strict=True)
+        return [function(leaf, old, kind) if is_gradient(leaf) else old for leaf, old, kind in leaves]
+
+    def _share(self, leaf: Any, old: Any, kind: str) -> jax.Array:
+        leaf = leaf.astype(old.dtype)
+        return leaf * self.weight.astype(old.dtype) if self.weighted and kind in ("mean", "sum") else leaf
+
+    def _added(self, leaf: Any, old: Any, kind: str) -> jax.Array:
+        share = self._share(leaf, old, kind)
+        both = {"max": jnp.maximum, "last": lambda _, new: new}.get(kind, jnp.add)(old, share)
+        return jnp.where(self.first, share, both)  # the first of a cycle overwrites what was there
+
+
+def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _never_finite(statistics: GradientStatistics, seen: GradientStatistics | None) -> GradientStatistics:
+    """Statistics that are not finite: those of the last micro-batch if it was bad, which names its leaf."""
+    nan = jnp.full_like(statistics.sum_squares, jnp.nan)
+    if seen is not None:
+        nan = jnp.where(jnp.all(seen.finite), nan, seen.sum_squares.astype(nan.dtype))
+    return GradientStatistics(sum_squares=nan, magnitude=jnp.ones_like(nan))
+
+
+def _labels(reduction: Any, tree: PyTree) -> list[str]:
+    """The reduction of every position."""
+    if isinstance(reduction, str):
+        return [reduction] * len(positions(tree))
+    chosen = reduction(tree) if callable(reduction) else reduction
+    for path, label in jax.tree_util.tree_leaves_with_path(chosen):
+        if label not in _REDUCTIONS:
+            raise ValueError(
+                f"accumulate: `reduction` must hold {', '.join(map(repr, _REDUCTIONS))}; at `{path_name(path)}` it "
+                f"holds {label!r}."
+            )
+    try:
+        spread = jax.tree.map(
+            lambda label, part: jax.tree.map(lambda _: label, part, is_leaf=lambda x: x is None), chosen, tree
+        )
+    except (ValueError, TypeError) as error:
+        check_same_structure("accumulate", "reduction", chosen, "params", tree)
+        raise ValueError(f"accumulate: `reduction` does not match the structure of the parameters: {error}") from error
+    return jax.tree.leaves(spread)
+
+
+def _check_reduction(reduction: Any, params: PyTree) -> None:
+    for path, leaf, kind in zip(leaf_names(params), positions(params), _labels(reduction, params), strict=True):
+        if kind == "max" and is_gradient(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(f"accumulate: `reduction` 'max' needs real numbers; `{path}` is {leaf.dtype}.")
+
+
 def _weight(extra: dict[str, Any], dtype: Any) -> jax.Array:
     """The call's weight as a scalar; 1 if none was given."""
     weight = jnp.asarray(1 if extra.get("weight") is None else extra["weight"])
@@ -250,26 +501,25 @@ def _weight(extra: dict[str, Any], dtype: Any) -> jax.Array:
     return weight.astype(dtype)
 
 
-def _added(state: AccumulateState, updates: PyTree, weight: jax.Array | None) -> list[jax.Array | None]:
-    """The sums with one more micro-batch in them; the first of a cycle overwrites what was there."""
-    first = state.added == 0
+def _counted(total: jax.Array, event: jax.Array) -> jax.Array:
+    return jnp.where(event, next_step(total), total)
 
-    def add(leaf: Any, total: Any) -> Any:
-        if not is_gradient(leaf):
-            return total
-        leaf = leaf.astype(total.dtype)
-        if weight is not None:
-            leaf = leaf * weight.astype(total.dtype)
-        return jnp.where(first, leaf, total + leaf)
 
-    return [add(leaf, total) for leaf, total in zip(positions(updates), positions(state.gradient_sum), strict=True)]
+def _varying_like(statistics: GradientStatistics, leaves: list[Any]) -> GradientStatistics:
+    """Constants beside numbers that differ between the devices of a `shard_map` must be typed as differing too."""
+    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)}
+    return lax.pcast(statistics, tuple(axes), to="varying") if axes else statistics
+
+
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
 
 
 def _with_passengers(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
     """The sums in the structure of `updates`, whose own leaves stay where they carry no gradient."""
-    leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
+    leaves = positions(updates)
     chosen = [total if is_gradient(leaf) else leaf for leaf, total in zip(leaves, sums, strict=True)]
-    return jax.tree.unflatten(structure, chosen)
+    return jax.tree.unflatten(_structure(updates), chosen)
 
 
 def _check_shapes(gradient_sum: PyTree, updates: PyTree) -> None:

@@ -2,7 +2,8 @@
 
 The Optax protocol hands `updates` from one function to the next, so a step that may or may not happen costs a second
 copy of the parameters and the moments. A transformation that is given the parameters can put one `lax.cond` around
-"inner update + apply", in place under buffer donation: `guard` and `accumulate` carry such a function beside `update`.
+"inner update + apply", in place under buffer donation: `guard` and `accumulate` carry such a function, `run`, beside
+`update`.
 """
 
 from typing import Any, Protocol
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._rule import scale_leaves
+from optax_guard._statistics import GradientStatistics
 from optax_guard._tree import cast_like, check_arrays, check_same_structure, is_gradient, wider_dtype
-from optax_guard._typing import PyTree
+from optax_guard._typing import AxisName, PyTree
 
 __all__ = [
     "FastTransformation",
@@ -28,34 +30,13 @@ __all__ = [
 ]
 
 
-class ApplyFn(Protocol):
-    """(total, state, params, factor, like, extra) -> (params, state), for the gradient `total * factor`.
-
-    `factor` (None for 1) and `like` (whose dtypes the gradient has) arrive apart from `total`, so that the mean of an
-    accumulation is never written to memory: the reader multiplies on its way in.
-    """
-
-    def __call__(
-        self, total: PyTree, state: Any, params: PyTree, factor: jax.Array | None, like: PyTree, extra: dict[str, Any]
-    ) -> tuple[PyTree, Any]:
-        """Takes one step."""
-        ...
-
-
-class FastTransformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation `(init, update)` that can also take the step itself."""
-
-    apply: ApplyFn
-
-    def __new__(cls, init: Any, update: Any, apply: ApplyFn) -> "FastTransformation":
-        """`apply` stays outside the tuple, since Optax unpacks transformations in pairs."""
-        self = super().__new__(cls, init, update)
-        self.apply = apply
-        return self
-
-
 class RunFn(Protocol):
-    """As `ApplyFn`; `fast` returns new parameters, otherwise updates, for which `params` may be None."""
+    """One step with the gradient `total * factor`: (parameters if `fast`, else updates; state).
+
+    `factor` (None for 1; else a number, or one per leaf) and `like` (whose dtypes the gradient has) arrive apart from
+    `total`, so that the mean of an accumulation is never written to memory: the reader multiplies on its way in. With
+    `fast=False`, `params` may be None. A transformation that `judges` also takes `statistics`, those of `total`.
+    """
 
     def __call__(
         self,
@@ -71,7 +52,46 @@ class RunFn(Protocol):
         ...
 
 
-def fast_transformation(function: str, init: Any, run: RunFn) -> FastTransformation:
+class FastTransformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation `(init, update)` that can also take the step itself."""
+
+    run: RunFn
+    judges: bool
+    axis_name: AxisName | None
+    flush: Any
+
+    def __new__(
+        cls,
+        init: Any,
+        update: Any,
+        run: RunFn,
+        judges: bool = False,
+        axis_name: AxisName | None = None,
+        flush: Any = None,
+    ) -> "FastTransformation":
+        """What is more than a pair stays outside the tuple, since Optax unpacks transformations in pairs.
+
+        One that `judges` holds a step whose gradient is not finite. Who wraps it may hand it the `statistics` of
+        `total` that it has, which saves a read, and may tell it of a step without a gradient by statistics that are not
+        finite, which it then counts and holds.
+        """
+        self = super().__new__(cls, init, update)
+        self.run = run
+        self.judges = judges
+        self.axis_name = axis_name
+        self.flush = flush
+        return self
+
+
+def fast_transformation(
+    function: str,
+    init: Any,
+    run: RunFn,
+    *,
+    judges: bool = False,
+    axis_name: AxisName | None = None,
+    flush: Any = None,
+) -> FastTransformation:
     """Both ways to take a step, Optax's and the fast one, from one function."""
 
     def update(
@@ -82,12 +102,7 @@ def fast_transformation(function: str, init: Any, run: RunFn) -> FastTransformat
             check_same_structure(function, "updates", updates, "params", params)
         return run(updates, state, params, None, updates, extra, fast=False)
 
-    def apply(
-        total: PyTree, state: Any, params: PyTree, factor: jax.Array | None, like: PyTree, extra: dict[str, Any]
-    ) -> tuple[PyTree, Any]:
-        return run(total, state, params, factor, like, extra, fast=True)
-
-    return FastTransformation(init, update, apply)
+    return FastTransformation(init, update, run, judges, axis_name, flush)
 
 
 def as_transformation(function: str, inner: Any) -> optax.GradientTransformation:
@@ -146,17 +161,21 @@ def take_step(
     tx: optax.GradientTransformation,
     total: PyTree,
     state: Any,
-    params: PyTree,
+    params: PyTree | None,
     factor: jax.Array | None,
     like: PyTree,
     extra: dict[str, Any],
+    *,
+    fast: bool = True,
+    statistics: GradientStatistics | None = None,
 ) -> tuple[PyTree, Any]:
-    """`ApplyFn` for any transformation."""
+    """`RunFn` for any transformation; `statistics` are those of `total`, for one that judges."""
     if isinstance(tx, FastTransformation):
-        return tx.apply(total, state, params, factor, like, extra)
+        known = {"statistics": statistics} if tx.judges else {}
+        return tx.run(total, state, params, factor, like, extra, fast=fast, **known)
     updates = mean_of(total, factor, like)
     updates, state = optax.with_extra_args_support(tx).update(updates, state, params, **extra)
-    return add_updates(params, updates), state
+    return add_updates(params, updates) if fast else updates, state
 
 
 def add_updates(params: PyTree, updates: PyTree) -> PyTree:

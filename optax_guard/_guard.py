@@ -194,10 +194,13 @@ def guard(
         like: PyTree,
         extra: dict[str, Any],
         fast: bool,
+        statistics: GradientStatistics | None = None,
     ) -> tuple[PyTree, GuardState]:
         """One step; `fast` returns new parameters, otherwise updates."""
         extra = _checked_value(extra, axis_name)
-        judged = _judge(total, factor, rules, state, params, extra, axis_name)
+        if statistics is None:
+            statistics = first_look(total, axis_name)
+        judged = _judge(statistics, factor, rules, state, params, extra)
         scale = judged.scale if factor is None else judged.scale * factor.astype(judged.scale.dtype)
         seen = _ladder.Seen(
             step=state.guard_step,
@@ -251,7 +254,7 @@ def guard(
         recovery_state = _ladder.finish(ladder, plan, seen, happened, applied & ~happened, after, new_state)
         return result, _advance(state, judged, new_state, applied, bad_leaf, halt_after, seen, plan, recovery_state)
 
-    return fast_transformation(name, init, run)
+    return fast_transformation(name, init, run, judges=True, axis_name=axis_name)
 
 
 def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:
@@ -317,16 +320,14 @@ def clear_halt(state: optax.OptState) -> optax.OptState:
 
 
 def _judge(
-    total: PyTree,
+    statistics: GradientStatistics,
     factor: jax.Array | None,
     rules: tuple[Rule, ...],
     state: GuardState,
     params: PyTree | None,
     extra: dict[str, Any],
-    axis_name: AxisName | None,
 ) -> _Judgement:
     """Every rule on one look at the gradient."""
-    statistics = first_look(total, axis_name)
     if factor is not None:
         statistics = scale_statistics(statistics, factor)
     before = statistics

@@ -17,6 +17,7 @@ from optax_guard._accumulation import AccumulateState
 from optax_guard._guard import GuardState
 from optax_guard._ladder import RecoveryState
 from optax_guard._norm_history import NormHistoryState
+from optax_guard._precision import LossScalingState
 from optax_guard._record import EVENTS, last_row, read_rows
 from optax_guard._tree import find_states, unwrapped
 
@@ -57,7 +58,8 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     norm_history/touched_in_row   i32: steps it scaled in a row; a long run is a lasting rise, or an explosion
     norm_history/leaf             i32: with `scope="leaf"` the two are those of the leaf with the longest run: its index
                                   into `leaf_names(params)`; -1 with `scope="tree"`
-    accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated: see `Accumul
+    accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated
+    loss_scaling/...              scale (f32), clean_in_row, overflow_total
     ============================  ====================================================================================
 
     A second guard in the same state appears as `guard_1/...`, a third as `guard_2/...`, outer before inner.
@@ -78,11 +80,13 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
       {'guard/grad_norm': 5.0, 'guard/clipped_norm': 1.0}
     """
     result: dict[str, jax.Array] = {}
-    for kind, prefix, read in (
+    readers = (
         (GuardState, "guard", _guard_metrics),
         (NormHistoryState, "norm_history", _norm_history),
         (AccumulateState, "accumulate", _accumulate),
-    ):
+        (LossScalingState, "loss_scaling", _loss_scaling),
+    )
+    for kind, prefix, read in readers:
         for index, each in enumerate(find_states(state, kind)):
             label = prefix if index == 0 else f"{prefix}_{index}"
             result |= {f"{label}/{name}": number for name, number in read(each).items()}
@@ -189,3 +193,11 @@ def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
         leaf = jnp.argmax(in_row).astype(jnp.int32)
         threshold, in_row = threshold[leaf], in_row[leaf]
     return {"threshold": threshold, "touched_in_row": in_row, "leaf": leaf}
+
+
+def _loss_scaling(state: LossScalingState) -> dict[str, jax.Array]:
+    return {
+        "scale": unwrapped(state.loss_scale),
+        "clean_in_row": unwrapped(state.clean_in_row),
+        "overflow_total": unwrapped(state.overflow_total),
+    }

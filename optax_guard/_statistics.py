@@ -123,7 +123,14 @@ def first_look(tree: PyTree, axis_name: AxisName | None = None) -> GradientStati
     """One read of the tree. A leaf whose squares overflow counts as not finite here, one whose squares vanish as 0."""
     sums = _sum_squares(positions(tree))
     if axis_name is not None:
-        sums = lax.psum(sums, axis_name)
+        try:
+            sums = lax.psum(sums, axis_name)
+        except NameError as error:
+            error.add_note(
+                f"optax_guard: `axis_name={axis_name!r}` must name an axis of an enclosing jax.shard_map; leave it "
+                "None under jit, where arrays are global."
+            )
+            raise
     return GradientStatistics(sum_squares=sums, magnitude=jnp.ones_like(sums))
 
 

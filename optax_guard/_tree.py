@@ -30,6 +30,7 @@ __all__ = [
     "resolve_mask",
     "small_leaves_together",
     "unwrapped",
+    "varying_axes",
     "wider_dtype",
 ]
 
@@ -169,3 +170,10 @@ def find_states(state: PyTree, kind: type) -> list[Any]:
 def unwrapped(field: Any) -> jax.Array:
     """The array in a state's field; flax.nnx wraps each in a Variable, which is a tree of one leaf."""
     return jax.tree.leaves(field)[0]
+
+
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The axes of a `shard_map` between whose devices an array is typed as differing."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # jax 0.10; `vma` before
+    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying

@@ -25,6 +25,7 @@ NOT_TRANSFORMATIONS = {
     "LeafLog": "what `leaf_log` gives",
     "LeafRecordState": "a state",
     "MedianNormState": "a state",
+    "LossScalingState": "a state",
     "NoiseState": "a state",
     "NormHistoryState": "a state",
     "PenaltyState": "a state",
@@ -38,9 +39,11 @@ NOT_TRANSFORMATIONS = {
     "UpdateNormState": "a state",
     "Verdict": "what a rule answers",
     "ZClipState": "a state",
+    "accumulate_gradients": "makes a gradient function",
     "apply_gradients": "takes a step with a transformation",
     "clear_halt": "edits a state",
     "flight_log": "reads a state",
+    "flush": "takes a step with what `accumulate` holds",
     "global_norm": "a function of a tree",
     "gradient_statistics": "a function of a tree",
     "has_updated": "reads a state",
@@ -59,6 +62,7 @@ NOT_TRANSFORMATIONS = {
     "reset_moments": "an argument of `guard`",
     "rewind": "an argument of `guard`",
     "with_guard_state": "puts a state together",
+    "scale_loss": "a function of a state and a loss",
 }
 
 
@@ -165,6 +169,15 @@ def proximal_group_lasso(learning_rate=0.1, strength=0.05, inner=momentum):
     return og.proximal_group_lasso(inner(learning_rate), strength, learning_rate=learning_rate, momentum=0.5)
 
 
+def loss_scaled(learning_rate=0.1, inner=momentum, axis_name=None):
+    return og.loss_scaling(inner(learning_rate), init=4.0, growth_interval=2, axis_name=axis_name)
+
+
+def loss_scaled_accumulation(learning_rate=0.1, inner=momentum, axis_name=None):
+    tx = og.accumulate(og.guard(inner(learning_rate), axis_name=axis_name), 2, axis_name=axis_name)
+    return og.loss_scaling(tx, init=4.0, growth_interval=2, axis_name=axis_name)
+
+
 def halving_rule(threshold=1.0, axis_name=None):
     """A rule with a memory: halves a gradient whose norm exceeds the largest seen so far by `threshold`."""
 
@@ -230,6 +243,7 @@ NOISE_STATIC = ("key", "kind", "relative_to", "mask")
 
 UPDATE_NORM_STATIC = ("window", "follow", "faithful", "axis_name")
 SPIKE_STATIC = ("window", "on", "follow", "faithful", "axis_name")
+LOSS_SCALING_STATIC = ("inner", "axis_name")
 
 ENTRIES = (
     Entry("clip_by_global_norm", "", og.clip_by_global_norm, {"max_norm": 1.0}),
@@ -375,5 +389,16 @@ ENTRIES = (
         )
         for factory in (proximal_l1, proximal_elastic_net, proximal_group_lasso)
         for inner in (momentum, adamw)
+    ),
+    Entry("loss_scaling", "", loss_scaled, {}, LOSS_SCALING_STATIC, wraps=True, holds=True, parameter_copies=1),
+    Entry(
+        "loss_scaling",
+        "accumulate",
+        loss_scaled_accumulation,
+        {},
+        LOSS_SCALING_STATIC,
+        wraps=True,
+        holds=True,
+        parameter_copies=2,
     ),
 )

@@ -146,7 +146,7 @@ def test_every_1_gives_the_inner_updates_bit_for_bit(dtype: Any) -> None:
 def test_16_bit_gradients_are_summed_in_float32() -> None:
     """256 bfloat16 gradients of 1 + 1/128: summed in bfloat16 they stall at 256."""
     grads = {"w": jnp.full(4, 1.0078125, jnp.bfloat16)}
-    tx = og.accumulate(optax.sgd(1.0), 256, use_mean=False)
+    tx = og.accumulate(optax.sgd(1.0), 256, reduction="sum")
 
     def body(carry: Any, _: None) -> Any:
         return og.apply_gradients(tx, grads, carry[1], carry[0]), None
@@ -178,7 +178,7 @@ def test_every_as_a_schedule_of_the_emitted_step() -> None:
 
 
 def test_the_sum_instead_of_the_mean() -> None:
-    tx = og.accumulate(optax.sgd(1.0), 2, use_mean=False)
+    tx = og.accumulate(optax.sgd(1.0), 2, reduction="sum")
     params, state = PARAMS, tx.init(PARAMS)
     for weight in (2.0, 3.0):
         params, state = og.apply_gradients(tx, constant(1.0), state, params, weight=weight)
@@ -261,3 +261,136 @@ def test_all_four_named_transformations_chain_in_one_jitted_step_of_a_flax_model
     metrics = og.metrics(opt.opt_state)
     assert (int(metrics["accumulate/dropped_total"]), int(metrics["accumulate/emitted_total"])) == (40, 200)
     assert int(metrics["guard/step"]) == 200
+
+
+def cycle(tx: Any, gradients: list[float], weights: list[float] | None = None) -> tuple[Any, Any]:
+    params, state = PARAMS, tx.init(PARAMS)
+    step = jax.jit(lambda p, s, g, w: og.apply_gradients(tx, g, s, p, weight=w))
+    for i, gradient in enumerate(gradients):
+        params, state = step(params, state, constant(gradient), 1.0 if weights is None else weights[i])
+    return params, state
+
+
+BARE = optax.sgd(1.0)
+
+
+@pytest.mark.parametrize(
+    ("on_nonfinite", "moved", "counts"),
+    [
+        ("drop_micro", [2.0 + 3.0], (2, 1, 0)),  # the mean of 1 and 3, and 3
+        ("drop_cycle", [3.0], (1, 1, 1)),
+        ("propagate", [3.0], (2, 0, 0)),  # the guard held the first cycle
+    ],
+)
+def test_what_a_nonfinite_micro_batch_does_to_its_cycle(on_nonfinite: str, moved: list[float], counts: Any) -> None:
+    tx = og.accumulate(og.guard(BARE), 3, on_nonfinite=on_nonfinite)
+    params, state = cycle(tx, [1.0, jnp.nan, 3.0, 3.0, 3.0, 3.0])
+    np.testing.assert_allclose(params["w"], -moved[0])
+    assert (int(state.emitted_total), int(state.dropped_total), int(state.empty_total)) == counts
+    # A cycle spoilt is a step that was not finite, for the guard; a cycle with something left is none.
+    assert int(og.metrics(state)["guard/nonfinite_total"]) == (on_nonfinite != "drop_micro")
+
+
+def test_propagate_poisons_a_bare_optimizer_and_the_next_cycle_starts_clean() -> None:
+    tx = og.accumulate(optax.chain(optax.zero_nans(), BARE), 2, on_nonfinite="propagate")
+    params, _ = cycle(tx, [1.0, jnp.nan, 3.0, 3.0])
+    np.testing.assert_allclose(params["w"], -3.0)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("on_nonfinite", ["drop_micro", "drop_cycle", "propagate"])
+def test_a_permanently_bad_stream_ends_in_halted(on_nonfinite: str, fast: bool) -> None:
+    tx = og.accumulate(og.guard(BARE, halt_after=2), 2, on_nonfinite=on_nonfinite)
+    bad = {"w": jnp.full((2, 2), jnp.nan), "b": jnp.ones(3)}
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        if fast:
+            return og.apply_gradients(tx, bad, state, params)
+        updates, state = tx.update(bad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(4):
+        og.raise_if_halted(state, params)
+        params, state = step(params, state)
+    with pytest.raises(og.TrainingHalted, match="2 non-finite steps in a row: the gradient of `w` held NaN"):
+        og.raise_if_halted(state, params)
+    assert bits(params) == bits(PARAMS)
+    assert bool(og.has_updated(state)) == (on_nonfinite == "propagate")  # which ran the guard, that held the cycle
+
+
+def test_a_cycle_of_padding_is_held_but_no_alarm_for_the_guard_and_bad_weights_are() -> None:
+    tx = og.accumulate(og.guard(BARE), 2)
+    params, state = cycle(tx, [1.0] * 4, [0.0, 0.0, jnp.nan, -1.0])
+    assert bits(params) == bits(PARAMS)
+    assert (int(state.empty_total), int(state.dropped_total)) == (2, 2)
+    assert int(og.metrics(state)["guard/nonfinite_total"]) == 1
+
+
+def test_weights_too_large_to_multiply_are_dropped() -> None:
+    """1e10 * 1e30 is Inf in float32: selected away, and no Inf enters the sum."""
+    params, state = cycle(og.accumulate(BARE, 3), [1e10, 1.0, 3.0], [1e30, 1.0, 1.0])
+    np.testing.assert_allclose(params["w"], -2.0)
+    assert int(state.dropped_total) == 1
+    chex.assert_tree_all_finite(state)
+
+
+def test_each_leaf_has_its_reduction() -> None:
+    params = {name: jnp.zeros(1) for name in ("mean", "sum", "max", "last")}
+    tx = og.accumulate(og.guard(BARE), 4, reduction={name: name for name in params})
+    state = tx.init(params)
+    for gradient, weight in ((1.0, 1.0), (7.0, 2.0), (jnp.inf, 1.0), (2.0, 5.0)):
+        grads = jax.tree.map(lambda x, g=gradient: jnp.full_like(x, g), params)
+        params, state = og.apply_gradients(tx, grads, state, params, weight=weight)
+    expected = {"mean": (1 + 14 + 10) / 8, "sum": 25.0, "max": 7.0, "last": 2.0}
+    chex.assert_trees_all_close(params, jax.tree.map(lambda x: jnp.array([-x]), expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 4])
+def test_flush_equals_a_cycle_of_that_many_calls(calls: int) -> None:
+    """With momentum, so that a step too many would show; four calls are one full cycle and one call."""
+    values = [0.5, 3.0, 1.0, 2.0][:calls]
+    params, state = cycle(TX, values)
+    params, state = jax.jit(lambda p, s: og.flush(TX, s, p))(params, state)
+    x, *_ = oracle([(v, 1.0) for v in values[:3]], 3 if calls >= 3 else max(calls, 1))
+    if calls == 4:
+        x, *_ = oracle([(v, 1.0) for v in [*values[:3], 2.0, 2.0, 2.0]], 3)
+    np.testing.assert_allclose(params["w"], x, rtol=1e-6)
+    assert bool(og.has_updated(state)) == (calls > 0)
+    before = bits(params)
+    again, later = og.flush(TX, state, params)
+    assert bits(again) == before
+    assert not og.has_updated(later)
+    assert int(later.micro_step) == 0
+
+
+def test_flush_in_linen_train_state_and_with_frozen_leaves() -> None:
+    TrainState = pytest.importorskip("flax.training.train_state").TrainState  # noqa: N806 (a class)
+    params = {"w": jnp.ones(2), "frozen": jnp.ones(2), "table": jnp.arange(2)}
+    grads = {"w": jnp.ones(2), "frozen": None, "table": np.zeros(2, jax.dtypes.float0)}
+    tx = og.accumulate(og.guard(optax.identity()), 4)
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    _, inner = tx.update(grads, state.opt_state, params)
+    new, inner = og.flush(tx, inner, params, like=grads)
+    state = state.replace(params=new, opt_state=inner)
+    chex.assert_trees_all_equal(state.params, {**params, "w": jnp.full(2, 2.0)})
+
+
+def test_flush_and_reduction_refuse_what_they_cannot_use() -> None:
+    with pytest.raises(ValueError, match="flush: `tx` and `state` must be those of `accumulate`"):
+        og.flush(BARE, BARE.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="flush: `like` lacks leaf `b`"):
+        og.flush(TX, TX.init(PARAMS), PARAMS, like={"w": PARAMS["w"]})
+    with pytest.raises(ValueError, match="`reduction` must be one of 'mean', 'sum', 'max', 'last'; got 'median'"):
+        og.accumulate(BARE, 2, reduction="median")
+    with pytest.raises(ValueError, match="at `b` it holds 'first'"):
+        og.accumulate(BARE, 2, reduction={"w": "mean", "b": "first"}).init(PARAMS)
+    with pytest.raises(ValueError, match="`reduction` lacks leaf `b`"):
+        og.accumulate(BARE, 2, reduction={"w": "mean"}).init(PARAMS)
+    with pytest.raises(ValueError, match="'max' needs real numbers; `z` is complex64"):
+        og.accumulate(BARE, 2, reduction="max").init({"z": jnp.ones(1, jnp.complex64)})
+    with pytest.raises(ValueError, match="`on_nonfinite` must be one of"):
+        og.accumulate(BARE, 2, on_nonfinite="skip")
+    with pytest.raises(ValueError, match=r"axis_name='x', but the guard inside has None: must agree"):
+        og.accumulate(og.guard(BARE), 2, axis_name="x")

@@ -455,7 +455,7 @@ def test_state_fields_have_names_of_their_own_that_optax_does_not_use() -> None:
         if not issubclass(state, optax.GradientTransformation)
         for name in state._fields
     }
-    assert len(STATES) >= 12
+    assert len(STATES) >= 20
     assert len(fields) == len(set(fields))
     assert "count" in theirs
     assert not theirs & set(fields)
@@ -467,7 +467,7 @@ def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
     rules = og.record_leaves(), og.skip_spikes(), og.clip_by_global_norm(schedule)
     rules += og.clip_by_norm_history(), og.clip_by_median_norm(), og.zclip(), og.autoclip(), og.adagc()
     recovery = og.reset_moments(), og.back_off(diverged=2.0)
-    everything = og.accumulate(og.guard(inner, *rules, recovery=recovery), every=2)
+    everything = og.loss_scaling(og.accumulate(og.guard(inner, *rules, recovery=recovery), every=2))
     snapshots = og.guard(optax.identity(), recovery=(og.rewind(),))  # apart: a snapshot repeats what is inside
     own = ("spam_clip", "stable_spam", "clip_by_update_norm")
     alone = [entry.make() for entry in ENTRIES if entry.name in own and not entry.variant]

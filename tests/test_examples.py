@@ -70,3 +70,27 @@ def test_smoothing_refuses_bad_arguments_in_a_sentence(arguments: list[str], mes
     run = example(*arguments, script="smoothing.py")
     assert run.returncode == 2
     assert message in run.stderr
+
+
+def output_of(script: str, *arguments: str) -> str:
+    run = example(*arguments, script=script)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_float16_underflows_without_loss_scaling_and_trains_with_it() -> None:
+    plain, scaled = output_of("float16.py", "--quick").splitlines()[:2]
+    accuracy = [float(line.split("accuracy: ")[1].split()[0]) for line in (plain, scaled)]
+    assert "gradients that are 0: 1 " in plain
+    assert accuracy[0] < 0.3
+    assert accuracy[1] > 0.9
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_multi_device_holds_the_steps_with_nan_on_all_devices(processes: int) -> None:
+    output = output_of("multi_device.py", "--quick", "--processes", str(processes))
+    assert f"8 devices in {processes} process(es); all-reduces in the step: 1" in output
+    assert "device 5 saw NaN at steps [4, 6]; held everywhere at steps [4, 6]" in output
+    digests = [line.split("parameters ")[1] for line in output.splitlines() if "parameters" in line]
+    assert len(digests) == processes
+    assert len(set(digests)) == 1

@@ -1,0 +1,235 @@
+"""Float16: gradients that would underflow are computed of a scaled loss, and unscaled before anything else sees them.
+
+float16 has no number below 6e-8, and a gradient of a trained model is mostly smaller. Multiplying the loss by a large
+number shifts all gradients into range; when one overflows, the step is held and the number halved. bfloat16 has
+float32's range and needs none of this.
+
+==================================  =========================================================================
+Function                            Take it for
+==================================  =========================================================================
+`scale_loss(state, loss)`           the number to differentiate
+`loss_scaling(optimizer)`           the optimizer that takes those gradients: outermost, around `accumulate`
+==================================  =========================================================================
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard import _validate
+from optax_guard._apply import (
+    FastTransformation,
+    as_transformation,
+    fast_transformation,
+    no_updates,
+    settle,
+    take_step,
+)
+from optax_guard._statistics import GradientStatistics, first_look
+from optax_guard._step import next_step
+from optax_guard._tree import check_arrays, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
+from optax_guard._typing import AxisName, PyTree
+
+__all__ = ["LossScalingState", "loss_scaling", "scale_loss"]
+
+
+class LossScalingState(NamedTuple):
+    """What `loss_scaling` carries."""
+
+    unscaled_state: Any  # the inner optimizer's state, of float32 parameters
+    loss_scale: jax.Array  # f32[]: what `scale_loss` multiplies by, and the next gradients are divided by
+    clean_in_row: jax.Array  # i32[]: finite steps since the scale last changed
+    overflow_total: jax.Array  # i32[]: steps whose scaled gradient was not finite
+
+
+def loss_scaling(
+    inner: optax.GradientTransformation,
+    init: float = 2.0**15,
+    growth_interval: int = 2000,
+    factor: float = 2.0,
+    min_scale: float = 1.0,
+    max_scale: float = 2.0**24,
+    *,
+    axis_name: AxisName | None = None,
+) -> FastTransformation:
+    """Dynamic loss scaling: the optimizer for gradients of `scale_loss(state, loss)`.
+
+    g = float32(scaled gradient) / scale
+    finite:      one step of `inner` with g;  scale <- min(scale * factor, max_scale) after `growth_interval` in a row
+    not finite:  held;                        scale <- max(scale / factor, min_scale)
+
+    Guarantees:
+      - Gradients are divided by the scale they were made with; a new scale is used from the next step on.
+      - `inner` works in float32 throughout: it is initialised with float32 parameters and sees float32 gradients.
+      - A step that overflowed leaves no trace in parameters and inner state; its NaN enters no state.
+      - The scale grows exactly at the interval: with `growth_interval=3`, the third finite step in a row raises it.
+      - It is never 0 or Inf: it stays in [min_scale, max_scale].
+      - One read of the gradient tells that it is finite, and serves a `guard` or `accumulate` inside too.
+
+    ============================================  ====================================================================
+    Case                                          Result
+    ============================================  ====================================================================
+    overflow, `inner` is `guard`                  the guard holds, counts and records it; `halt_after` in a row halt it
+    overflow, `inner` is `accumulate`             that micro-batch is dropped and keeps its place in the cycle
+    overflow, any other `inner`                   held here
+    the loss itself is NaN                        like an overflow: the scale falls to `min_scale`, at worst
+    float32 or bfloat16 gradients                 the same; the scale then changes nothing but rounding
+    float16 parameters                            updated in float32, rounded once. Better: keep them in float32
+    ============================================  ====================================================================
+
+    Args:
+      inner: any Optax transformation; `accumulate` and `guard` go inside.
+      init: the first scale, in [min_scale, max_scale].
+      growth_interval: finite steps in a row until the scale grows (>= 1).
+      factor: by which it grows and shrinks, in (1, inf). Powers of two round nothing.
+      min_scale: the least scale, in (0, inf).
+      max_scale: the greatest, in [min_scale, inf).
+      axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`.
+
+    Returns:
+      A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. Its updates have the wider
+      dtype of gradients and parameters.
+
+    Raises:
+      ValueError: wrong static arguments.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.loss_scaling(og.guard(optax.sgd(1.0)), init=1024.0)
+      >>> params = jnp.ones(2, jnp.float16)
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(lambda p: og.scale_loss(state, jnp.sum(p * jnp.float16(1e-7))))(params)
+      >>> params, state = og.apply_gradients(tx, grads, state, params)
+      >>> float(state.loss_scale), int(state.overflow_total)
+      (1024.0, 0)
+
+    References:
+      Micikevicius et al., Mixed Precision Training, 2018, arXiv 1710.03740, section 3.2. The schedule (double after
+      2000 clean steps, halve on overflow) is the one in use since; the bounds are ours.
+
+    See Also:
+      `flax.training.dynamic_scale.DynamicScale` and `jmp.DynamicLossScale`, which scale outside the optimizer.
+    """
+    name = "loss_scaling"
+    inner = as_transformation(name, inner)
+    growth_interval = _validate.integer(name, "growth_interval", growth_interval, low=1)
+    _validate.scalar(name, "min_scale", min_scale, low=0, open_low=True)
+    _validate.scalar(name, "max_scale", max_scale, low=float(min_scale))
+    _validate.scalar(name, "factor", factor, low=1, open_low=True)
+    if not float(min_scale) <= init <= float(max_scale):
+        raise ValueError(f"{name}: `init` must be a number in [{min_scale:g}, {max_scale:g}]; got {init!r}.")
+    first_scale, growth = float(init), factor
+    judges = isinstance(inner, FastTransformation) and inner.judges
+    if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
+        raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inner.axis_name!r}: they must agree.")
+
+    def init_state(params: optax.Params) -> LossScalingState:
+        check_arrays(name, params)
+        return LossScalingState(
+            unscaled_state=inner.init(jax.tree.map(_widened, params)),
+            loss_scale=jnp.full((), first_scale, jnp.float32),
+            clean_in_row=jnp.zeros((), jnp.int32),
+            overflow_total=jnp.zeros((), jnp.int32),
+        )
+
+    def run(
+        total: PyTree,
+        state: LossScalingState,
+        params: PyTree | None,
+        factor: jax.Array | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+        statistics: GradientStatistics | None = None,
+    ) -> tuple[PyTree, LossScalingState]:
+        if statistics is None:
+            statistics = first_look(total, axis_name)
+        finite = jnp.all(statistics.finite)
+        inverse = 1 / state.loss_scale
+        whole = inverse if factor is None else factor * inverse.astype(factor.dtype)
+        total, like_wide = jax.tree.map(_widened, total), jax.tree.map(_widened, like)
+
+        def step() -> tuple[PyTree, Any]:
+            result, new = take_step(
+                inner,
+                total,
+                state.unscaled_state,
+                params,
+                whole,
+                like_wide,
+                extra,
+                fast=fast,
+                statistics=statistics,
+            )
+            return result if fast else _narrowed(result, like, params), settle(name, new, state.unscaled_state)
+
+        if judges:  # it holds what is not finite by itself, and counts it
+            result, inner_state = step()
+        else:
+            untouched = params if fast else no_updates(jax.eval_shape(step)[0], like)
+            result, inner_state = lax.cond(finite, step, lambda: (untouched, state.unscaled_state))
+        clean = jnp.where(finite, state.clean_in_row + 1, 0)
+        grows = clean >= growth_interval
+        grown = jnp.minimum(state.loss_scale * growth, max_scale)
+        shrunk = jnp.maximum(state.loss_scale / growth, min_scale)
+        return result, LossScalingState(
+            unscaled_state=inner_state,
+            loss_scale=jnp.where(finite, jnp.where(grows, grown, state.loss_scale), shrunk),
+            clean_in_row=jnp.where(grows, 0, clean),
+            overflow_total=jnp.where(finite, state.overflow_total, next_step(state.overflow_total)),
+        )
+
+    return fast_transformation(name, init_state, run, judges=True, axis_name=axis_name)
+
+
+def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:
+    """The loss times the scale in `state`, in float32 or wider: what to differentiate.
+
+    The last operations of the model should be in float32 (cast the logits before the cross-entropy): the derivative of
+    a float16 loss is the scale itself, which float16 holds up to 65504 only.
+
+    Args:
+      state: an optimizer state that holds one `loss_scaling`, in any nesting.
+      loss: a real scalar (or an array of them).
+
+    Returns:
+      `loss * scale`, float32 for a 16-bit loss. Log the loss, not this.
+
+    Raises:
+      ValueError: there is no `loss_scaling` in `state`, or more than one; the loss is not real.
+
+    Example:
+      >>> import optax_guard as og
+      >>> state = og.loss_scaling(optax.sgd(0.1), init=8.0).init(jnp.ones(2))
+      >>> og.scale_loss(state, jnp.float16(0.5))
+      Array(4., dtype=float32)
+    """
+    states = find_states(state, LossScalingState)
+    if len(states) != 1:
+        raise ValueError(f"scale_loss: expected one `loss_scaling` in this state, found {len(states)}.")
+    loss = jnp.asarray(loss)
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(f"scale_loss: `loss` must be real; got {loss.dtype}.")
+    wide = wider_dtype(loss.dtype, jnp.float32)
+    return loss.astype(wide) * lax.stop_gradient(unwrapped(states[0].loss_scale)).astype(wide)
+
+
+def _widened(leaf: Any) -> Any:
+    """float32 for a 16-bit leaf; also of shapes, which `init` may be given."""
+    if not (hasattr(leaf, "dtype") and is_gradient(leaf)) or wider_dtype(leaf.dtype, jnp.float32) == leaf.dtype:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+    return leaf.astype(jnp.float32)
+
+
+def _narrowed(updates: PyTree, like: PyTree, params: PyTree | None) -> PyTree:
+    """Updates in the wider dtype of gradients and parameters."""
+
+    def narrow(update: Any, leaf: Any, param: Any) -> Any:
+        return update.astype(wider_dtype(leaf.dtype, param.dtype if is_gradient(param) else leaf.dtype))
+
+    return map_gradients(narrow, updates, like, like if params is None else params)
