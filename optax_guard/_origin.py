@@ -97,8 +97,14 @@ class _Search:
         return results if len(self.origins) > before else None
 
     def scan(self, parameters: Any, inputs: list[_Tracked]) -> list[_Tracked]:
-        fixed, carried = parameters["num_consts"], parameters["num_carry"]
-        consts, carry, sliced = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
+        if "ft_in" in parameters:  # JAX 0.12 keeps the three groups as a tree of their own kind
+            consts, carry, sliced = (
+                [inputs[i] for i in g] for g in parameters["ft_in"].update(range(len(inputs))).unpack()
+            )
+            carried = len(carry)
+        else:
+            fixed, carried = parameters["num_consts"], parameters["num_carry"]
+            consts, carry, sliced = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
         body, length = parameters["jaxpr"], parameters["length"]
         order = range(length)[::-1] if parameters["reverse"] else range(length)
         rows: dict[int, list[_Tracked]] = {}
