@@ -1,9 +1,10 @@
 """The examples run as a person runs them, in their short mode."""
 
+import re
 from pathlib import Path
 
 import pytest
-from running import example
+from running import ROOT, example, table_rows
 
 
 def test_quickstart_shows_five_arms_of_which_the_guarded_ones_live(tmp_path: Path) -> None:
@@ -94,3 +95,83 @@ def test_multi_device_holds_the_steps_with_nan_on_all_devices(processes: int) ->
     digests = [line.split("parameters ")[1] for line in output.splitlines() if "parameters" in line]
     assert len(digests) == processes
     assert len(set(digests)) == 1
+
+
+def test_character_transformer_dies_bare_and_lives_guarded_and_leaves_a_report(tmp_path: Path) -> None:
+    run = example("--quick", "--out", str(tmp_path / "page.html"), script="character_transformer.py", compile_fast=True)
+    assert run.returncode == 0, run.stderr
+    bare, guarded, stabilized = table_rows(run.stdout)
+    assert bare[1] == "nan"
+    assert float(guarded[1]) < 3.6  # chance is 4.6
+    assert guarded[2] == "2"  # the two batches with an unknown character
+    assert float(stabilized[1]) < 3.6
+    assert int(stabilized[2]) >= 3  # and the one whose loss was summed
+    assert "Step 60: the gradient of" in run.stdout
+    assert "<html" in (tmp_path / "page.html").read_text()
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_resume_is_the_same_to_the_bit_after_a_kill() -> None:
+    run = example("--quick", script="resume.py", compile_fast=True)
+    assert run.returncode == 0, run.stderr
+    rows = table_rows(run.stdout)
+    assert len(rows) == 7
+    assert all(resumed == uninterrupted and same == "yes" for _, resumed, uninterrupted, same in rows)
+    assert {row[0]: row[1] for row in rows}["dropped_total"] == "4"
+    done, total, checkpoint = map(int, re.findall(r"\d+", run.stdout.split("Killed after batch")[1])[:3])
+    assert checkpoint <= done < total
+
+
+def test_equinox_trains_alike_both_ways() -> None:
+    run = example("--quick", script="equinox_mlp.py", compile_fast=True)
+    assert run.returncode == 0, run.stderr
+    rows = table_rows(run.stdout)
+    assert [row[0] for row in rows] == ["TX.update", "og.apply_gradients"]
+    assert all(float(accuracy) > 0.6 and held == "10" for _, accuracy, held, _ in rows)
+    assert float(run.stdout.split("between the two models:")[1]) < 1e-4
+
+
+def test_heavy_tails_compares_four_arms_on_two_sets_of_data() -> None:
+    run = example("--quick", script="heavy_tails.py", compile_fast=True)
+    assert run.returncode == 0, run.stderr
+    rows = table_rows(run.stdout)
+    clean, faulty = rows[:4], rows[4:]
+    assert [row[0] for row in clean] == [row[0] for row in faulty]
+    unexplained = [[row[1] for row in part] for part in (clean, faulty)]
+    assert all(float(cell.split()[0]) < 1.2 for cell in unexplained[0])
+    assert unexplained[1][0].endswith("diverged") or float(unexplained[1][0].split()[0]) > 1.2
+    assert float(unexplained[1][3].split()[0]) < 1.2
+
+
+def test_guarding_a_running_job_saves_it() -> None:
+    run = example("--quick", script="guard_a_running_job.py", compile_fast=True)
+    assert run.returncode == 0, run.stderr
+    bare, guarded, out_again = table_rows(run.stdout)
+    assert float(bare[1]) < 0.2  # chance is 0.1
+    assert min(float(guarded[1]), float(out_again[1])) > 0.6
+    assert guarded[2:] == ["87", "3"]
+    assert out_again[2:] == ["87", "no guard"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("character_transformer.py", ["--learning-rate", "-1"], "--learning-rate must be positive"),
+        ("character_transformer.py", ["--out", "no/such/folder/x.html"], "there is no folder"),
+        ("resume.py", ["--batches", "1"], "--batches must be at least"),
+    ],
+)
+def test_examples_refuse_bad_arguments_in_a_sentence(script: str, arguments: list[str], message: str) -> None:
+    run = example(*arguments, script=script)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_readme_lists_every_example_and_every_docstring_has_its_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    scripts = [path for path in (ROOT / "examples").glob("*.py") if "argparse" in path.read_text()]
+    assert len(scripts) >= 6
+    for path in scripts:
+        assert f"examples/{path.name}" in readme, f"README's table of examples lacks {path.name}"
+        assert f"    python examples/{path.name}" in path.read_text()
