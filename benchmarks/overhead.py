@@ -1,6 +1,6 @@
 """What a guarded step costs: ratios of medians over interleaved runs in one process.
 
-    python benchmarks/overhead.py            # everything, about 8 minutes on two cores; writes to benchmarks/results/
+    python benchmarks/overhead.py            # everything, about a quarter of an hour on two cores; writes to benchmarks/results/
     python benchmarks/overhead.py --quick    # a small tree and few rounds: checks that it runs, not a measurement
 
 Machines are shared and noisy, so the arms of a row take turns, step by step, and a row is the ratio of their medians
@@ -27,6 +27,7 @@ import optax_guard as og
 
 PyTree = Any
 RESULTS = Path(__file__).parent / "results"
+PARTS = ("guard", "rules", "accumulation", "noise", "updates", "compilation", "import")
 
 
 class Row(NamedTuple):
@@ -140,6 +141,31 @@ def guard_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     ]
 
 
+def rule_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
+    """Each rule beside a clip, over the clip alone."""
+    adamw, clip = optax.adamw(1e-3), og.clip_by_global_norm(1.0)
+    rules = {
+        "clip_by_norm_history": og.clip_by_norm_history(),
+        'clip_by_norm_history(scope="leaf")': og.clip_by_norm_history(scope="leaf"),
+        "clip_by_median_norm": og.clip_by_median_norm(),
+        'clip_by_median_norm(scope="leaf")': og.clip_by_median_norm(scope="leaf"),
+        "zclip": og.zclip(),
+        "autoclip": og.autoclip(),
+        "adagc": og.adagc(),
+        "skip_spikes": og.skip_spikes(),
+        "record_leaves(1024)": og.record_leaves(1024),
+    }
+    rows: list[Row] = []
+    for names in (list(rules)[:5], list(rules)[5:]):  # in two parts, each with its own base, to save memory
+        arms = {"base": make_arm(og.guard(adamw, clip), params, grads)}
+        arms |= {name: make_arm(og.guard(adamw, clip, rules[name]), params, grads) for name in names}
+        t = race(arms, grads, rounds, {})
+        rows += [
+            compare(f"guard(adamw, clip, {name}) / guard(adamw, clip)", t[name], t["base"], 1.01) for name in names
+        ]
+    return rows
+
+
 def accumulation_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     """A cycle of four micro-batches."""
     adamw, every = optax.adamw(1e-3), 4
@@ -247,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What a guarded step costs, as ratios of medians.")
     parser.add_argument("--quick", action="store_true", help="a small tree and few rounds; writes no results")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per row (default: 15)")
+    parser.add_argument("--only", choices=PARTS, help="one part of the table; its rows replace those in the results")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -258,23 +285,26 @@ def main(arguments: list[str] | None = None) -> None:
     heading = f"{size / 1e6:.1f} M float32 parameters, {leaves} leaves; {device.device_kind}, jax {jax.__version__}, "
     heading += f"optax {optax.__version__}, Python {platform.python_version()}; {rounds} rounds"
     print(heading, flush=True)
-    parts = (
-        lambda: guard_rows(params, grads, rounds),
-        lambda: accumulation_rows(params, grads, rounds),
-        lambda: noise_rows(params, grads, rounds),
-        lambda: update_rows(params, grads, rounds),
-        lambda: compile_rows(30 if options.quick else 1000, min(rounds, 3)),
-        lambda: [import_row(min(rounds, 5))],
-    )
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "guard": lambda: guard_rows(params, grads, rounds),
+        "rules": lambda: rule_rows(params, grads, rounds),
+        "accumulation": lambda: accumulation_rows(params, grads, rounds),
+        "noise": lambda: noise_rows(params, grads, rounds),
+        "updates": lambda: update_rows(params, grads, rounds),
+        "compilation": lambda: compile_rows(30 if options.quick else 1000, min(rounds, 3)),
+        "import": lambda: [import_row(min(rounds, 5))],
+    }
     rows: list[Row] = []
-    for part in parts:
-        new = part()
+    for name in [options.only] if options.only else PARTS:
+        new = parts[name]()
         rows += new
         print(table(new), flush=True)
     if not options.quick:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"overhead-{device.platform}-jax{jax.__version__}.json"
-        path.write_text(json.dumps({"setting": heading, "rows": [row._asdict() for row in rows]}, indent=1) + "\n")
+        old = json.loads(path.read_text())["rows"] if options.only and path.exists() else []
+        kept = {row["what"]: row for row in old} | {row.what: row._asdict() for row in rows}
+        path.write_text(json.dumps({"setting": heading, "rows": list(kept.values())}, indent=1) + "\n")
         print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
 
 
