@@ -1,6 +1,6 @@
 """What a guarded step costs: ratios of medians over interleaved runs in one process.
 
-    python benchmarks/overhead.py            # everything, about a quarter of an hour on two cores; writes to benchmarks/results/
+    python benchmarks/overhead.py            # everything, some 20 minutes on two cores; writes to benchmarks/results/
     python benchmarks/overhead.py --quick    # a small tree and few rounds: checks that it runs, not a measurement
 
 Machines are shared and noisy, so the arms of a row take turns, step by step, and a row is the ratio of their medians
