@@ -34,23 +34,19 @@ from optax_guard._apply import (
 )
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, widest_accumulator
 from optax_guard._step import next_step
+from optax_guard._sums import REDUCTIONS, MicroBatch, check_reduction, check_shapes, labels, with_passengers
 from optax_guard._tree import (
     check_arrays,
     check_same_structure,
     find_states,
     is_gradient,
-    leaf_names,
-    path_name,
     positions,
     unwrapped,
-    varying_axes,
     wider_dtype,
 )
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["AccumulateState", "accumulate", "flush", "has_updated"]
-
-_REDUCTIONS = ("mean", "sum", "max", "last")
 
 
 class AccumulateState(NamedTuple):
@@ -167,7 +163,7 @@ def accumulate(
         every = _validate.integer(name, "every", every, low=1)
     _validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
     if isinstance(reduction, str):
-        _validate.one_of(name, "reduction", reduction, _REDUCTIONS)
+        _validate.one_of(name, "reduction", reduction, REDUCTIONS)
     if not jnp.issubdtype(accumulator_dtype, jnp.floating):
         raise ValueError(f"{name}: `accumulator_dtype` must be a floating-point dtype; got {accumulator_dtype!r}.")
     judges = isinstance(inner, FastTransformation) and inner.judges
@@ -182,7 +178,7 @@ def accumulate(
     def init(params: optax.Params) -> AccumulateState:
         check_arrays(name, params)
         if positions(params):  # Optax also calls `init` with a placeholder without leaves
-            _check_reduction(reduction, params)
+            check_reduction(reduction, params)
         return AccumulateState(
             accumulated_state=inner.init(params),
             gradient_sum=jax.tree.map(buffer, params),
@@ -207,10 +203,10 @@ def accumulate(
         statistics: GradientStatistics | None = None,
     ) -> tuple[PyTree, AccumulateState]:
         updates = mean_of(total, factor, like)
-        _check_shapes(state.gradient_sum, updates)
+        check_shapes(state.gradient_sum, updates)
         if statistics is not None and factor is not None:
             statistics = scale_statistics(statistics, factor)
-        call = _Call(state, updates, extra, reduction, alone=every == 1)
+        call = MicroBatch(state, updates, extra, reduction, alone=every == 1)
         length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
         full = state.micro_step + 1 >= length
         if on_nonfinite == "propagate":
@@ -226,7 +222,7 @@ def accumulate(
             finished = seen if known else call.look_if(full, sums, axis_name)
         dropped = state.dropped_in_cycle + (~good).astype(jnp.int32)
         weight_sum = jnp.where(state.added == 0, 0, state.accumulated_weight) + jnp.where(adds, call.weight, 0)
-        end = _Sum(_with_passengers(sums, updates), weight_sum, dropped, finished, seen)
+        end = _Sum(with_passengers(sums, updates), weight_sum, dropped, finished, seen)
         result, inner_state, emit = close(end, full, state, params, updates, extra, fast)
         added = state.added + adds.astype(jnp.int32)
         return result, AccumulateState(
@@ -261,7 +257,7 @@ def accumulate(
             active = emit | (closing & (end.dropped > 0))
             bad = _never_finite(end.statistics, end.seen)
             statistics = _where(emit, end.statistics, bad)
-        kinds = _labels(reduction, state.gradient_sum)
+        kinds = labels(reduction, state.gradient_sum)
         inverse = 1 / jnp.where(emit, end.weight, 1)
         factor = None
         if "mean" in kinds:
@@ -280,8 +276,8 @@ def accumulate(
     def flush_cycle(
         state: AccumulateState, params: PyTree, like: PyTree, extra: dict[str, Any]
     ) -> tuple[PyTree, AccumulateState]:
-        _check_shapes(state.gradient_sum, like)
-        total = _with_passengers(positions(state.gradient_sum), like)
+        check_shapes(state.gradient_sum, like)
+        total = with_passengers(positions(state.gradient_sum), like)
         holds = state.micro_step > 0
         weight = jnp.where(state.added == 0, 0, state.accumulated_weight)
         look = first_look(total, axis_name) if judges else None
@@ -387,68 +383,6 @@ def has_updated(state: optax.OptState) -> jax.Array:
     return unwrapped(states[0].emitted)
 
 
-class _Call:
-    """One micro-batch on its way into the sum."""
-
-    def __init__(self, state: AccumulateState, updates: PyTree, extra: dict[str, Any], reduction: Any, alone: bool):
-        self.state, self.updates, self.alone = state, updates, alone
-        self.weighted = extra.get("weight") is not None
-        self.weight = _weight(extra, state.accumulated_weight.dtype)
-        self.usable = jnp.isfinite(self.weight) & (self.weight >= 0)
-        self.first = state.added == 0
-        self.sums = positions(state.gradient_sum)
-        self.kinds = _labels(reduction, state.gradient_sum)
-
-    def written(self, adds: jax.Array) -> list[Any]:
-        """The sums with this micro-batch in them, if it adds."""
-        if self.alone:
-            return self._each(self._share)
-        # One branch per outcome: a `where` over the buffer would cost a second copy of it.
-        return lax.cond(adds, lambda: self._each(self._added), lambda: self.sums)
-
-    def stored(self, sums: list[Any]) -> PyTree:
-        """The buffer after this call; cycles of one call need none."""
-        return self.state.gradient_sum if self.alone else _with_passengers(sums, self.state.gradient_sum)
-
-    def look(self, tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
-        """First look in the dtype of the sums."""
-        dtype = widest_accumulator(self.state.gradient_sum)
-        return jax.tree.map(lambda x: x.astype(dtype), first_look(tree, axis_name))
-
-    def look_if(self, wanted: jax.Array, sums: list[Any], axis_name: AxisName | None) -> GradientStatistics:
-        """The statistics of the sums if they are wanted, and of no finite number otherwise."""
-
-        def look() -> GradientStatistics:
-            return self.look(_with_passengers(sums, self.updates), axis_name)
-
-        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
-        return lax.cond(wanted, look, lambda: _varying_like(nothing, sums if axis_name is None else []))
-
-    def fits(self, seen: GradientStatistics) -> jax.Array:
-        """Whether weight times gradient is finite and can be squared in the dtype of its sum."""
-        if not self.weighted:
-            return jnp.all(seen.finite)
-        limits = [
-            np.sqrt(float(jnp.finfo(old.dtype).max)) if is_gradient(leaf) else np.inf
-            for leaf, old in zip(positions(self.updates), self.sums, strict=True)
-        ]
-        sizes = jnp.where(seen.finite, seen.leaf_norms, jnp.inf) * jnp.where(self.weight > 0, self.weight, 1)
-        return jnp.all(sizes <= jnp.asarray(np.minimum(limits, float(jnp.finfo(sizes.dtype).max)), sizes.dtype))
-
-    def _each(self, function: Callable[[Any, Any, str], Any]) -> list[Any]:
-        leaves = zip(positions(self.updates), self.sums, self.kinds, strict=True)
-        return [function(leaf, old, kind) if is_gradient(leaf) else old for leaf, old, kind in leaves]
-
-    def _share(self, leaf: Any, old: Any, kind: str) -> jax.Array:
-        leaf = leaf.astype(old.dtype)
-        return leaf * self.weight.astype(old.dtype) if self.weighted and kind in ("mean", "sum") else leaf
-
-    def _added(self, leaf: Any, old: Any, kind: str) -> jax.Array:
-        share = self._share(leaf, old, kind)
-        both = {"max": jnp.maximum, "last": lambda _, new: new}.get(kind, jnp.add)(old, share)
-        return jnp.where(self.first, share, both)  # the first of a cycle overwrites what was there
-
-
 def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
@@ -461,72 +395,5 @@ def _never_finite(statistics: GradientStatistics, seen: GradientStatistics | Non
     return GradientStatistics(sum_squares=nan, magnitude=jnp.ones_like(nan))
 
 
-def _labels(reduction: Any, tree: PyTree) -> list[str]:
-    """The reduction of every position."""
-    if isinstance(reduction, str):
-        return [reduction] * len(positions(tree))
-    chosen = reduction(tree) if callable(reduction) else reduction
-    for path, label in jax.tree_util.tree_leaves_with_path(chosen):
-        if label not in _REDUCTIONS:
-            raise ValueError(
-                f"accumulate: `reduction` must hold {', '.join(map(repr, _REDUCTIONS))}; at `{path_name(path)}` it "
-                f"holds {label!r}."
-            )
-    try:
-        spread = jax.tree.map(
-            lambda label, part: jax.tree.map(lambda _: label, part, is_leaf=lambda x: x is None), chosen, tree
-        )
-    except (ValueError, TypeError) as error:
-        check_same_structure("accumulate", "reduction", chosen, "params", tree)
-        raise ValueError(f"accumulate: `reduction` does not match the structure of the parameters: {error}") from error
-    return jax.tree.leaves(spread)
-
-
-def _check_reduction(reduction: Any, params: PyTree) -> None:
-    for path, leaf, kind in zip(leaf_names(params), positions(params), _labels(reduction, params), strict=True):
-        if kind == "max" and is_gradient(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise ValueError(f"accumulate: `reduction` 'max' needs real numbers; `{path}` is {leaf.dtype}.")
-
-
-def _weight(extra: dict[str, Any], dtype: Any) -> jax.Array:
-    """The call's weight as a scalar; 1 if none was given."""
-    weight = jnp.asarray(1 if extra.get("weight") is None else extra["weight"])
-    if weight.shape != () or not (
-        jnp.issubdtype(weight.dtype, jnp.integer) or jnp.issubdtype(weight.dtype, jnp.floating)
-    ):
-        raise ValueError(
-            f"accumulate: `weight` must be a real scalar (for instance the number of tokens); got "
-            f"{weight.dtype}{list(weight.shape)}."
-        )
-    return weight.astype(dtype)
-
-
 def _counted(total: jax.Array, event: jax.Array) -> jax.Array:
     return jnp.where(event, next_step(total), total)
-
-
-def _varying_like(statistics: GradientStatistics, leaves: list[Any]) -> GradientStatistics:
-    """Constants beside numbers that differ between the devices of a `shard_map` must be typed as differing too."""
-    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)}
-    return lax.pcast(statistics, tuple(axes), to="varying") if axes else statistics
-
-
-def _structure(tree: PyTree) -> Any:
-    return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
-
-
-def _with_passengers(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
-    """The sums in the structure of `updates`, whose own leaves stay where they carry no gradient."""
-    leaves = positions(updates)
-    chosen = [total if is_gradient(leaf) else leaf for leaf, total in zip(leaves, sums, strict=True)]
-    return jax.tree.unflatten(_structure(updates), chosen)
-
-
-def _check_shapes(gradient_sum: PyTree, updates: PyTree) -> None:
-    """Adding would broadcast silently where shapes differ."""
-    check_same_structure("accumulate", "updates", updates, "params at init", gradient_sum)
-    for path, leaf, total in zip(leaf_names(updates), positions(updates), positions(gradient_sum), strict=True):
-        if is_gradient(leaf) and leaf.shape != total.shape:
-            raise ValueError(
-                f"accumulate: leaf `{path}` has shape {leaf.shape}, but the parameters at init had {total.shape}."
-            )

@@ -1,0 +1,146 @@
+"""The sums of an accumulation cycle: how one micro-batch goes into them, leaf by leaf."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_guard._statistics import GradientStatistics, first_look, widest_accumulator
+from optax_guard._tree import check_same_structure, is_gradient, leaf_names, path_name, positions, varying_axes
+from optax_guard._typing import AxisName, PyTree
+
+__all__ = ["REDUCTIONS", "MicroBatch", "check_reduction", "check_shapes", "labels", "with_passengers"]
+
+REDUCTIONS = ("mean", "sum", "max", "last")
+
+
+class MicroBatch:
+    """One micro-batch on its way into the sum."""
+
+    def __init__(self, state: Any, updates: PyTree, extra: dict[str, Any], reduction: Any, alone: bool):
+        self.state, self.updates, self.alone = state, updates, alone
+        self.weighted = extra.get("weight") is not None
+        self.weight = weight_of(extra, state.accumulated_weight.dtype)
+        self.usable = jnp.isfinite(self.weight) & (self.weight >= 0)
+        self.first = state.added == 0
+        self.sums = positions(state.gradient_sum)
+        self.kinds = labels(reduction, state.gradient_sum)
+
+    def written(self, adds: jax.Array) -> list[Any]:
+        """The sums with this micro-batch in them, if it adds."""
+        if self.alone:
+            return self._each(self._share)
+        # One branch per outcome: a `where` over the buffer would cost a second copy of it.
+        return lax.cond(adds, lambda: self._each(self._added), lambda: self.sums)
+
+    def stored(self, sums: list[Any]) -> PyTree:
+        """The buffer after this call; cycles of one call need none."""
+        return self.state.gradient_sum if self.alone else with_passengers(sums, self.state.gradient_sum)
+
+    def look(self, tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
+        """First look in the dtype of the sums."""
+        dtype = widest_accumulator(self.state.gradient_sum)
+        return jax.tree.map(lambda x: x.astype(dtype), first_look(tree, axis_name))
+
+    def look_if(self, wanted: jax.Array, sums: list[Any], axis_name: AxisName | None) -> GradientStatistics:
+        """The statistics of the sums if they are wanted, and of no finite number otherwise."""
+
+        def look() -> GradientStatistics:
+            return self.look(with_passengers(sums, self.updates), axis_name)
+
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
+        return lax.cond(wanted, look, lambda: _varying_like(nothing, sums if axis_name is None else []))
+
+    def fits(self, seen: GradientStatistics) -> jax.Array:
+        """Whether weight times gradient is finite and can be squared in the dtype of its sum."""
+        if not self.weighted:
+            return jnp.all(seen.finite)
+        limits = [
+            np.sqrt(float(jnp.finfo(old.dtype).max)) if is_gradient(leaf) else np.inf
+            for leaf, old in zip(positions(self.updates), self.sums, strict=True)
+        ]
+        sizes = jnp.where(seen.finite, seen.leaf_norms, jnp.inf) * jnp.where(self.weight > 0, self.weight, 1)
+        return jnp.all(sizes <= jnp.asarray(np.minimum(limits, float(jnp.finfo(sizes.dtype).max)), sizes.dtype))
+
+    def _each(self, function: Callable[[Any, Any, str], Any]) -> list[Any]:
+        leaves = zip(positions(self.updates), self.sums, self.kinds, strict=True)
+        return [function(leaf, old, kind) if is_gradient(leaf) else old for leaf, old, kind in leaves]
+
+    def _share(self, leaf: Any, old: Any, kind: str) -> jax.Array:
+        leaf = leaf.astype(old.dtype)
+        return leaf * self.weight.astype(old.dtype) if self.weighted and kind in ("mean", "sum") else leaf
+
+    def _added(self, leaf: Any, old: Any, kind: str) -> jax.Array:
+        share = self._share(leaf, old, kind)
+        both = {"max": jnp.maximum, "last": lambda _, new: new}.get(kind, jnp.add)(old, share)
+        return jnp.where(self.first, share, both)  # the first of a cycle overwrites what was there
+
+
+def labels(reduction: Any, tree: PyTree) -> list[str]:
+    """The reduction of every position."""
+    if isinstance(reduction, str):
+        return [reduction] * len(positions(tree))
+    chosen = reduction(tree) if callable(reduction) else reduction
+    for path, label in jax.tree_util.tree_leaves_with_path(chosen):
+        if label not in REDUCTIONS:
+            raise ValueError(
+                f"accumulate: `reduction` must hold {', '.join(map(repr, REDUCTIONS))}; at `{path_name(path)}` it "
+                f"holds {label!r}."
+            )
+    try:
+        spread = jax.tree.map(
+            lambda label, part: jax.tree.map(lambda _: label, part, is_leaf=lambda x: x is None), chosen, tree
+        )
+    except (ValueError, TypeError) as error:
+        check_same_structure("accumulate", "reduction", chosen, "params", tree)
+        raise ValueError(f"accumulate: `reduction` does not match the structure of the parameters: {error}") from error
+    return jax.tree.leaves(spread)
+
+
+def check_reduction(reduction: Any, params: PyTree) -> None:
+    for path, leaf, kind in zip(leaf_names(params), positions(params), labels(reduction, params), strict=True):
+        if kind == "max" and is_gradient(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(f"accumulate: `reduction` 'max' needs real numbers; `{path}` is {leaf.dtype}.")
+
+
+def weight_of(extra: dict[str, Any], dtype: Any) -> jax.Array:
+    """The call's weight as a scalar; 1 if none was given."""
+    weight = jnp.asarray(1 if extra.get("weight") is None else extra["weight"])
+    if weight.shape != () or not (
+        jnp.issubdtype(weight.dtype, jnp.integer) or jnp.issubdtype(weight.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"accumulate: `weight` must be a real scalar (for instance the number of tokens); got "
+            f"{weight.dtype}{list(weight.shape)}."
+        )
+    return weight.astype(dtype)
+
+
+def _varying_like(statistics: GradientStatistics, leaves: list[Any]) -> GradientStatistics:
+    """Constants beside numbers that differ between the devices of a `shard_map` must be typed as differing too."""
+    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)}
+    return lax.pcast(statistics, tuple(axes), to="varying") if axes else statistics
+
+
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
+
+
+def with_passengers(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
+    """The sums in the structure of `updates`, whose own leaves stay where they carry no gradient."""
+    leaves = positions(updates)
+    chosen = [total if is_gradient(leaf) else leaf for leaf, total in zip(leaves, sums, strict=True)]
+    return jax.tree.unflatten(_structure(updates), chosen)
+
+
+def check_shapes(gradient_sum: PyTree, updates: PyTree) -> None:
+    """Adding would broadcast silently where shapes differ."""
+    check_same_structure("accumulate", "updates", updates, "params at init", gradient_sum)
+    for path, leaf, total in zip(leaf_names(updates), positions(updates), positions(gradient_sum), strict=True):
+        if is_gradient(leaf) and leaf.shape != total.shape:
+            raise ValueError(
+                f"accumulate: leaf `{path}` has shape {leaf.shape}, but the parameters at init had {total.shape}."
+            )
