@@ -55,6 +55,8 @@ class AccumulateState(NamedTuple):
     accumulated_state: Any  # the inner optimizer's state
     gradient_sum: PyTree  # f32 (or wider) in the parameters' shapes: weighted sum; stale while `added` is 0
     accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): sum of the weights in `gradient_sum`
+    value_sum: jax.Array  # f32[] (f64[]): weighted sum of the losses of those micro-batches that came with `value=`
+    value_weight: jax.Array  # f32[] (f64[]): the sum of their weights
     added: jax.Array  # i32[]: micro-batches in `gradient_sum`
     micro_step: jax.Array  # i32[]: calls in this cycle, dropped ones included
     dropped_in_cycle: jax.Array  # i32[]: micro-batches of this cycle that were dropped
@@ -96,13 +98,14 @@ def accumulate(
         non-finite step, and halts after `halt_after` of them.
       - Sums are held in float32 (float64 for float64, complex for complex leaves), and `inner` receives the mean in the
         gradient's dtype. With `every=1` its updates are those of `inner` alone, bit for bit.
+      - The loss that `inner` receives as `value=` is the weighted mean of the losses of the micro-batches kept.
       - `has_updated(state)` is True exactly after a call that ran `inner`.
       - Selected, never multiplied: nothing that was dropped can come back as 0 * NaN.
 
     =========================================  =======================================================================
     Case                                       Result
     =========================================  =======================================================================
-    NaN or Inf in a micro-batch                as `on_nonfinite` says, below
+    NaN or Inf in a micro-batch                as `on_nonfinite` says, below; its loss (`value=`) counts as part of it
     `weight` negative or not finite            that micro-batch is dropped and counted, whatever `on_nonfinite` says
     `weight` times gradient above 1.8e19       the same as a gradient that is not finite: it could not be squared
     nothing left at the end of a cycle         a held step: `inner` does not run; counted in `empty_total`
@@ -135,7 +138,7 @@ def accumulate(
 
     Returns:
       A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. Its `update` takes
-      `weight=`, a non-negative scalar, and forwards every extra argument to `inner` in the emitting call. Between
+      `weight=`, a non-negative scalar, and forwards every other extra argument to `inner` in the emitting call. Between
       emissions it returns -0.0, which `optax.apply_updates` adds without changing a bit.
 
     Raises:
@@ -183,6 +186,8 @@ def accumulate(
             accumulated_state=inner.init(params),
             gradient_sum=jax.tree.map(buffer, params),
             accumulated_weight=jnp.zeros((), widest_accumulator(params)),
+            value_sum=jnp.zeros((), widest_accumulator(params)),
+            value_weight=jnp.zeros((), widest_accumulator(params)),
             added=jnp.zeros((), jnp.int32),
             micro_step=jnp.zeros((), jnp.int32),
             dropped_in_cycle=jnp.zeros((), jnp.int32),
@@ -209,11 +214,14 @@ def accumulate(
         call = MicroBatch(state, updates, extra, reduction, alone=every == 1)
         length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
         full = state.micro_step + 1 >= length
+        loss = _loss(extra, axis_name)
         if on_nonfinite == "propagate":
             good, seen = call.usable, None
         else:
             seen = call.look(updates, axis_name) if statistics is None else statistics
             good = call.usable & call.fits(seen)
+            if loss is not None:
+                good = good & jnp.isfinite(loss)
         adds = good & (call.weight > 0)
         sums = call.written(adds)
         finished = None
@@ -222,6 +230,10 @@ def accumulate(
             finished = seen if known else call.look_if(full, sums, axis_name)
         dropped = state.dropped_in_cycle + (~good).astype(jnp.int32)
         weight_sum = jnp.where(state.added == 0, 0, state.accumulated_weight) + jnp.where(adds, call.weight, 0)
+        value_sum, value_weight = _with_loss(state, loss, call.weight, adds)
+        if loss is not None:
+            mean = value_sum / jnp.where(value_weight > 0, value_weight, 1)
+            extra = {**extra, "value": jnp.where(value_weight > 0, mean, loss).astype(loss.dtype)}
         end = _Sum(with_passengers(sums, updates), weight_sum, dropped, finished, seen)
         result, inner_state, emit = close(end, full, state, params, updates, extra, fast)
         added = state.added + adds.astype(jnp.int32)
@@ -229,6 +241,8 @@ def accumulate(
             accumulated_state=inner_state,
             gradient_sum=call.stored(sums),
             accumulated_weight=jnp.where(full, 0, weight_sum),
+            value_sum=jnp.where(full, 0, value_sum),
+            value_weight=jnp.where(full, 0, value_weight),
             added=jnp.where(full, 0, added),
             micro_step=jnp.where(full, 0, state.micro_step + 1),
             dropped_in_cycle=jnp.where(full, 0, dropped),
@@ -288,6 +302,8 @@ def accumulate(
             accumulated_state=inner_state,
             gradient_sum=state.gradient_sum,
             accumulated_weight=jnp.zeros_like(state.accumulated_weight),
+            value_sum=jnp.zeros_like(state.value_sum),
+            value_weight=jnp.zeros_like(state.value_weight),
             added=nothing,
             micro_step=nothing,
             dropped_in_cycle=nothing,
@@ -393,6 +409,28 @@ def _never_finite(statistics: GradientStatistics, seen: GradientStatistics | Non
     if seen is not None:
         nan = jnp.where(jnp.all(seen.finite), nan, seen.sum_squares.astype(nan.dtype))
     return GradientStatistics(sum_squares=nan, magnitude=jnp.ones_like(nan))
+
+
+def _loss(extra: dict[str, Any], axis_name: AxisName | None) -> jax.Array | None:
+    """The call's `value=` as a scalar that all devices agree on."""
+    if extra.get("value") is None:
+        return None
+    loss = jnp.asarray(extra["value"])
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(f"accumulate: `value` must be the scalar loss; got an array {loss.dtype}{list(loss.shape)}.")
+    return loss if axis_name is None else lax.pmean(loss, axis_name)
+
+
+def _with_loss(
+    state: AccumulateState, loss: jax.Array | None, weight: jax.Array, adds: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The cycle's weighted sum of losses, and of their weights, with this call's in it."""
+    first = state.added == 0
+    total, weights = jnp.where(first, 0, state.value_sum), jnp.where(first, 0, state.value_weight)
+    if loss is None:
+        return total, weights
+    weight = weight.astype(total.dtype)
+    return jnp.where(adds, total + weight * loss.astype(total.dtype), total), jnp.where(adds, weights + weight, weights)
 
 
 def _counted(total: jax.Array, event: jax.Array) -> jax.Array:

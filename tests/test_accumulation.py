@@ -99,7 +99,7 @@ def test_unequal_micro_batches_with_token_weights_equal_the_full_batch() -> None
     np.testing.assert_allclose(1 - params, full, rtol=1e-6, atol=1e-6)
 
 
-def test_the_inner_optimizer_runs_only_when_a_cycle_is_full_and_gets_the_extras_of_that_call() -> None:
+def test_the_inner_optimizer_runs_only_when_a_cycle_is_full_and_gets_its_mean_loss() -> None:
     ran: list[float] = []
 
     def update(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any) -> Any:
@@ -114,7 +114,7 @@ def test_the_inner_optimizer_runs_only_when_a_cycle_is_full_and_gets_the_extras_
         params, state = step(params, state, jnp.float32(i))
         flags.append(bool(og.has_updated(state)))
     jax.effects_barrier()
-    assert ran == [3.0, 7.0]
+    assert ran == [1.5, 5.5]
     assert flags == [False, False, False, True] * 2
 
 
@@ -394,3 +394,26 @@ def test_flush_and_reduction_refuse_what_they_cannot_use() -> None:
         og.accumulate(BARE, 2, on_nonfinite="skip")
     with pytest.raises(ValueError, match=r"axis_name='x', but the guard inside has None: must agree"):
         og.accumulate(og.guard(BARE), 2, axis_name="x")
+
+
+def test_the_loss_of_a_cycle_is_the_mean_over_what_was_kept() -> None:
+    """Weights 1 and 3 with losses 2 and 4 give 3.5; a NaN batch, or a NaN loss, at any place takes its loss along."""
+    for bad_at in (0, 1, 2):
+        for bad_gradient in (True, False):
+            tx = og.accumulate(og.guard(optax.sgd(0.1)), 3)
+            params = jnp.ones(2)
+            state = tx.init(params)
+            rest = iter([(1.0, 2.0), (3.0, 4.0)])
+            for call in range(3):
+                weight, loss = (1.0, np.nan) if call == bad_at else next(rest)
+                gradient = jnp.full(2, np.nan if call == bad_at and bad_gradient else 1.0)
+                params, state = og.apply_gradients(
+                    tx, gradient, state, params, weight=jnp.asarray(weight), value=jnp.asarray(loss)
+                )
+                assert np.isfinite(state.value_sum)
+            row = og.flight_log(state)[-1]
+            assert (row["event"], row["value"]) == ("applied", 3.5)
+            np.testing.assert_allclose(params, 0.9)
+            assert state.dropped_total == 1
+    with pytest.raises(ValueError, match=r"accumulate: `value` must be the scalar loss; got an array float32\[2\]"):
+        og.apply_gradients(tx, jnp.ones(2), state, params, value=jnp.ones(2))
