@@ -62,7 +62,8 @@ _DARK = Theme(
     bad="#ffffff",
 )
 _WORDS = {"let_through": "let through", "nonfinite": "not finite", "nonfinite_update": "update not finite"}
-_LABELLED = 12  # leaves with a name at the heat map
+_LABELLED = 12  # leaves with a name at the heat map, where there is no room for all
+_ROOM = 24
 
 
 def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> bytes:
@@ -77,7 +78,7 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
     width = 4.6 if narrow else 10.5
     # Panels are placed by hand, in inches: a layout engine would draw everything twice.
     names = len(np.unique(log.rows["event"]))
-    gaps = [0.5, 0.5] + ([0.6 + 0.2 * (names // 2 if narrow else 0)] if leaves else [])
+    gaps = [0.5, 0.5] + ([0.75 + 0.2 * (names // 2 if narrow else 0)] if leaves else [])
     bottom = 0.6 if leaves else 0.9 + 0.2 * (names // 2 if narrow else 0)
     left, right = ((1.35 if narrow else 2.5), 0.65) if leaves else (0.7, 0.2)
     height = sum(heights) + sum(gaps) + bottom + 0.35
@@ -198,7 +199,7 @@ def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bo
         axis.scatter(steps[places[:, 1]], places[:, 0], s=6, marker="s", color=theme.bad, linewidths=0)
     worst = np.where(bad.any(axis=1), np.inf, np.nanmax(np.where(live[:, None], np.abs(ratio), 0), axis=1))
     ticks = np.arange(len(norms))
-    if len(norms) > _LABELLED:
+    if len(norms) > _ROOM:
         order = np.argsort(-worst, kind="stable")
         ticks = _spaced(order[worst[order] > 1] if (worst > 1).any() else order, len(norms))
     limit = 18 if narrow else 34

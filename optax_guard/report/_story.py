@@ -13,6 +13,7 @@ _GAP = 5  # steps between two acts of a guard that still belong to one incident
 _LOOK_BACK = 64  # steps before an incident in which an early sign is looked for
 _CALM = 8  # fewer usual steps than this, and nothing is called unusual
 _FACTOR = 3.0  # an unusual norm is at least this much larger than usual, and six times its own spread
+_ALL = ", and so did every other leaf"
 _BOUND = 0.5  # a clip to more than this share is everyday work and no incident
 
 
@@ -174,7 +175,10 @@ def _cause(log: TrainingLog, rows: np.ndarray, bad: np.ndarray, factor: float) -
         seen = "NaN" if np.isnan(row["grad_norm"]) else "Inf or numbers too large to square"
         if np.isfinite(row["grad_norm"]):
             return "a rule answered with a scale that was not finite"
-        return f"{where} held {seen}{_others(log, int(row['step']))}"
+        others = _others(log, int(row["step"]))
+        if others == _ALL:
+            return f"the gradient of every leaf held {seen}, so look at the batch or the loss"
+        return f"{where} held {seen}{others}"
     if (rows["event"] == "halted").all():
         return "the guard had halted"
     worst = rows[np.argmax(np.where(np.isfinite(rows["grad_norm"]), rows["grad_norm"], -1))]
@@ -192,7 +196,7 @@ def _others(log: TrainingLog, step: int) -> str:
     if count <= 0:
         return ""
     if count + 1 == len(norms):
-        return ", and so did every other leaf"
+        return _ALL
     return f", and so did {count} other lea{'f' if count == 1 else 'ves'} of {len(norms)}"
 
 
