@@ -621,7 +621,10 @@ WRONG_ARGUMENTS = {  # the call, and what the message must say: function, argume
     "every zero": (lambda: og.accumulate(SGD, 0), "accumulate: `every` 0 >= 1"),
     "every fraction": (lambda: og.accumulate(SGD, 2.5), "accumulate: `every` 2.5 >= 1"),
     "every True": (lambda: og.accumulate(SGD, True), "accumulate: `every` True >= 1"),
-    "use_mean": (lambda: og.accumulate(SGD, 2, use_mean="no"), "accumulate: `use_mean` 'no' True False"),
+    "reduction": (
+        lambda: og.accumulate(SGD, 2, reduction="median"),
+        "accumulate: `reduction` median mean sum max last",
+    ),
     "accumulator_dtype": (
         lambda: og.accumulate(SGD, 2, accumulator_dtype=jnp.int32),
         "accumulate: `accumulator_dtype` int32 floating",

@@ -160,7 +160,7 @@ def test_a_guard_comes_to_a_run_in_flight_and_leaves_it(tmp_path: Any) -> None:
     params, state = train(adam, [1.0] * 3, params, og.inner_state(restored))
     assert jax.tree.structure(state) == jax.tree.structure(expected_state)
     # To rounding: another compiled step may fuse a multiply-add. The states themselves were moved bit for bit.
-    chex.assert_trees_all_close((params, state), (expected_params, expected_state), rtol=1e-6)
+    chex.assert_trees_all_close((params, state), (expected_params, expected_state), rtol=1e-5, atol=1e-7)
 
 
 ADAM, LION = optax.adam(0.1), optax.lion(0.1)
