@@ -75,7 +75,7 @@ def certify(
     Example:
       >>> from optax_guard.smoothing import smooth
       >>> smoothed = smooth(lambda params, inputs: inputs, 1.0)
-      >>> prediction, radius = certify(smoothed, (), jnp.array([[0.0, 2.0], [0.5, 0.5]]), n=10_000, key=0)
+      >>> prediction, radius = certify(smoothed, (), np.array([[0.0, 2.0], [0.5, 0.5]]), n=10_000, key=0)
       >>> prediction.tolist(), bool(1.3 < radius[0] < 2 / 2**0.5), float(radius[1])  # the true margin is 2 / sqrt(2)
       ([1, -1], True, 0.0)
 

@@ -97,12 +97,15 @@ def _count(
 def noise(stream: Words, inputs: jax.Array, place: jax.Array, copy: jax.Array) -> jax.Array:
     """Standard normals for each input [*batch, ...] from its place and copy [*batch]."""
 
-    def draw(x: jax.Array, place: jax.Array, copy: jax.Array) -> jax.Array:
-        return normal(threefry(stream, Words(place, copy)), x, accumulator_dtype(x.dtype))[0]
+    def draw(key: Words, x: jax.Array) -> jax.Array:
+        return normal(key, x, accumulator_dtype(x.dtype))[0]
 
+    # Without the barrier XLA hashes the key of a copy inside the fusion that hashes its elements, and jax 0.12 on a CPU
+    # then compiles for minutes or for ever where the network begins with a sum (5000 copies, YNN fusions on).
+    keys = lax.optimization_barrier(threefry(stream, Words(place, copy)))
     for _ in range(place.ndim):
         draw = jax.vmap(draw)
-    return draw(inputs, place, copy)
+    return draw(keys, inputs)
 
 
 def shift(inputs: jax.Array, noise: jax.Array) -> jax.Array:
