@@ -33,7 +33,7 @@ from optax_guard._apply import (
     take_step,
 )
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, widest_accumulator
-from optax_guard._step import next_step
+from optax_guard._step import count_if
 from optax_guard._sums import REDUCTIONS, MicroBatch, check_reduction, check_shapes, labels, with_passengers
 from optax_guard._tree import (
     check_arrays,
@@ -247,9 +247,9 @@ def accumulate(
             micro_step=jnp.where(full, 0, state.micro_step + 1),
             dropped_in_cycle=jnp.where(full, 0, dropped),
             emitted=emit,
-            emitted_total=_counted(state.emitted_total, emit),
-            dropped_total=_counted(state.dropped_total, ~good),
-            empty_total=_counted(state.empty_total, full & ~emit),
+            emitted_total=count_if(emit, state.emitted_total),
+            dropped_total=count_if(~good, state.dropped_total),
+            empty_total=count_if(full & ~emit, state.empty_total),
         )
 
     def close(
@@ -308,9 +308,9 @@ def accumulate(
             micro_step=nothing,
             dropped_in_cycle=nothing,
             emitted=emit,
-            emitted_total=_counted(state.emitted_total, emit),
+            emitted_total=count_if(emit, state.emitted_total),
             dropped_total=state.dropped_total,
-            empty_total=_counted(state.empty_total, holds & ~emit),
+            empty_total=count_if(holds & ~emit, state.empty_total),
         )
 
     return fast_transformation(name, init, run, judges=True, axis_name=axis_name, flush=flush_cycle)
@@ -339,7 +339,8 @@ def flush(
       state: its state. Of a linen `TrainState` pass `tx`, `opt_state` and `params`.
       params: the parameters.
       like: gradients (or their shapes) of any call, if their dtypes or `None`s differ from the parameters'.
-      **extra: forwarded to the inner optimizer; the loss is called `value`.
+      **extra: forwarded to the inner optimizer as it is. A rule that judges the loss needs `value=` here too: whether
+        the cycle's calls brought losses is not known when this is compiled.
 
     Returns:
       The new (params, state).
@@ -431,7 +432,3 @@ def _with_loss(
         return total, weights
     weight = weight.astype(total.dtype)
     return jnp.where(adds, total + weight * loss.astype(total.dtype), total), jnp.where(adds, weights + weight, weights)
-
-
-def _counted(total: jax.Array, event: jax.Array) -> jax.Array:
-    return jnp.where(event, next_step(total), total)

@@ -23,15 +23,7 @@ from optax_guard import _validate
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._statistics import GradientStatistics, absolute_square, accumulator_dtype, safe_sqrt
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import (
-    NO_PARAMS_MSG,
-    check_arrays,
-    check_same_structure,
-    is_gradient,
-    map_gradients,
-    path_name,
-    wider_dtype,
-)
+from optax_guard._tree import check_arrays, check_with_params, is_gradient, map_gradients, path_name, wider_dtype
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
 __all__ = ["ClipState", "adaptive_grad_clip", "clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value"]
@@ -270,10 +262,7 @@ def adaptive_grad_clip(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
-        check_arrays(name, updates)
-        check_same_structure(name, "updates", updates, "params", params)
+        check_with_params(name, updates, params)
         ratio, state = bound_and_state(clipping, state)
 
         asked = _axes_by_path(name, axis, params)

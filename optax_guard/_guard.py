@@ -31,9 +31,10 @@ from optax_guard._apply import (
 from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
 from optax_guard._rule import Rule
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
-from optax_guard._step import next_step
+from optax_guard._step import count_if, next_step
 from optax_guard._tree import cast_like, check_arrays, find_states, is_gradient, leaf_names, positions, unwrapped
 from optax_guard._typing import AxisName, PyTree
+from optax_guard._watch import scalar_loss
 
 __all__ = ["GuardState", "TrainingHalted", "clear_halt", "guard", "raise_if_halted"]
 
@@ -414,18 +415,14 @@ def _advance(
         guard_step=next_step(state.guard_step),
         refused_in_row=jnp.where(happened, 0, state.refused_in_row + refused.astype(jnp.int32)),
         nonfinite_in_row=in_row,
-        clipped_total=_add(state.clipped_total, happened & judged.clipped),
-        skipped_total=_add(state.skipped_total, ~happened),
-        nonfinite_total=_add(state.nonfinite_total, nonfinite),
-        let_through_total=_add(state.let_through_total, happened & judged.refused),
+        clipped_total=count_if(happened & judged.clipped, state.clipped_total),
+        skipped_total=count_if(~happened, state.skipped_total),
+        nonfinite_total=count_if(nonfinite, state.nonfinite_total),
+        let_through_total=count_if(happened & judged.refused, state.let_through_total),
         halted=halted if plan is None else halted | plan.gives_up,
         recorder=add_row(state.recorder, row),
         recovery_state=recovery_state,
     )
-
-
-def _add(total: jax.Array, event: jax.Array) -> jax.Array:
-    return jnp.where(event, next_step(total), total)
 
 
 def _first_nonfinite(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
@@ -443,10 +440,8 @@ def _checked_value(extra: dict[str, Any], axis_name: AxisName | None) -> dict[st
     """The extra arguments, the loss made a scalar all devices agree on."""
     if extra.get("value") is None:
         return extra
-    value = jnp.asarray(extra["value"])
-    if value.shape != ():
-        raise ValueError(f"guard: `value` must be the scalar loss; got an array of shape {value.shape}.")
-    return extra if axis_name is None else {**extra, "value": lax.pmean(value, axis_name)}
+    loss = scalar_loss("guard", extra["value"], axis_name)
+    return extra if axis_name is None else {**extra, "value": loss}
 
 
 def _story(state: GuardState, params: PyTree | None) -> str:

@@ -25,7 +25,7 @@ from optax_guard._recovery import (
 )
 from optax_guard._reset import all_finite, fingerprints, moments, reset_state
 from optax_guard._rule import scale_leaves
-from optax_guard._step import next_step
+from optax_guard._step import count_if, next_step
 from optax_guard._tree import NO_PARAMS_MSG, is_gradient, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 from optax_guard._watch import LossWatch, empty_watch, loss_above, watch_loss
@@ -338,8 +338,8 @@ def _after_reset(state: Any, resets: jax.Array, dead: jax.Array) -> Any:
         moments_finite=state.moments_finite | resets,
         frozen_leaves=state.frozen_leaves,
         parameters_frozen=state.parameters_frozen & ~resets,
-        reset_total=jnp.where(resets, next_step(state.reset_total), state.reset_total),
-        silent_death_total=jnp.where(dead, next_step(state.silent_death_total), state.silent_death_total),
+        reset_total=count_if(resets, state.reset_total),
+        silent_death_total=count_if(dead, state.silent_death_total),
     )
 
 
@@ -356,7 +356,7 @@ def _after_rewind(rung: Rewind | None, state: Any, rewinds: jax.Array, place: ja
         # counted anew, so that a snapshot after a rewind proves that it helped
         snapshot_due_in=jnp.where(rewinds, rung.every - 1, state.snapshot_due_in),
         rewinds_in_row=state.rewinds_in_row + rewinds.astype(jnp.int32),
-        rewind_total=jnp.where(rewinds, next_step(state.rewind_total), state.rewind_total),
+        rewind_total=count_if(rewinds, state.rewind_total),
     )
 
 

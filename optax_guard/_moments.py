@@ -32,10 +32,10 @@ from optax_guard._second_moment import Reader, reader, responses
 from optax_guard._statistics import accumulator_dtype
 from optax_guard._step import next_step
 from optax_guard._tree import (
-    NO_PARAMS_MSG,
     cast_like,
     check_arrays,
     check_same_structure,
+    check_with_params,
     is_gradient,
     positions,
     wider_dtype,
@@ -165,7 +165,7 @@ def spam_clip(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, SpamState]:
-        _check(name, updates, params)
+        check_with_params(name, updates, params)
         step = next_step(state.spam_step)
         restart, factor = _restart(step, restart_every, warmup)
         before = _restarted(state.spam_inner_state, restart, counts=not faithful)
@@ -372,7 +372,7 @@ def clip_by_update_rms(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        _check(name, updates, params)
+        check_with_params(name, updates, params)
         gradients = updates
         updates, after = update_inner(updates, state, params, **extra)
         roots = _roots(read, after, params)
@@ -390,13 +390,6 @@ def clip_by_update_rms(
         return clipped, after
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _check(name: str, updates: PyTree, params: PyTree | None) -> None:
-    if params is None:
-        raise ValueError(NO_PARAMS_MSG)
-    check_arrays(name, updates)
-    check_same_structure(name, "updates", updates, "params", params)
 
 
 def _roots(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]:

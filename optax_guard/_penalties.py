@@ -25,15 +25,7 @@ import optax
 from optax_guard import _validate
 from optax_guard._statistics import accumulator_dtype
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import (
-    NO_PARAMS_MSG,
-    check_arrays,
-    check_same_structure,
-    is_gradient,
-    map_gradients,
-    resolve_mask,
-    wider_dtype,
-)
+from optax_guard._tree import check_arrays, check_with_params, is_gradient, map_gradients, resolve_mask, wider_dtype
 from optax_guard._typing import Mask, PyTree, ScalarOrSchedule
 
 __all__ = [
@@ -321,10 +313,7 @@ def _penalty(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
-        check_arrays(name, updates)
-        check_same_structure(name, "updates", updates, "params", params)
+        check_with_params(name, updates, params)
         values, state = _values_and_next(strengths, state)
 
         def add(gradient: jax.Array, weight: jax.Array, chosen: bool) -> jax.Array:

@@ -29,7 +29,7 @@ from optax_guard._apply import (
     take_step,
 )
 from optax_guard._statistics import GradientStatistics, first_look
-from optax_guard._step import next_step
+from optax_guard._step import count_if
 from optax_guard._tree import check_arrays, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
@@ -179,7 +179,7 @@ def loss_scaling(
             unscaled_state=inner_state,
             loss_scale=jnp.where(finite, jnp.where(grows, grown, state.loss_scale), shrunk),
             clean_in_row=jnp.where(grows, 0, clean),
-            overflow_total=jnp.where(finite, state.overflow_total, next_step(state.overflow_total)),
+            overflow_total=count_if(~finite, state.overflow_total),
         )
 
     return fast_transformation(name, init_state, run, judges=True, axis_name=axis_name)

@@ -29,7 +29,7 @@ from jax import lax
 from optax_guard import _validate
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import first_look
-from optax_guard._step import next_step
+from optax_guard._step import count_if
 from optax_guard._tree import check_arrays
 from optax_guard._typing import AxisName
 from optax_guard._watch import empty_watch, loss_above, watch_loss
@@ -398,7 +398,7 @@ def step_down(rung: BackOff, state: BackOffState, trouble: jax.Array) -> BackOff
     level = owed.astype(jnp.float32) / rung.recover_after
     return BackOffState(
         healthy_steps_owed=owed,
-        back_off_total=jnp.where(trouble, next_step(state.back_off_total), state.back_off_total),
+        back_off_total=count_if(trouble, state.back_off_total),
         update_scale=jnp.exp(level * math.log(rung.factor)),
         back_off_watch=state.back_off_watch,
     )

@@ -43,7 +43,7 @@ def moments(state: PyTree, params: PyTree) -> list[Any]:
 def all_finite(leaves: list[Any], axis_name: AxisName | None) -> jax.Array:
     """Whether every number is finite, on all devices."""
     # The largest magnitude tells it, and NaN wins every maximum. XLA's CPU backend fuses that into the reduction, while
-    # `jnp.isfinite` on the elements writes an array per leaf first (benchmarks/recovery.py).
+    # `jnp.isfinite` on the elements writes an array per leaf first.
     largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves if is_gradient(leaf)]
     bad = sum((~jnp.isfinite(x)).astype(jnp.int32) for x in largest) + jnp.zeros((), jnp.int32)
     return (bad if axis_name is None else lax.psum(bad, axis_name)) == 0

@@ -26,6 +26,7 @@ from optax_guard._history import Series, empty_series, published_threshold, push
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._statistics import GradientStatistics
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
+from optax_guard._watch import scalar_loss
 
 __all__ = ["SpikeState", "skip_large", "skip_nonfinite", "skip_spikes"]
 
@@ -280,12 +281,7 @@ def _loss(name: str, value: Any, on: str, axis_name: AxisName | None) -> jax.Arr
         return None
     if on == "norm":
         return None
-    loss = jnp.asarray(value)
-    if loss.shape != ():
-        raise ValueError(f"{name}: `value` must be the scalar loss; got an array of shape {loss.shape}.")
-    if axis_name is not None:
-        loss = lax.pmean(loss, axis_name)
-    return lax.stop_gradient(loss.astype(jnp.float32))
+    return lax.stop_gradient(scalar_loss(name, value, axis_name).astype(jnp.float32))
 
 
 def _packed(series: list[Series]) -> SpikeState:

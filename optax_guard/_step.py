@@ -8,12 +8,17 @@ import optax
 
 from optax_guard._typing import ScalarOrSchedule
 
-__all__ = ["next_step", "value_at"]
+__all__ = ["count_if", "next_step", "value_at"]
 
 
 def next_step(step: jax.Array) -> jax.Array:
     """Step + 1, and never past the largest integer."""
     return jnp.asarray(optax.safe_increment(step))
+
+
+def count_if(event: jax.Array, total: jax.Array) -> jax.Array:
+    """Total + 1 if `event`, else as it was."""
+    return jnp.where(event, next_step(total), total)
 
 
 def value_at(value: ScalarOrSchedule, step: Any) -> jax.Array:

@@ -21,6 +21,7 @@ __all__ = [
     "cast_like",
     "check_arrays",
     "check_same_structure",
+    "check_with_params",
     "find_states",
     "is_gradient",
     "leaf_names",
@@ -123,6 +124,14 @@ def check_same_structure(function: str, got_name: str, got: PyTree, expected_nam
             raise ValueError(
                 f"{function}: `{got_name}` has leaf `{path_name(path)}` that is not a leaf of `{expected_name}`."
             )
+
+
+def check_with_params(function: str, updates: PyTree, params: PyTree | None) -> None:
+    """What every `update` that needs the parameters asks first."""
+    if params is None:
+        raise ValueError(NO_PARAMS_MSG)
+    check_arrays(function, updates)
+    check_same_structure(function, "updates", updates, "params", params)
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:

@@ -24,14 +24,7 @@ from optax_guard._clipping import bound_and_state, init_for
 from optax_guard._history import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, first_look, safe_sqrt
-from optax_guard._tree import (
-    NO_PARAMS_MSG,
-    check_arrays,
-    check_same_structure,
-    is_gradient,
-    positions,
-    wider_dtype,
-)
+from optax_guard._tree import check_arrays, check_with_params, is_gradient, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
 __all__ = ["UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
@@ -119,10 +112,7 @@ def limit_step(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
-        check_arrays(name, updates)
-        check_same_structure(name, "updates", updates, "params", params)
+        check_with_params(name, updates, params)
         ratio, state = bound_and_state(max_change, state)
         moved = _squares(updates, axis_name)
         weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
@@ -298,10 +288,7 @@ def clippy(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
-        check_arrays(name, updates)
-        check_same_structure(name, "updates", updates, "params", params)
+        check_with_params(name, updates, params)
         ratio, state = bound_and_state(relative, state)
 
         def clip(leaf: Any, weight: Any) -> Any:

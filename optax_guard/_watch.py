@@ -9,14 +9,16 @@ eight times the best is seen after 12 steps, one of three times after 35 (with f
 loss near zero from counting; the absolute values give the rule a meaning for losses that are negative.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from optax_guard._step import next_step
+from optax_guard._step import count_if
+from optax_guard._typing import AxisName
 
-__all__ = ["LossWatch", "empty_watch", "loss_above", "watch_loss"]
+__all__ = ["LossWatch", "empty_watch", "loss_above", "scalar_loss", "watch_loss"]
 
 _SPAN = 50  # steps the smoothing looks back
 _SETTLED = 10  # losses until the best is kept
@@ -32,6 +34,14 @@ class LossWatch(NamedTuple):
     best_loss: jax.Array  # f32[]: the lowest smoothed loss
     first_loss: jax.Array  # f32[]
     losses_seen: jax.Array  # i32[]
+
+
+def scalar_loss(function: str, value: Any, axis_name: AxisName | None) -> jax.Array:
+    """The loss as a scalar that all devices agree on."""
+    loss = jnp.asarray(value)
+    if loss.shape != ():
+        raise ValueError(f"{function}: `value` must be the scalar loss; got an array of shape {loss.shape}.")
+    return loss if axis_name is None else lax.pmean(loss, axis_name)
 
 
 def empty_watch() -> LossWatch:
@@ -62,7 +72,7 @@ def watch_loss(watch: LossWatch, value: jax.Array, learns: jax.Array) -> LossWat
         smoothed_loss=jnp.where(learns, smoothed, watch.smoothed_loss),
         best_loss=jnp.where(learns, best, watch.best_loss),
         first_loss=jnp.where(learns, first, watch.first_loss),
-        losses_seen=jnp.where(learns, next_step(seen), seen),
+        losses_seen=count_if(learns, seen),
     )
 
 
