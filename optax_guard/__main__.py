@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from optax_guard.report import load, report, story
-from optax_guard.report._log import TrainingLog, known_names, leaf_label
+from optax_guard.report._log import TrainingLog, leaf_label
 
 __all__ = ["main"]
 
@@ -45,13 +45,12 @@ def _print_log(log: TrainingLog, last: int) -> None:
     for sentence in story(log):
         print(sentence)
     rows = log.rows[-last:] if last > 0 else log.rows
-    names = known_names(log)
     print()
     print(f"{'step':>8} {'verdict':16} {'loss':>10} {'norm':>10} {'let in':>10} {'scale':>8}  worst leaf")
     for row in rows:
         print(
             f"{row['step']:8d} {row['event']:16} {row['value']:10.4g} {row['grad_norm']:10.4g} "
-            f"{row['clipped_norm']:10.4g} {row['scale']:8.3g}  {leaf_label(names, int(row['worst_leaf']))}"
+            f"{row['clipped_norm']:10.4g} {row['scale']:8.3g}  {leaf_label(log.names, int(row['worst_leaf']))}"
         )
 
 

@@ -18,7 +18,7 @@ from optax_guard._guard import GuardState
 from optax_guard._ladder import RecoveryState
 from optax_guard._norm_history import NormHistoryState
 from optax_guard._precision import LossScalingState
-from optax_guard._record import EVENTS, last_row, read_rows
+from optax_guard._record import EVENTS, HELD, last_row, read_rows
 from optax_guard._tree import find_states, unwrapped
 
 __all__ = ["flight_log", "metrics"]
@@ -129,9 +129,7 @@ def flight_log(state: optax.OptState) -> np.ndarray:
 def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
     step = unwrapped(state.guard_step)
     row = last_row(state.recorder, step)
-    held = jnp.array(
-        [e in ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery") for e in EVENTS], jnp.int32
-    )
+    held = jnp.array([event in HELD for event in EVENTS], jnp.int32)
     return {
         "grad_norm": row.grad_norm,
         "clipped_norm": row.clipped_norm,

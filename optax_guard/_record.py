@@ -12,7 +12,17 @@ import numpy as np
 
 from optax_guard._tree import unwrapped
 
-__all__ = ["EVENTS", "RECOVERIES", "FlightRecorder", "Row", "add_row", "empty_recorder", "last_row", "read_rows"]
+__all__ = [
+    "EVENTS",
+    "HELD",
+    "RECOVERIES",
+    "FlightRecorder",
+    "Row",
+    "add_row",
+    "empty_recorder",
+    "last_row",
+    "read_rows",
+]
 
 EVENTS = (
     "applied",  # the gradient went in as it was
@@ -24,6 +34,7 @@ EVENTS = (
     "halted",  # the guard had halted before: held
     "recovery",  # the gradient was good, but the ladder acted in place of the step: held
 )
+HELD = ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery")  # events that left no trace
 RECOVERIES = (  # what the ladder did; several may come together
     "reset_refused",  # moments re-initialised: steps refused or not finite in a row
     "reset_nonfinite",  # the same: a moment was not finite

@@ -17,7 +17,7 @@ from optax_guard._record import FlightRecorder, read_rows
 from optax_guard._tree import find_states, leaf_names, unwrapped
 from optax_guard._typing import PyTree
 
-__all__ = ["TrainingLog", "known_names", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
+__all__ = ["TrainingLog", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
 
 _TOTALS = ("guard_step", "clipped_total", "skipped_total", "nonfinite_total", "let_through_total", "halted")
 _FORMAT = "optax_guard log 1"
@@ -27,7 +27,7 @@ class TrainingLog(NamedTuple):
     """What a guard recorded, on the host."""
 
     rows: np.ndarray  # as `flight_log` gives them, oldest first
-    names: list[str]  # of the leaves; empty if unknown
+    names: list[str]  # of the leaves; empty if neither known nor recorded
     leaves: LeafLog | None  # with `record_leaves`
     totals: dict[str, int]  # the guard's counters over the whole run
 
@@ -52,9 +52,8 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
             "that its steps return."
         )
     rows = flight_log(state)
-    names = [] if params is None else leaf_names(params)
-    recorded = find_states(state, LeafRecordState)
-    leaves = leaf_log(state, params) if recorded else None
+    leaves = leaf_log(state, params) if find_states(state, LeafRecordState) else None
+    names = leaves.names if leaves is not None else [] if params is None else leaf_names(params)
     totals = {name: int(jax.device_get(unwrapped(getattr(guards[0], name)))) for name in _TOTALS}
     return _checked(TrainingLog(rows, names, leaves, totals))
 
@@ -77,10 +76,11 @@ def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = No
     leaves: dict[str, Any] = (
         {} if log.leaves is None else {"leaf_steps": log.leaves.steps, "leaf_norms": log.leaves.norms}
     )
-    names = log.names if log.leaves is None else log.leaves.names
     totals: dict[str, Any] = {f"total_{name}": np.array(number) for name, number in log.totals.items()}
     with path.open("wb") as file:
-        np.savez_compressed(file, format=np.array(_FORMAT), names=np.array(names, "U"), **columns, **leaves, **totals)
+        np.savez_compressed(
+            file, format=np.array(_FORMAT), names=np.array(log.names, "U"), **columns, **leaves, **totals
+        )
     return path
 
 
@@ -156,6 +156,7 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
         coded = _array(records[0]["recorded_norms"])
         names = names if len(names) == coded.shape[1] else []
         leaves = decoded_leaf_log(coded, int(_array(records[0]["recorded_steps"])), names or None)
+        names = leaves.names
     totals = {name: int(_array(guard[name])) for name in _TOTALS}
     return _checked(TrainingLog(rows, names, leaves, totals))
 
@@ -170,11 +171,6 @@ def load(path: str | Path) -> TrainingLog:
       A `TrainingLog`.
     """
     return load_checkpoint(path) if Path(path).is_dir() else load_log(path)
-
-
-def known_names(log: TrainingLog) -> list[str]:
-    """The names of the leaves, from wherever they are known."""
-    return log.names or ([] if log.leaves is None else log.leaves.names)
 
 
 def leaf_label(names: list[str], leaf: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optax_guard.report._log import TrainingLog, known_names, leaf_label
+from optax_guard.report._log import TrainingLog, leaf_label
 from optax_guard.report._picture import render
 from optax_guard.report._story import story, usual_norms
 
@@ -178,15 +178,13 @@ def _steps(log: TrainingLog) -> str:
     if len(rows) == 0:
         return "<p>None.</p>"
     shown = rows[-_SHOWN:]
-    names = known_names(log)
-    ladder = "recovery" in (rows.dtype.names or ())
     cells = []
     for row in shown:
         what = str(row["event"]).replace("_", " ")
-        if ladder and row["recovery"]:
+        if row["recovery"]:
             what += f" ({str(row['recovery']).replace('_', ' ')})"
         numbers = [_number(row[name]) for name in ("value", "grad_norm", "clipped_norm", "scale")]
-        cells.append([str(int(row["step"])), what, *numbers, leaf_label(names, int(row["worst_leaf"]))])
+        cells.append([str(int(row["step"])), what, *numbers, leaf_label(log.names, int(row["worst_leaf"]))])
     heads = ["step", "verdict", "loss", "norm before", "norm let in", "scale", "worst leaf"]
     left_out = f" (the last {_SHOWN})" if len(rows) > _SHOWN else ""
     table = _table(f"{len(rows)} of {len(log.rows)} recorded steps{left_out}", heads, cells, (1, 6))

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_guard.report._log import TrainingLog, known_names, leaf_label
+from optax_guard._record import HELD
+from optax_guard.report._log import TrainingLog, leaf_label
 
 __all__ = ["Departure", "Incident", "first_departure", "incidents", "story", "usual_norms"]
 
-_HELD = ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery")
 _GAP = 5  # steps between two acts of a guard that still belong to one incident
 _LOOK_BACK = 64  # steps before an incident in which an early sign is looked for
 _CALM = 8  # fewer usual steps than this, and nothing is called unusual
@@ -57,7 +57,7 @@ def story(log: TrainingLog) -> list[str]:
       Step 1: the gradient of `(root)` held NaN; the step was held and left no trace.
     """
     rows = log.rows
-    held = int(np.isin(rows["event"], _HELD).sum())
+    held = int(np.isin(rows["event"], HELD).sum())
     clipped = int((rows["event"] == "clipped").sum())
     applied = int((rows["event"] == "applied").sum())
     through = int((rows["event"] == "let_through").sum())
@@ -88,9 +88,9 @@ def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:
       What `story` tells, with steps and events apart.
     """
     rows = log.rows
-    acted = np.isin(rows["event"], _HELD) | (rows["event"] == "let_through")
+    acted = np.isin(rows["event"], HELD) | (rows["event"] == "let_through")
     acted |= (rows["event"] == "clipped") & (rows["scale"] < _BOUND)
-    acted |= rows["recovery"] != "" if "recovery" in (rows.dtype.names or ()) else False
+    acted |= rows["recovery"] != ""
     groups: list[list[int]] = []
     for i in np.flatnonzero(acted):
         if groups and rows["step"][i] - rows["step"][groups[-1][-1]] <= _GAP:
@@ -161,8 +161,8 @@ def _when(first: int, last: int) -> str:
 
 
 def _name(log: TrainingLog, leaf: int) -> str:
-    names = known_names(log)
-    return f"`{leaf_label(names, leaf)}`" if 0 <= leaf < len(names) else leaf_label(names, leaf)
+    label = leaf_label(log.names, leaf)
+    return f"`{label}`" if 0 <= leaf < len(log.names) else label
 
 
 def _cause(log: TrainingLog, rows: np.ndarray, bad: np.ndarray, factor: float) -> str:
@@ -212,7 +212,7 @@ def _warning(log: TrainingLog, step: int) -> str:
 
 
 def _action(rows: np.ndarray) -> str:
-    held = int(np.isin(rows["event"], _HELD).sum())
+    held = int(np.isin(rows["event"], HELD).sum())
     clipped = rows[rows["event"] == "clipped"]
     through = int((rows["event"] == "let_through").sum())
     did = []
@@ -224,10 +224,9 @@ def _action(rows: np.ndarray) -> str:
         did.append(("the step was" if one else f"{len(clipped)} were") + f" scaled down, to {least:.2g} at the least")
     if through:
         did.append(f"{through} let through, patience being over")
-    if "recovery" in (rows.dtype.names or ()):
-        acts = [str(act) for act in rows["recovery"] if act]
-        if acts:
-            did.append("the ladder acted: " + ", ".join(dict.fromkeys("+".join(acts).replace("_", " ").split("+"))))
+    acts = [str(act) for act in rows["recovery"] if act]
+    if acts:
+        did.append("the ladder acted: " + ", ".join(dict.fromkeys("+".join(acts).replace("_", " ").split("+"))))
     return ", ".join(did)
 
 
