@@ -7,11 +7,8 @@ Two clocks: wall time, and CPU time of the process, which a busy machine disturb
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from overhead import Row, compare, make_arm, table, transformer_tree
+from overhead import Row, compare, make_arm, save, setting, table, transformer_tree
 
 import optax_guard as og
 
-RESULTS = Path(__file__).parent / "results"
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 
 
@@ -110,10 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = 3 if options.quick else options.rounds
     params = transformer_tree(64, 2, 512) if options.quick else transformer_tree(640, 12, 24_000)
     grads = jax.tree.map(lambda x: 0.01 * jnp.cos(100 * x), params)
-    leaves, size = len(jax.tree.leaves(params)), sum(x.size for x in jax.tree.leaves(params))
-    device = jax.devices()[0]
-    heading = f"{size / 1e6:.1f} M float32 parameters, {leaves} leaves; {device.device_kind}, jax {jax.__version__}, "
-    heading += f"optax {optax.__version__}, Python {platform.python_version()}; {rounds} rounds"
+    heading = setting(params, rounds)
     print(heading, flush=True)
     rows = []
     for new in (lambda: across_calls(params, grads, rounds), lambda: inside_one_call(1024, 3 * rounds)):
@@ -121,10 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows += part
         print(table(part), flush=True)
     if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"accumulation-{device.platform}-jax{jax.__version__}.json"
-        path.write_text(json.dumps({"setting": heading, "rows": [row._asdict() for row in rows]}, indent=1) + "\n")
-        print(f"written to {path.name}")
+        save("accumulation", heading, rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import optax_guard as og
 
 PyTree = Any
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("guard", "rules", "accumulation", "noise", "updates", "compilation", "import")
+PARTS = ("guard", "rules", "accumulation", "noise", "recovery", "updates", "compilation", "import")
 
 
 class Row(NamedTuple):
@@ -220,6 +220,17 @@ def update_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     return rows
 
 
+def recovery_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
+    """The rungs of the ladder beside a clip, over the clip alone, a snapshot every 100 steps."""
+    adamw, clip = optax.adamw(1e-3), og.clip_by_global_norm(1.0)
+    rungs = {"reset_moments": og.reset_moments(), "back_off": og.back_off(), "rewind": og.rewind(every=100, keep=1)}
+    ladders = {name: (rung,) for name, rung in rungs.items()} | {"all three": tuple(rungs.values())}
+    arms = {"base": make_arm(og.guard(adamw, clip), params, grads)}
+    arms |= {name: make_arm(og.guard(adamw, clip, recovery=each), params, grads) for name, each in ladders.items()}
+    t = race(arms, grads, rounds, dict.fromkeys(arms, 10))
+    return [compare(f"guard(..., recovery={name}) / guard(adamw, clip)", t[name], t["base"], None) for name in ladders]
+
+
 def compile_rows(leaves: int, rounds: int) -> list[Row]:
     """Tracing and compiling with many leaves."""
     shapes = [(64, 64), (64,), (64, 128)]
@@ -259,6 +270,24 @@ def import_row(rounds: int) -> Row:
     return Row("import optax_guard after optax, milliseconds", middle, low, high, "<= 50 ms", bool(middle <= 50))
 
 
+def setting(params: PyTree, rounds: int) -> str:
+    """What was measured, on what."""
+    leaves, size = len(jax.tree.leaves(params)), sum(x.size for x in jax.tree.leaves(params))
+    text = f"{size / 1e6:.1f} M float32 parameters, {leaves} leaves; {jax.devices()[0].device_kind}, "
+    text += f"jax {jax.__version__}, optax {optax.__version__}, Python {platform.python_version()}; {rounds} rounds"
+    return text
+
+
+def save(name: str, heading: str, rows: list[Row], keep: bool = False) -> None:
+    """Writes a results file; with `keep`, rows measured before stay unless they were measured anew."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{jax.devices()[0].platform}-jax{jax.__version__}.json"
+    old = json.loads(path.read_text())["rows"] if keep and path.exists() else []
+    kept = {row["what"]: row for row in old} | {row.what: row._asdict() for row in rows}
+    path.write_text(json.dumps({"setting": heading, "rows": list(kept.values())}, indent=1) + "\n")
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
+
+
 def table(rows: list[Row]) -> str:
     """The rows as text, one a line."""
     lines = []
@@ -280,16 +309,14 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = 3 if options.quick else options.rounds
     params = transformer_tree(64, 2, 512) if options.quick else transformer_tree(640, 12, 24_000)
     grads = jax.tree.map(lambda x: 0.01 * jnp.cos(100 * x), params)
-    leaves, size = len(jax.tree.leaves(params)), sum(x.size for x in jax.tree.leaves(params))
-    device = jax.devices()[0]
-    heading = f"{size / 1e6:.1f} M float32 parameters, {leaves} leaves; {device.device_kind}, jax {jax.__version__}, "
-    heading += f"optax {optax.__version__}, Python {platform.python_version()}; {rounds} rounds"
+    heading = setting(params, rounds)
     print(heading, flush=True)
     parts: dict[str, Callable[[], list[Row]]] = {
         "guard": lambda: guard_rows(params, grads, rounds),
         "rules": lambda: rule_rows(params, grads, rounds),
         "accumulation": lambda: accumulation_rows(params, grads, rounds),
         "noise": lambda: noise_rows(params, grads, rounds),
+        "recovery": lambda: recovery_rows(params, grads, rounds),
         "updates": lambda: update_rows(params, grads, rounds),
         "compilation": lambda: compile_rows(30 if options.quick else 1000, min(rounds, 3)),
         "import": lambda: [import_row(min(rounds, 5))],
@@ -300,12 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows += new
         print(table(new), flush=True)
     if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"overhead-{device.platform}-jax{jax.__version__}.json"
-        old = json.loads(path.read_text())["rows"] if options.only and path.exists() else []
-        kept = {row["what"]: row for row in old} | {row.what: row._asdict() for row in rows}
-        path.write_text(json.dumps({"setting": heading, "rows": list(kept.values())}, indent=1) + "\n")
-        print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
+        save("overhead", heading, rows, keep=options.only is not None)
 
 
 if __name__ == "__main__":
