@@ -17,7 +17,7 @@ from jax import lax
 
 from optax_guard._typing import PRNGKeyLike
 
-__all__ = ["Words", "bits", "leaf_words", "normal", "raw_key", "salt", "step_words", "threefry", "uniform"]
+__all__ = ["Words", "bits", "derive", "leaf_words", "normal", "raw_key", "salt", "step_words", "threefry", "uniform"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -57,13 +57,22 @@ def step_words(data: jax.Array, step: jax.Array, salted: int) -> Words:
     key = Words(data[0], data[1])
     for index in range(2, data.shape[0]):  # rbg keys have four words
         key = threefry(key, Words(data[index], jnp.uint32(index)))
-    return threefry(key, Words(step.astype(jnp.uint32), jnp.uint32(salted)))
+    return derive(key, Words(step.astype(jnp.uint32), jnp.uint32(salted)))
 
 
 def leaf_words(key: Words, names: list[str]) -> Words:
     """A key for every leaf, u32[n_leaves] twice, each a function of its path alone."""
     paths = jnp.asarray(np.array([zlib.crc32(name.encode()) for name in names], np.uint32))
-    return threefry(key, Words(paths, jnp.zeros_like(paths)))
+    return derive(key, Words(paths, jnp.zeros_like(paths)))
+
+
+def derive(key: Words, counter: Words) -> Words:
+    """New keys from one.
+
+    Without the barrier XLA hashes the new key inside the fusion that hashes the elements under it, and jax 0.12 on a
+    CPU then compiles for minutes or for ever where a sum follows (YNN fusions on).
+    """
+    return lax.optimization_barrier(threefry(key, counter))
 
 
 def bits(key: Words, like: jax.Array) -> Words:
@@ -82,7 +91,7 @@ def normal(key: Words, like: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Arra
     if dtype == jnp.complex64:
         real, imag = (_to_normal(Words(word, word), jnp.float32) for word in words)
     else:
-        other = threefry(key, Words(jnp.uint32(1), jnp.uint32(0)))
+        other = derive(key, Words(jnp.uint32(1), jnp.uint32(0)))
         real, imag = _to_normal(words, jnp.float64), _to_normal(bits(other, like), jnp.float64)
     return lax.complex(real, imag) * jnp.asarray(math.sqrt(0.5), dtype), words.second
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_guard._prng import Words, normal, salt, step_words, threefry
+from optax_guard._prng import Words, derive, normal, salt, step_words
 from optax_guard._statistics import accumulator_dtype
 from optax_guard._typing import PyTree
 from optax_guard.smoothing._arguments import ABSTAIN, ApplyFn, SmoothedClassifier, logit_count
@@ -100,9 +100,7 @@ def noise(stream: Words, inputs: jax.Array, place: jax.Array, copy: jax.Array) -
     def draw(key: Words, x: jax.Array) -> jax.Array:
         return normal(key, x, accumulator_dtype(x.dtype))[0]
 
-    # Without the barrier XLA hashes the key of a copy inside the fusion that hashes its elements, and jax 0.12 on a CPU
-    # then compiles for minutes or for ever where the network begins with a sum (5000 copies, YNN fusions on).
-    keys = lax.optimization_barrier(threefry(stream, Words(place, copy)))
+    keys = derive(stream, Words(place, copy))
     for _ in range(place.ndim):
         draw = jax.vmap(draw)
     return draw(keys, inputs)
