@@ -1,0 +1,246 @@
+"""The methods that StabilityBench compares: adding one is adding one function with `@method` on it.
+
+The function takes the optimizer to protect and one setting, and returns a transformation. `settings` are the values
+tried: the first is the published default (ours: the library's), the others the grid. Settings arrive as traced numbers,
+so that all of them share one compiled program.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_guard as og
+
+Transformation = optax.GradientTransformation
+Make = Callable[[Transformation, Any], Transformation]
+
+OPTAX, PUBLISHED, OURS = "Optax", "published", "ours"
+EVERY = 4  # micro-batches in a step, where a fault hits one of them
+_FOREVER = 2**30
+
+
+class Method(NamedTuple):
+    """One way to protect an optimizer."""
+
+    title: str
+    group: str  # OPTAX, PUBLISHED or OURS
+    make: Make
+    setting: str  # what the setting is; "" where there is none
+    settings: tuple[float, ...]
+    second_moment: bool  # needs an optimizer that keeps one
+
+    @property
+    def accumulated(self) -> Callable[[Transformation, Any], Transformation]:
+        """The same over micro-batches, with what comes with it: `og.accumulate` for ours, else `optax.MultiSteps`."""
+        if self.group == OURS:
+            return lambda optimizer, setting: og.accumulate(self.make(optimizer, setting), EVERY)
+        return lambda optimizer, setting: optax.MultiSteps(
+            self.make(optimizer, setting), EVERY
+        ).gradient_transformation()
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    title: str, group: str, setting: str = "", settings: tuple[float, ...] = (0.0,), second_moment: bool = False
+) -> Callable[[Make], Make]:
+    """Registers a method under the name of its function."""
+
+    def register(make: Make) -> Make:
+        METHODS[make.__name__] = Method(title, group, make, setting, settings, second_moment)
+        return make
+
+    return register
+
+
+def as_published(rule: og.Rule) -> Transformation:
+    """A rule as its authors' code runs: a gradient that is not finite goes through.
+
+    The library's faithful forms give zeros there. That such a step is not learnt is kept: it is in the authors' favour.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        finite = jnp.all(og.gradient_statistics(updates).finite)
+        scaled, state = rule.update(updates, state, params, **extra)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), scaled, updates), state
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+NORMS = (1.0, 0.1, 0.3, 3.0, 10.0)
+RATIOS = (1.05, 1.5, 2.0, 4.0, 8.0)
+SIGMAS = (6.0, 3.0, 4.0, 8.0, 12.0)
+SCORES = (2.5, 1.5, 2.0, 4.0, 6.0)
+THRESHOLDS = (5000.0, 50.0, 500.0, 50000.0, 500000.0)
+MOMENTS = (0.7, 0.5, 0.8, 0.9, 0.95)
+CHANGES = (1e-2, 1e-3, 3e-3, 3e-2, 1e-1)
+
+
+@method("none", OPTAX)
+def none(optimizer: Transformation, setting: Any) -> Transformation:
+    """The optimizer itself."""
+    del setting
+    return optimizer
+
+
+@method("clip_by_global_norm", OPTAX, "max_norm", NORMS)
+def clip(optimizer: Transformation, setting: Any) -> Transformation:
+    """What is usually done."""
+    return optax.chain(optax.clip_by_global_norm(setting), optimizer)
+
+
+@method("apply_if_finite(clip)", OPTAX, "max_norm", NORMS)
+def finite(optimizer: Transformation, setting: Any) -> Transformation:
+    """What Optax has for NaN, around it, with the limit of its documentation's example."""
+    return optax.apply_if_finite(clip(optimizer, setting), 5)
+
+
+@method("adaptive_grad_clip", OPTAX, "clipping", (0.01, 0.003, 0.03, 0.1, 0.3))
+def agc(optimizer: Transformation, setting: Any) -> Transformation:
+    """Brock et al. 2021."""
+    return optax.chain(optax.adaptive_grad_clip(setting), optimizer)
+
+
+@method("ZClip", PUBLISHED, "z_threshold", SCORES)
+def zclip(optimizer: Transformation, setting: Any) -> Transformation:
+    """Kumar et al. 2025, with the fixed clip at 1 of the authors' code."""
+    return optax.chain(as_published(og.zclip(setting, max_norm=1.0, faithful=True)), optimizer)
+
+
+@method("AutoClip", PUBLISHED, "percentile", (10.0, 25.0, 50.0, 75.0, 90.0))
+def autoclip(optimizer: Transformation, setting: Any) -> Transformation:
+    """Seetharaman et al. 2020; a history as long as the longest run here, as theirs has no bound."""
+    return optax.chain(as_published(og.autoclip(setting, 1024, faithful=True)), optimizer)
+
+
+@method("AdaGC", PUBLISHED, "ratio", RATIOS)
+def adagc(optimizer: Transformation, setting: Any) -> Transformation:
+    """Wang et al. 2025, with its 100 steps of fixed clipping."""
+    return optax.chain(as_published(og.adagc(setting, max_norm=1.0, faithful=True)), optimizer)
+
+
+@method("SPAM", PUBLISHED, "threshold", THRESHOLDS, second_moment=True)
+def spam(optimizer: Transformation, setting: Any) -> Transformation:
+    """Huang et al. 2025: elements against the second moment, moments reset every 500 steps."""
+    return og.spam_clip(optimizer, setting, faithful=True)
+
+
+@method("Stable-SPAM", PUBLISHED, "gamma1", MOMENTS)
+def stable_spam(optimizer: Transformation, setting: Any) -> Transformation:
+    """Huang et al. 2025: elements against the largest of their leaf, norms normalised."""
+    return og.stable_spam(optimizer, gamma1=setting, faithful=True)
+
+
+@method("StableAdamW", PUBLISHED, "max_rms", NORMS, second_moment=True)
+def stable_adamw(optimizer: Transformation, setting: Any) -> Transformation:
+    """Wortsman et al. 2023: the update's RMS."""
+    return og.clip_by_update_rms(optimizer, setting)
+
+
+@method("spike skipping", PUBLISHED, "sigmas", SIGMAS)
+def skipping(optimizer: Transformation, setting: Any) -> Transformation:
+    """OLMo-core, Levanter and MaxText; of the three, MaxText's answer to NaN: the step is skipped."""
+    rule = og.skip_spikes(128, setting, faithful=True)
+    return og.guard(optimizer, rule, patience=_FOREVER, halt_after=_FOREVER, history=1)
+
+
+@method("og.guard alone", OURS)
+def guard(optimizer: Transformation, setting: Any) -> Transformation:
+    """What is not finite is held; nothing else."""
+    del setting
+    return og.guard(optimizer, history=1)
+
+
+@method("og.clip_by_global_norm", OURS, "max_norm", NORMS)
+def guard_clip(optimizer: Transformation, setting: Any) -> Transformation:
+    """A fixed bound, inside the guard."""
+    return og.guard(optimizer, og.clip_by_global_norm(setting), history=1)
+
+
+@method("og.clip_by_norm_history", OURS, "width", (5.0, 2.0, 3.0, 8.0, 12.0))
+def norm_history(optimizer: Transformation, setting: Any) -> Transformation:
+    """The library's own history of the norm."""
+    return og.guard(optimizer, og.clip_by_norm_history(width=setting), history=1)
+
+
+@method("og.clip_by_median_norm", OURS, "factor", (8.0, 2.0, 4.0, 16.0, 32.0))
+def median_norm(optimizer: Transformation, setting: Any) -> Transformation:
+    """A multiple of the median norm."""
+    return og.guard(optimizer, og.clip_by_median_norm(setting), history=1)
+
+
+@method("og.zclip", OURS, "z_threshold", SCORES)
+def repaired_zclip(optimizer: Transformation, setting: Any) -> Transformation:
+    """ZClip, repaired."""
+    return og.guard(optimizer, og.zclip(setting), history=1)
+
+
+@method("og.autoclip", OURS, "percentile", (90.0, 10.0, 25.0, 50.0, 75.0))
+def repaired_autoclip(optimizer: Transformation, setting: Any) -> Transformation:
+    """AutoClip, repaired."""
+    return og.guard(optimizer, og.autoclip(setting), history=1)
+
+
+@method("og.adagc", OURS, "ratio", (2.0, 1.05, 1.5, 4.0, 8.0))
+def repaired_adagc(optimizer: Transformation, setting: Any) -> Transformation:
+    """AdaGC, repaired."""
+    return og.guard(optimizer, og.adagc(setting), history=1)
+
+
+@method("og.skip_spikes", OURS, "sigmas", SIGMAS)
+def repaired_skipping(optimizer: Transformation, setting: Any) -> Transformation:
+    """Spike skipping, repaired."""
+    return og.guard(optimizer, og.skip_spikes(128, setting), history=1)
+
+
+@method("og.spam_clip", OURS, "threshold", THRESHOLDS, second_moment=True)
+def repaired_spam(optimizer: Transformation, setting: Any) -> Transformation:
+    """SPAM, repaired."""
+    return og.guard(og.spam_clip(optimizer, setting), history=1)
+
+
+@method("og.stable_spam", OURS, "gamma1", MOMENTS)
+def repaired_stable_spam(optimizer: Transformation, setting: Any) -> Transformation:
+    """Stable-SPAM, repaired."""
+    return og.guard(og.stable_spam(optimizer, gamma1=setting), history=1)
+
+
+@method("og.clip_by_update_norm", OURS, "sigmas", (3.0, 2.0, 4.0, 6.0, 12.0))
+def update_norm(optimizer: Transformation, setting: Any) -> Transformation:
+    """The update against its own history."""
+    return og.guard(optax.chain(optimizer, og.clip_by_update_norm(128, setting)), history=1)
+
+
+@method("og.clippy", OURS, "relative", (0.1, 0.01, 0.03, 0.3, 1.0))
+def clippy(optimizer: Transformation, setting: Any) -> Transformation:
+    """The update against the weights, element by element."""
+    return og.guard(optax.chain(optimizer, og.clippy(setting)), history=1)
+
+
+@method("og.limit_step", OURS, "max_change", CHANGES)
+def limit_step(optimizer: Transformation, setting: Any) -> Transformation:
+    """The update against the parameters."""
+    return og.guard(optax.chain(optimizer, og.limit_step(setting)), history=1)
+
+
+@method("og.stabilize", OURS, "max_norm", (float("inf"), 0.1, 0.3, 1.0, 10.0))
+def stabilize(optimizer: Transformation, setting: Any) -> Transformation:
+    """The preset."""
+    return og.stabilize(optimizer, max_norm=setting, history=1)
+
+
+@method("og.stabilize(max_change)", OURS, "max_change", CHANGES)
+def stabilize_change(optimizer: Transformation, setting: Any) -> Transformation:
+    """The preset with a bound on the step."""
+    return og.stabilize(optimizer, max_change=setting, history=1)
+
+
+@method("og.stabilize(recovery)", OURS)
+def stabilize_recovery(optimizer: Transformation, setting: Any) -> Transformation:
+    """The preset with the whole ladder: moments reset, learning rate backed off, rewound where the loss diverges."""
+    del setting
+    return og.stabilize(optimizer, recovery=(og.reset_moments(), og.back_off(), og.rewind(every=50)), history=1)
