@@ -73,7 +73,7 @@ def test_smoothing_refuses_bad_arguments_in_a_sentence(arguments: list[str], mes
 
 
 def output_of(script: str, *arguments: str) -> str:
-    run = example(*arguments, script=script)
+    run = example(*arguments, script=script, compile_fast=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
