@@ -5,7 +5,7 @@ generator of code for CPUs and LLVM's optimizations take most of that. Without t
 same passes over its operations and its sharding, and JAX 0.10 compiles it in a third to a half of the time. JAX 0.12
 knows only the second of these options, so that there the same tests also run with the generator that users have.
 
-A test of the compiled program itself (its text, its memory, its aliases) uses `jax.jit` as it is, and so do the tests of
+A test of the compiled program itself (its text, its memory, its aliases) uses `jax.jit` as it is. So do the tests of
 the basic numbers: clipping, statistics, noise and the guard, whose jitted steps are few.
 """
 
