@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiling import quick_jit
 from jax import lax
 
 import optax_guard as og
@@ -106,7 +107,7 @@ def runner(rule: og.Rule, probes: Any = (LARGEST,), like: Any = None) -> Callabl
         threshold = jnp.max(jax.vmap(lambda probe: judge_norm(rule, probe, state)[0])(tried))
         return new, (passed, touched, threshold)
 
-    @jax.jit
+    @quick_jit
     def run(logs: jax.Array) -> Any:
         state = rule.init(like)
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (logs.shape[0], *x.shape)), state)

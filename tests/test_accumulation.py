@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +108,7 @@ def test_the_inner_optimizer_runs_only_when_a_cycle_is_full_and_gets_its_mean_lo
         return updates, state
 
     tx = og.accumulate(optax.GradientTransformationExtraArgs(optax.identity().init, update), 4)
-    step = jax.jit(lambda p, s, v: og.apply_gradients(tx, constant(1.0), s, p, value=v))
+    step = quick_jit(lambda p, s, v: og.apply_gradients(tx, constant(1.0), s, p, value=v))
     params, state = PARAMS, tx.init(PARAMS)
     flags = []
     for i in range(8):
@@ -169,7 +170,7 @@ def test_complex_gradients_keep_their_imaginary_part() -> None:
 def test_every_as_a_schedule_of_the_emitted_step() -> None:
     tx = og.accumulate(optax.sgd(1.0), lambda emitted: 1 + emitted)
     params, state, flags = PARAMS, tx.init(PARAMS), []
-    step = jax.jit(lambda p, s: og.apply_gradients(tx, constant(1.0), s, p))
+    step = quick_jit(lambda p, s: og.apply_gradients(tx, constant(1.0), s, p))
     for _ in range(6):
         params, state = step(params, state)
         flags.append(bool(og.has_updated(state)))
@@ -265,7 +266,7 @@ def test_all_four_named_transformations_chain_in_one_jitted_step_of_a_flax_model
 
 def cycle(tx: Any, gradients: list[float], weights: list[float] | None = None) -> tuple[Any, Any]:
     params, state = PARAMS, tx.init(PARAMS)
-    step = jax.jit(lambda p, s, g, w: og.apply_gradients(tx, g, s, p, weight=w))
+    step = quick_jit(lambda p, s, g, w: og.apply_gradients(tx, g, s, p, weight=w))
     for i, gradient in enumerate(gradients):
         params, state = step(params, state, constant(gradient), 1.0 if weights is None else weights[i])
     return params, state
@@ -303,7 +304,7 @@ def test_a_permanently_bad_stream_ends_in_halted(on_nonfinite: str, fast: bool) 
     tx = og.accumulate(og.guard(BARE, halt_after=2), 2, on_nonfinite=on_nonfinite)
     bad = {"w": jnp.full((2, 2), jnp.nan), "b": jnp.ones(3)}
 
-    @jax.jit
+    @quick_jit
     def step(params: Any, state: Any) -> Any:
         if fast:
             return og.apply_gradients(tx, bad, state, params)
@@ -352,7 +353,7 @@ def test_flush_equals_a_cycle_of_that_many_calls(calls: int) -> None:
     """With momentum, so that a step too many would show; four calls are one full cycle and one call."""
     values = [0.5, 3.0, 1.0, 2.0][:calls]
     params, state = cycle(TX, values)
-    params, state = jax.jit(lambda p, s: og.flush(TX, s, p))(params, state)
+    params, state = quick_jit(lambda p, s: og.flush(TX, s, p))(params, state)
     x, *_ = oracle([(v, 1.0) for v in values[:3]], 3 if calls >= 3 else max(calls, 1))
     if calls == 4:
         x, *_ = oracle([(v, 1.0) for v in [*values[:3], 2.0, 2.0, 2.0]], 3)
@@ -399,7 +400,7 @@ def test_flush_and_reduction_refuse_what_they_cannot_use() -> None:
 def test_the_loss_of_a_cycle_is_the_mean_over_what_was_kept() -> None:
     """Weights 1 and 3 with losses 2 and 4 give 3.5; a NaN batch, or a NaN loss, at any place takes its loss along."""
     tx = og.accumulate(og.guard(optax.sgd(0.1)), 3)
-    step = jax.jit(lambda p, s, g, w, v: og.apply_gradients(tx, g, s, p, weight=w, value=v))
+    step = quick_jit(lambda p, s, g, w, v: og.apply_gradients(tx, g, s, p, weight=w, value=v))
     for bad_at in (0, 1, 2):
         for bad_gradient in (True, False):
             params = jnp.ones(2)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 from histories import Run, noise, runner, with_bad_steps, with_burst, with_shift
 
 import optax_guard as og
@@ -67,7 +68,7 @@ def scales_of(rule: og.Rule, norms: np.ndarray, leaves: int = 1) -> np.ndarray:
 
     rows = np.asarray(norms, np.float32).reshape(len(norms), leaves)
     state = rule.init([np.zeros(1, np.float32)] * leaves)
-    return np.asarray(jax.jit(lambda s, x: jax.lax.scan(step, s, x)[1])(state, rows), np.float64)
+    return np.asarray(quick_jit(lambda s, x: jax.lax.scan(step, s, x)[1])(state, rows), np.float64)
 
 
 def eventful_norms(seed: int, steps: int = 300) -> np.ndarray:
@@ -311,7 +312,7 @@ def test_only_non_finite_steps_leave_the_state_of_the_start_and_give_zeros_alone
     rule = FACTORIES[name]()
     params = [jnp.zeros(2), jnp.zeros(1)]
     state = start = rule.init(params)
-    update = jax.jit(rule.update)
+    update = quick_jit(rule.update)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         updates, state = update([jnp.array([bad, 1.0]), jnp.ones(1)], state)
         assert all(np.all(np.asarray(u) == 0) for u in updates)
@@ -339,7 +340,7 @@ def test_each_leaf_is_judged_by_itself_and_leaves_without_a_gradient_pass(name: 
     rule = FACTORIES[name]()
     grads = {"a": jnp.ones(2), "frozen": None, "table": jnp.arange(3), "z": 50 * jnp.ones(3)}
     state = rule.init(grads)
-    update = jax.jit(rule.update)
+    update = quick_jit(rule.update)
     for _ in range(8):
         updates, state = update(grads, state)
     spiked = {**grads, "z": 1e4 * grads["z"]}
@@ -357,7 +358,7 @@ def test_each_leaf_is_judged_by_itself_and_leaves_without_a_gradient_pass(name: 
 def test_a_finite_gradient_never_overflows(name: str) -> None:
     rule = FACTORIES[name]()
     params = [jnp.zeros(4)]
-    state, update = rule.init(params), jax.jit(rule.update)
+    state, update = rule.init(params), quick_jit(rule.update)
     for size in (3e38, 1.0, 3e38, 1e-30, 2.0, 1e30):
         updates, state = update([jnp.full(4, size)], state)
         assert np.all(np.isfinite(updates[0]))
@@ -367,7 +368,7 @@ def test_a_finite_gradient_never_overflows(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in FACTORIES if n != "adagc_faithful"])
 def test_max_norm_bounds_every_step_the_first_included(name: str) -> None:
     rule = FACTORIES[name](max_norm=2.0)
-    state, update = rule.init(jnp.zeros(2)), jax.jit(rule.update)
+    state, update = rule.init(jnp.zeros(2)), quick_jit(rule.update)
     for size in (1e6, 1.0, 100.0, 3e38):
         updates, state = update(jnp.array([size, 0.0]), state)
         assert updates[0] <= 2.0 * (1 + 1e-6)
@@ -378,7 +379,7 @@ def test_a_long_run_of_touched_steps_shows_in_the_metrics() -> None:
     tx = og.clip_by_norm_history(scope="leaf")
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     state = tx.init(params)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     for _ in range(20):
         _, state = update(params, state)
     for step in range(6):

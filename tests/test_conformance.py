@@ -1,7 +1,7 @@
 """What every public transformation guarantees, whatever it does: one test per guarantee, over the registry.
 
 Most hold already while a function is traced, which costs milliseconds; `jax.eval_shape` is used wherever that is so.
-What must be run goes through one jitted step per entry.
+What must be run goes through one jitted step per entry, compiled quickly (see compiling.py).
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from compiling import quick_jit, quick_options
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax import lax
@@ -57,7 +58,10 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 
 @functools.cache
 def stepper(entry: Entry) -> tuple[optax.GradientTransformationExtraArgs, Callable, list[None]]:
-    """The transformation, its jitted and donated step, and a list that grows whenever the step is traced."""
+    """The transformation, its jitted and donated step, and a list that grows whenever the step is traced.
+
+    The step is for use inside another jitted function; `quick_step` is for calls of it alone.
+    """
     tx, traces = entry.make(), []
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
@@ -68,8 +72,13 @@ def stepper(entry: Entry) -> tuple[optax.GradientTransformationExtraArgs, Callab
     return tx, step, traces
 
 
+@functools.cache
+def quick_step(entry: Entry) -> Callable:
+    return quick_jit(stepper(entry)[1], donate_argnums=(1, 2))
+
+
 def run(entry: Entry, gradients: list[Any], params: Any = PARAMS) -> tuple[Any, Any]:
-    tx, step, _ = stepper(entry)
+    tx, step = stepper(entry)[0], quick_step(entry)
     state = tx.init(params)
     for grads in gradients:
         params, state = step(grads, params, state)
@@ -224,7 +233,8 @@ def test_statistics_are_real_and_at_least_float32(dtype: str) -> None:
 
 @each(ENTRIES)
 def test_a_donated_step_is_traced_once_and_works_in_scan_under_debug_nans(entry: Entry) -> None:
-    tx, step, traces = stepper(entry)
+    tx, nested, traces = stepper(entry)
+    step = quick_step(entry)
     with entry.promotion(), jax.debug_nans(True):
         state = tx.init(PARAMS)
         params, state = step(GRADS[0], PARAMS, state)
@@ -232,7 +242,7 @@ def test_a_donated_step_is_traced_once_and_works_in_scan_under_debug_nans(entry:
         for grads in GRADS[1:]:
             params, state = step(grads, params, state)
         assert len(traces) == traced
-        body = jax.jit(lambda stack, p, s: lax.scan(lambda carry, g: (step(g, *carry), None), (p, s), stack)[0])
+        body = quick_jit(lambda stack, p, s: lax.scan(lambda carry, g: (nested(g, *carry), None), (p, s), stack)[0])
         scanned = body(jax.tree.map(lambda *g: np.stack(g), *GRADS), PARAMS, tx.init(PARAMS))
     assert_close(scanned, (params, state))
 
@@ -256,7 +266,7 @@ def test_replicas_under_vmap_equal_replicas_alone(entry: Entry) -> None:
     stack = functools.partial(jax.tree.map, lambda *x: np.stack([np.asarray(leaf) for leaf in x]))
     with entry.promotion():
         state = tx.init(PARAMS)
-        together = jax.jit(jax.vmap(step))(stack(*gradients), stack(PARAMS, PARAMS), stack(state, state))
+        together = quick_jit(jax.vmap(step))(stack(*gradients), stack(PARAMS, PARAMS), stack(state, state))
         alone = [run(entry, [grads]) for grads in gradients]
     assert_close(together, stack(*alone))
 
@@ -288,7 +298,7 @@ def test_leaves_without_a_gradient_pass_untouched_and_odd_shapes_are_handled(ent
     tx = entry.make_strict()
     params, grads = mixed_trees()
     state = tx.init(params)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     for _ in range(2):  # `accumulate` emits in the second
         updates, state = update(grads, state, params)
         assert jax.tree.structure(updates) == jax.tree.structure(grads)
@@ -339,7 +349,7 @@ def first_updates(txs: dict[str, Any], grads: Any) -> dict[str, Any]:
             assert types(after) == types(state), name
         return result
 
-    return jax.jit(all_updates)(grads)
+    return quick_jit(all_updates)(grads)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -510,7 +520,7 @@ def mapped_step(tx: Any, state: Any) -> Callable:
     """A step in `jax.shard_map`, each device with its own rows of everything and its own loss."""
     split, whole = PartitionSpec("x"), PartitionSpec()
     specs = optax.tree.map_params(tx, lambda _: split, state, transform_non_params=lambda _: whole)
-    return jax.jit(
+    return quick_jit(
         jax.shard_map(
             lambda grads, params, state, losses: og.apply_gradients(tx, grads, state, params, value=losses[0]),
             mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)),
@@ -557,7 +567,7 @@ def through_equinox(state: Any, like: Any, folder: Any) -> Any:
 @pytest.mark.parametrize("save_and_restore", [through_orbax, through_msgpack, through_equinox])
 @each(STATEFUL)
 def test_a_restored_state_gives_the_next_step_bit_for_bit(entry: Entry, save_and_restore: Any, tmp_path: Any) -> None:
-    tx, step, _ = stepper(entry)
+    tx, step = stepper(entry)[0], quick_step(entry)
     with entry.promotion():
         params, state = run(entry, GRADS)
         like = jax.tree.map(jnp.zeros_like, tx.init(PARAMS))
@@ -786,7 +796,7 @@ def test_the_derivative_through_an_update_at_a_zero_gradient_is_finite(entry: En
     def total(grads: Any) -> jax.Array:
         return sum(jnp.sum(x) for x in jax.tree.leaves(tx.update(grads, tx.init(PARAMS), PARAMS)[0]))
 
-    chex.assert_tree_all_finite(jax.jit(jax.grad(total))(jax.tree.map(np.zeros_like, PARAMS)))
+    chex.assert_tree_all_finite(quick_jit(jax.grad(total))(jax.tree.map(np.zeros_like, PARAMS)))
 
 
 def loss_of(model: Callable, inputs: jax.Array) -> jax.Array:
@@ -828,7 +838,7 @@ def test_linen_train_state_trains(entry: Entry) -> None:
         apply_fn=model.apply, params=model.init(jax.random.key(0), INPUTS), tx=entry.make(learning_rate=0.01)
     )
 
-    @jax.jit
+    @quick_jit
     def step(state: TrainState) -> tuple[TrainState, jax.Array]:
         loss, grads = jax.value_and_grad(lambda p: loss_of(functools.partial(state.apply_fn, p), INPUTS))(state.params)
         return state.apply_gradients(grads=grads), loss
@@ -845,7 +855,7 @@ def test_equinox_models_train_with_the_gradient_of_filter_grad_and_with_filtered
     model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))  # its activation is a leaf that is no array
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @eqx.filter_jit(donate="all")
+    @eqx.filter_jit(donate="all", compiler_options=quick_options())
     def step(model: Any, state: Any) -> tuple[Any, Any, jax.Array]:
         loss, grads = eqx.filter_value_and_grad(lambda m: loss_of(jax.vmap(m), INPUTS))(model)
         params, static = eqx.partition(model, eqx.is_inexact_array)

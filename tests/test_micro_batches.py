@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_jit
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,7 +53,7 @@ def assert_equal(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("n", [1, 4, 48])
 def test_token_weighted_micro_batches_equal_the_batch(n: int) -> None:
     """With 48 micro-batches of one row, some hold no token: their 0 / 0 is selected away."""
-    assert_equal(jax.jit(og.accumulate_gradients(loss_fn, n, weight_fn=tokens))(PARAMS, BATCH), oracle())
+    assert_equal(quick_jit(og.accumulate_gradients(loss_fn, n, weight_fn=tokens))(PARAMS, BATCH), oracle())
 
 
 def test_equal_weights_are_the_mean_of_the_means() -> None:
@@ -65,7 +66,7 @@ def test_equal_weights_are_the_mean_of_the_means() -> None:
 def test_padding_counts_for_nothing_and_a_remainder_is_an_error_by_default() -> None:
     part = jax.tree.map(lambda x: x[:45], BATCH)
     padded = og.accumulate_gradients(loss_fn, 4, weight_fn=tokens, remainder="pad")
-    assert_equal(jax.jit(padded)(PARAMS, part), oracle(part))
+    assert_equal(quick_jit(padded)(PARAMS, part), oracle(part))
     with pytest.raises(ValueError, match='45 rows are not divisible into 4 micro-batches; remainder="pad"'):
         og.accumulate_gradients(loss_fn, 4, weight_fn=tokens)(PARAMS, part)
     with pytest.raises(ValueError, match="remainder='pad' needs a `weight_fn`"):
@@ -142,12 +143,12 @@ def test_in_shard_map_one_all_reduce_and_with_mesh_given() -> None:
     assert_equal(compiled(params, batch), oracle())
     assert len(all_reduces(compiled.as_text())) == 1
     given = og.accumulate_gradients(loss_fn, 3, weight_fn=tokens, axis_name="data", mesh=mesh)
-    assert_equal(jax.jit(given)(params, batch), oracle())
+    assert_equal(quick_jit(given)(params, batch), oracle())
 
 
 def test_without_axis_name_jit_places_the_communication_and_the_result_is_the_same() -> None:
     _, params, batch = sharded(AxisType.Auto)
-    assert_equal(jax.jit(og.accumulate_gradients(loss_fn, 3, weight_fn=tokens))(params, batch), oracle())
+    assert_equal(quick_jit(og.accumulate_gradients(loss_fn, 3, weight_fn=tokens))(params, batch), oracle())
 
 
 @pytest.mark.parametrize(

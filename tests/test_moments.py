@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 
 import optax_guard as og
 
@@ -33,7 +34,7 @@ def replay(tx: optax.GradientTransformation, gradients: np.ndarray) -> tuple[np.
         updates, state = tx.update(gradient, state, PARAMS)
         return state, (updates, state)
 
-    updates, states = jax.jit(lambda g: jax.lax.scan(body, tx.init(PARAMS), g)[1])(gradients)
+    updates, states = quick_jit(lambda g: jax.lax.scan(body, tx.init(PARAMS), g)[1])(gradients)
     return np.asarray(updates), states
 
 

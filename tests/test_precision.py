@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 
 import optax_guard as og
 
@@ -36,7 +37,7 @@ def test_the_schedule_of_the_scale_and_unscaling_with_the_scale_used(settings: A
     tx = og.loss_scaling(inner, *settings)
     rng = np.random.default_rng(0)
     finite = list(rng.random(40) < 0.8) + [True] * 20 + [False] * 10
-    step = jax.jit(
+    step = quick_jit(
         lambda p, s, bad: og.apply_gradients(
             tx, jax.grad(lambda p: og.scale_loss(s, jnp.sum(p["w"]) * jnp.where(bad, jnp.nan, 1.0)))(p), s, p
         )
@@ -54,7 +55,7 @@ def test_the_schedule_of_the_scale_and_unscaling_with_the_scale_used(settings: A
 def test_the_scale_never_leaves_its_bounds() -> None:
     """flax's scale went to Inf (2547) and may go to 1e-38."""
     tx = og.loss_scaling(optax.sgd(0.0), init=4.0, growth_interval=1)
-    step = jax.jit(lambda p, s, g: og.apply_gradients(tx, {"w": jnp.full(3, g)}, s, p))
+    step = quick_jit(lambda p, s, g: og.apply_gradients(tx, {"w": jnp.full(3, g)}, s, p))
     for gradient, end in ((1.0, 2.0**24), (jnp.inf, 1.0)):
         params, state = PARAMS, tx.init(PARAMS)
         for _ in range(40):
@@ -98,7 +99,7 @@ def test_with_accumulation_each_micro_gradient_is_unscaled_with_its_own_scale() 
     inner = og.accumulate(og.guard(optax.sgd(1.0)), 4)
     tx = og.loss_scaling(inner, init=4.0, growth_interval=1)
     params, state = PARAMS, tx.init(PARAMS)
-    step = jax.jit(
+    step = quick_jit(
         lambda p, s, x, w: og.apply_gradients(
             tx, jax.grad(lambda p: og.scale_loss(s, jnp.sum(p["w"]) * x))(p), s, p, weight=w
         )
@@ -138,7 +139,7 @@ def test_a_guard_inside_halts_on_a_stream_that_is_bad_at_every_scale() -> None:
 def test_bounds_and_interval_survive_jit_and_checkpoints() -> None:
     """jmp forgets `min_loss_scale` in every `jit`; here they are in the function, and the state is arrays."""
     tx = og.loss_scaling(optax.sgd(1.0), init=4.0, min_scale=2.0)
-    step = jax.jit(lambda p, s: og.apply_gradients(tx, {"w": jnp.full(3, jnp.nan)}, s, p))
+    step = quick_jit(lambda p, s: og.apply_gradients(tx, {"w": jnp.full(3, jnp.nan)}, s, p))
     params, state = step(PARAMS, tx.init(PARAMS))
     saved = flax.serialization.to_bytes(state)
     state = flax.serialization.from_bytes(tx.init(PARAMS), saved)

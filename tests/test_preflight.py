@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 from flax import nnx
 from sklearn.datasets import load_digits
 
@@ -58,7 +59,7 @@ def dense_hessian(params: Any, batch: Any) -> np.ndarray:
         params, x = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), (params, batch["x"]))
         flat, unravel = jax.flatten_util.ravel_pytree(params)
         batch = {"x": x, "y": batch["y"]}
-        return np.asarray(jax.jit(jax.hessian(lambda w: loss_fn(unravel(w), batch)))(flat), np.float64)
+        return np.asarray(quick_jit(jax.hessian(lambda w: loss_fn(unravel(w), batch)))(flat), np.float64)
 
 
 def test_eigenvalues_are_those_of_the_dense_hessian(digits: Any) -> None:
@@ -121,7 +122,7 @@ def test_the_predicted_edge_separates_stable_from_diverging_learning_rates(name:
     make_tx, field = EDGES[name]
     slow = make_tx(0.002 if "adam" in name else 0.02)
 
-    @jax.jit
+    @quick_jit
     def settle(params: Any) -> Any:
         def step(carry: Any, _: Any) -> Any:
             loss, grads = jax.value_and_grad(loss_fn)(carry[0], digits)
@@ -135,7 +136,7 @@ def test_the_predicted_edge_separates_stable_from_diverging_learning_rates(name:
     edge = getattr(report.stable_learning_rates, field)
     multiples = np.array([0.5, 0.8, 1.25, 2.0], np.float32)
 
-    @jax.jit
+    @quick_jit
     def run(rate: jax.Array) -> jax.Array:
         tx = make_tx(rate)
 

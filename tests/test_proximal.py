@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 
 import optax_guard as og
 
@@ -64,7 +65,7 @@ def train(tx: Any, steps: int = 4000, batch: int | None = None) -> tuple[np.ndar
         return (params, state), jnp.sum(params["w"] == 0)
 
     start = {"w": jnp.asarray(START)}
-    (params, _), zeros = jax.jit(lambda carry: jax.lax.scan(body, carry, jnp.arange(steps)))((start, tx.init(start)))
+    (params, _), zeros = quick_jit(lambda carry: jax.lax.scan(body, carry, jnp.arange(steps)))((start, tx.init(start)))
     return np.asarray(params["w"]).ravel(), float(jnp.mean(zeros[-500:].astype(float)))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 
 import optax_guard as og
 from optax_guard._watch import empty_watch, loss_above, watch_loss
@@ -39,7 +40,7 @@ class Run:
             updates, state = tx.update(grads, state, params, value=value)
             return optax.apply_updates(params, updates), state
 
-        self.tx, self.step = tx, jax.jit(step)
+        self.tx, self.step = tx, quick_jit(step)
         self.params, self.state = params, tx.init(params)
 
     def go(self, *sizes: float, loss: float = 1.0) -> "Run":
@@ -128,7 +129,7 @@ def poisoned(state: Any, number: float) -> Any:
 def test_silent_death_is_found_told_and_ended(number: float, reason: str) -> None:
     adam = optax.adam(0.1)
     bare_params, bare_state = PARAMS, poisoned(adam.init(PARAMS), number)
-    bare_step = jax.jit(lambda p, s: adam.update(constant(0.5), s, p))
+    bare_step = quick_jit(lambda p, s: adam.update(constant(0.5), s, p))
     for _ in range(50):
         updates, bare_state = bare_step(bare_params, bare_state)
         bare_params = optax.apply_updates(bare_params, updates)
@@ -198,7 +199,7 @@ def test_back_off_never_falls_below_its_lowest() -> None:
 def test_back_off_alone_scales_zeroes_what_is_not_finite_and_asks_for_no_loss() -> None:
     tx = optax.chain(optax.sgd(1.0), og.back_off(0.5, recover_after=2, diverged=2.0))
     state, one = tx.init(PARAMS), constant(1.0)
-    step = jax.jit(tx.update)
+    step = quick_jit(tx.update)
     updates, state = step(constant(NAN), state)
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(updates))
     updates, state = step(one, state)
@@ -281,7 +282,7 @@ def test_when_rewinds_do_not_help_the_guard_halts_and_says_why() -> None:
 def test_spikes_noise_and_a_missing_loss_lead_nowhere() -> None:
     rng = np.random.default_rng(0)
     watch, above = empty_watch(), []
-    step = jax.jit(lambda w, v: watch_loss(w, v, jnp.ones((), bool)))
+    step = quick_jit(lambda w, v: watch_loss(w, v, jnp.ones((), bool)))
     for i in range(600):
         loss = 2.0 / (1 + 0.05 * i) * np.exp(0.3 * rng.standard_normal()) + 0.05
         loss = 1e6 if i % 97 < 5 and i > 60 else NAN if i % 50 == 7 else loss

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 
 import optax_guard as og
 
@@ -30,7 +31,7 @@ def replay(**arguments: Any) -> Any:
         updates, state = tx.update(norm[None], state, value=loss)
         return state, (updates[0] != norm, state)
 
-    return jax.jit(lambda norms, losses: jax.lax.scan(body, tx.init(None), (norms, losses))[1])
+    return quick_jit(lambda norms, losses: jax.lax.scan(body, tx.init(None), (norms, losses))[1])
 
 
 def refused(norms: Any, losses: Any = None, **arguments: Any) -> np.ndarray:
@@ -223,7 +224,7 @@ def test_counters_come_back_before_they_overflow() -> None:
 def guarded_step(patience: int = 10) -> Any:
     tx = og.guard(optax.sgd(0.1), og.skip_spikes(on="loss"), patience=patience, halt_after=20)
     params = jnp.ones(2)
-    step = jax.jit(lambda params, state, loss: og.apply_gradients(tx, jnp.ones(2), state, params, value=loss))
+    step = quick_jit(lambda params, state, loss: og.apply_gradients(tx, jnp.ones(2), state, params, value=loss))
     return step, params, tx.init(params)
 
 
@@ -265,7 +266,7 @@ def test_a_missing_loss_is_an_error_that_names_value_when_traced(on: str) -> Non
 def test_auto_without_a_loss_judges_the_norm() -> None:
     tx = og.skip_spikes()
     state = tx.init(None)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     for norm in NOISES["quiet"][:30].astype(np.float32):
         _, state = update(norm[None], state)
     assert update(jnp.full(1, 100.0), state)[0] == 0

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 
 import optax_guard as og
 
@@ -27,7 +28,7 @@ def norm(tree: Any) -> float:
 
 
 def once(tx: optax.GradientTransformation, updates: Any, params: Any = PARAMS) -> Any:
-    return jax.jit(lambda u: tx.update(u, tx.init(params), params)[0])(updates)
+    return quick_jit(lambda u: tx.update(u, tx.init(params), params)[0])(updates)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e12])
@@ -102,7 +103,7 @@ def replay(norms: np.ndarray, **arguments: Any) -> np.ndarray:
         update, state = tx.update(x[None], state)
         return state, (update[0], state)
 
-    updates, states = jax.jit(lambda xs: jax.lax.scan(body, tx.init(None), xs)[1])(np.asarray(norms, np.float32))
+    updates, states = quick_jit(lambda xs: jax.lax.scan(body, tx.init(None), xs)[1])(np.asarray(norms, np.float32))
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(states))
     return np.asarray(updates)
 
