@@ -10,10 +10,10 @@ from running import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.marked import marked, put  # noqa: E402 (after the path is set)
-from benchmarks.performance.measure import Row  # noqa: E402 (after the path is set)
-from benchmarks.performance.page import Record, plain, read_records, regions  # noqa: E402 (after the path is set)
-from benchmarks.performance.programs import kernels  # noqa: E402 (after the path is set)
+from benchmarks.marked import marked, put
+from benchmarks.performance.measure import Row
+from benchmarks.performance.page import Record, plain, read_records, regions
+from benchmarks.performance.programs import kernels
 
 
 def test_the_short_run_measures_and_ends_in_the_targets() -> None:

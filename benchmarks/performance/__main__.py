@@ -1,12 +1,12 @@
 """The performance record, from measurement to page.
 
     python -m benchmarks.performance                     # everything, some 25 minutes on two cores; make bench
-    python -m benchmarks.performance --quick             # small trees, few rounds: checks that it runs, not a measurement
+    python -m benchmarks.performance --quick             # small trees, few rounds: does it run? No measurement
     python -m benchmarks.performance --only updates      # one part; its rows replace those in the results
     python -m benchmarks.performance --write-pages       # measures nothing: results -> pages and pictures
 
-Run it from the root of the repository. It writes `benchmarks/results/performance-*.json`, `docs/performance.md` with its
-pictures, and the tables of the README and of other pages that quote it.
+Run it from the root of the repository. It writes `benchmarks/results/performance-*.json`, `docs/performance.md` with
+its pictures, and the tables of the README and of other pages that quote it.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def measurements(quick: bool, rounds: int) -> tuple[str, dict[str, Callable[[], 
         "noise": lambda: noise_rows(*tree(), rounds),
         "accumulation": lambda: accumulation_rows(*tree(), rounds, width=64 if quick else 1024),
         "programs": lambda: program_rows(*tree()),
-        "training": lambda: training_rows(*((16, 1, (1,)) if quick else (256, 4, (4, 32))), rounds),
+        "training": lambda: training_rows(*((16, 1, (1,)) if quick else (256, 4, (4, 16))), rounds),
         "pytorch": lambda: pytorch_rows(*tree(), rounds),
         "leaves": leaves,
         "parameters": parameters,

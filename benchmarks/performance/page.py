@@ -140,8 +140,8 @@ def settings(records: list[Record]) -> str:
     for record in records:
         s = record.setting
         lines.append(
-            f"- {record.title}: {s['tree']}; {s['device']}; optax {s['optax']}, Python {s['python']}; {s['rounds']} rounds "
-            f"(`benchmarks/results/{record.name}.json`)."
+            f"- {record.title}: {s['tree']}; {s['device']}; optax {s['optax']}, Python {s['python']}; "
+            f"{s['rounds']} rounds (`benchmarks/results/{record.name}.json`)."
         )
     return "\n".join(lines)
 

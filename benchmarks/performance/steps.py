@@ -87,7 +87,8 @@ def recovery_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     """The rungs of the ladder beside a clip, over the clip alone.
 
     A round is ten steps and holds one look at the moments and one snapshot where `every ten steps` is said, and none
-    where it is not: the first is what they cost, ten times as often as by default, the second what waiting for them does.
+    where it is not: the first is what they cost, ten times as often as by default, the second what waiting for them
+    costs.
     """
     adamw, clip = optax.adamw(1e-3), og.clip_by_global_norm(1.0)
     often = (og.reset_moments(check_every=10), og.back_off(), og.rewind(every=10, keep=1))

@@ -14,7 +14,7 @@ from benchmarks.performance.measure import Row, compare, say, take_turns
 __all__ = ["training_rows"]
 
 PyTree = Any
-_VOCABULARY, _CONTEXT, _STEPS = 96, 128, 2
+_VOCABULARY, _CONTEXT = 96, 128
 
 
 def training_rows(width: int, layers: int, batches: tuple[int, ...], rounds: int) -> list[Row]:
@@ -66,8 +66,8 @@ def training_rows(width: int, layers: int, batches: tuple[int, ...], rounds: int
     return rows
 
 
-def _training(tx: Any, loss_fn: Callable[..., jax.Array], start: PyTree, tokens: jax.Array) -> Callable[[], None]:
-    """A turn of a few whole steps."""
+def _training(tx: Any, loss_fn: Callable[..., jax.Array], start: PyTree, tokens: jax.Array) -> Callable[[], Any]:
+    """A turn is one whole step."""
 
     def step(params: PyTree, state: PyTree, tokens: jax.Array) -> tuple[PyTree, PyTree]:
         loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
@@ -78,18 +78,13 @@ def _training(tx: Any, loss_fn: Callable[..., jax.Array], start: PyTree, tokens:
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*live, tokens).compile()
 
     def turn() -> None:
-        for _ in range(_STEPS):
-            live[:] = compiled(*live, tokens)
+        live[:] = compiled(*live, tokens)
         jax.block_until_ready(live)
 
     return turn
 
 
-def _gradient(loss_fn: Callable[..., jax.Array], params: PyTree, tokens: jax.Array) -> Callable[[], None]:
+def _gradient(loss_fn: Callable[..., jax.Array], params: PyTree, tokens: jax.Array) -> Callable[[], Any]:
     compiled = jax.jit(jax.value_and_grad(loss_fn)).lower(params, tokens).compile()
 
-    def turn() -> None:
-        for _ in range(_STEPS):
-            jax.block_until_ready(compiled(params, tokens))
-
-    return turn
+    return lambda: jax.block_until_ready(compiled(params, tokens))
