@@ -80,10 +80,12 @@ def say(text: str) -> None:
 
 def transformer_tree(width: int, layers: int, vocabulary: int, dtype: Any = np.float32) -> PyTree:
     """Parameters in the shapes of a decoder-only transformer, 16 leaves a layer."""
-    rng = np.random.default_rng(0)
+    noise = 0.02 * np.random.default_rng(0).standard_normal(
+        2**16, np.float32
+    )  # over and over: drawing 300 M takes long
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32) * 0.02, dtype)
+        return jnp.asarray(np.resize(noise, shape), dtype)
 
     def layer() -> PyTree:
         attention = {name: {"kernel": normal(width, width), "bias": normal(width)} for name in "qkvo"}

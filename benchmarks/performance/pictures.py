@@ -53,7 +53,7 @@ def _ratios(record: Record) -> Any:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("ratio of medians")
-    legend = [Patch(color=colour, label=name) for name, colour in _COLOURS.items()]
+    legend: list[Any] = [Patch(color=colour, label=name) for name, colour in _COLOURS.items()]
     legend.append(
         Line2D([], [], marker="|", color="black", markersize=11, markeredgewidth=2.2, linestyle="", label="target")
     )

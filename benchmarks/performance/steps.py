@@ -106,8 +106,8 @@ def recovery_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     t = race(arms, grads, max(rounds // 2, 3), calls=10)
     rows = [compare("recovery", f"{name}, over `guard(adamw, clip)`", t[name], t["clip"]) for name in ladders]
     between, at_ten = rows[-1], rows[-2]
-    each = [b + (a - b) / 10 for a, b in zip(at_ten[2:5], between[2:5], strict=True)]
-    return [*rows, Row("recovery", "all three, every hundred steps (from the two before)", *each)]
+    value, low, high = (b + (a - b) / 10 for a, b in zip(at_ten[2:5], between[2:5], strict=True))
+    return [*rows, Row("recovery", "all three, every hundred steps (from the two before)", value, low, high)]
 
 
 def update_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
