@@ -69,7 +69,7 @@ def measurements(quick: bool, rounds: int) -> tuple[str, dict[str, Callable[[], 
         return params, jax.tree.map(lambda x: 0.01 * jnp.cos(100 * x), params)
 
     def leaves() -> list[Row]:
-        numbers = {10: 2, 30: 1} if quick else LEAVES
+        numbers = {4: 1, 8: 1} if quick else LEAVES
         return [row for n, times in numbers.items() for row in leaf_rows(n, times, min(rounds, 9))]
 
     def parameters() -> list[Row]:
