@@ -130,7 +130,11 @@ def curves(record: Record, part: str) -> str:
     lines = ["| " + " | ".join([part, *names]) + " |", "|---" * (len(names) + 1) + "|"]
     for at in places:
         where = f"{at / 1e6:.3g} M" if at >= 1e6 or part == "parameters" else f"{at:g}"
-        lines.append("| " + " | ".join([where, *(cell(points[name, at]) for name in names)]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([where, *(cell(points[name, at]) if (name, at) in points else "" for name in names)])
+            + " |"
+        )
     return "\n".join(lines)
 
 
