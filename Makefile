@@ -2,12 +2,13 @@
 # make test   the whole test suite          make lint   format, lint, types
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
 # make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
-# make bench  the overhead table (results in benchmarks/results/)
+# make bench  the performance record: docs/performance.md, its pictures and numbers, some 25 minutes
+# make bench-histories  the table of docs/adaptive.md, two minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test lint bench docs api conformance clean
+.PHONY: demo article test lint bench bench-histories docs api conformance clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -27,8 +28,10 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/norm_histories.py
+	$(BIN)/python -m benchmarks.performance
+
+bench-histories: $(VENV)/.installed
+	$(BIN)/python benchmarks/norm_histories.py --write-docs
 
 api: $(VENV)/.installed
 	$(BIN)/python docs/build_api.py

@@ -1,6 +1,7 @@
 """All adaptive rules side by side on the same histories of gradient norms, worst cases included.
 
     python benchmarks/norm_histories.py           # about two minutes on two free cores; writes to benchmarks/results/
+    python benchmarks/norm_histories.py --write-docs   # also the table of docs/adaptive.md; make bench-histories
     python benchmarks/norm_histories.py --quick   # few histories: checks that it runs, not a measurement
 
 One scalar a step, the norm; the usual norm is 1. Ten kinds of noise (lognormal with a log deviation of 0.05 to 0.7,
@@ -25,25 +26,26 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]  # the histories a
 from histories import Run, noise, runner, with_bad_steps, with_burst, with_shift  # noqa: E402 (after the path is set)
 
 import optax_guard as og  # noqa: E402 (after the path is set)
+from benchmarks.marked import put  # noqa: E402 (after the path is set)
 
 STEPS, EVENT = 700, 250
 GRID = tuple(np.linspace(-9, 15, 97))  # log norms tried for the threshold of rules that skip, or clip below it
 ONE = (60.0,)
-COLUMNS = {
-    "touched": "touched, healthy: mean / worst kind (%)",
-    "touched_20": "the same, first 20 steps (%)",
-    "burst_passed": "5 spikes x1e6: passed",
-    "quiet_passed": "the same where the noise is small (log deviation 0.05)",
-    "burst_threshold": "threshold after them",
-    "early_passed": "1-5 spikes in steps 2-20: passed, median / 98 %",
-    "first_spikes": "first 1-5 norms spikes: steps until within x2",
-    "up": "x100 up: steps until within x2",
-    "down": "/100: steps until within x2",
-    "explosion": "x1e6 for good: passed 20 / 50 steps later (median)",
-    "first_low": "first norm x10-1e4 too low: steps until over",
-    "nan": "1 % NaN or Inf: healthy steps touched (%)",
-    "real_touched": "real norms: touched, mean / worst (%)",
-    "real_passed": "real norms, 3 spikes x1e6: passed over the usual, median / worst",
+COLUMNS = {  # the head of the column, and what it is
+    "touched": ("touched (%)", "touched, healthy: mean / worst kind (%)"),
+    "touched_20": ("first 20 steps (%)", "the same, first 20 steps (%)"),
+    "burst_passed": ("burst: passed", "5 spikes x1e6: passed"),
+    "quiet_passed": ("burst, quiet run", "the same where the noise is small (log deviation 0.05)"),
+    "burst_threshold": ("threshold after", "threshold after them"),
+    "early_passed": ("early burst", "1-5 spikes in steps 2-20: passed, median / 98 %"),
+    "first_spikes": ("first spikes", "first 1-5 norms spikes: steps until within x2"),
+    "up": ("x100 up", "x100 up: steps until within x2"),
+    "down": ("/100", "/100: steps until within x2"),
+    "explosion": ("explosion", "x1e6 for good: passed 20 / 50 steps later (median)"),
+    "first_low": ("first low", "first norm x10-1e4 too low: steps until over"),
+    "nan": ("1 % NaN (%)", "1 % NaN or Inf: healthy steps touched (%)"),
+    "real_touched": ("real, touched (%)", "real norms: touched, mean / worst (%)"),
+    "real_passed": ("real, passed", "real norms, 3 spikes x1e6: passed over the usual, median / worst"),
 }
 
 
@@ -155,11 +157,13 @@ def shown(number: float) -> str:
 
 def table(results: dict[str, dict[str, tuple[float, float]]]) -> str:
     """Markdown."""
-    lines = ["| rule | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    heads = [head for head, _ in COLUMNS.values()]
+    lines = ["| rule | " + " | ".join(heads) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for label, row in results.items():
         cells = [f"{shown(row[c][0])} / {shown(row[c][1])}" for c in COLUMNS]
         lines.append(f"| `{label}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines += ["", "| column | what it is |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {head} | {what} |" for head, what in COLUMNS.values())])
 
 
 def main() -> None:
@@ -167,7 +171,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few histories: checks that it runs")
     parser.add_argument("--histories", type=int, default=20, help="of each of the ten kinds of noise (default 20)")
+    parser.add_argument("--write-docs", action="store_true", help="also writes the table of docs/adaptive.md")
     arguments = parser.parse_args()
+    if arguments.quick and arguments.write_docs:
+        parser.error("--write-docs needs the full run")
     if arguments.histories < 1:
         parser.error("--histories must be at least 1")
     base, real = noise(2 if arguments.quick else arguments.histories, STEPS), real_norms()
@@ -177,11 +184,20 @@ def main() -> None:
     for i, method in enumerate(chosen, 1):
         results[method.label] = measure(method, base, real)
         print(f"[{i:2d}/{len(chosen)}] {time.monotonic() - began:4.0f} s  {method.label}", file=sys.stderr, flush=True)
-    print(table(results))
+    text = table(results)
+    print(text)
+    if arguments.write_docs:
+        put(HERE.parent / "docs" / "adaptive.md", "histories", text)
     if not arguments.quick:
         named = {label: {c: [shown(x) for x in pair] for c, pair in row.items()} for label, row in results.items()}
         versions = {"jax": jax.__version__, "python": platform.python_version()}
-        out = {"columns": COLUMNS, "histories": len(base), "steps": STEPS, "versions": versions, "rows": named}
+        out = {
+            "columns": {key: what for key, (_, what) in COLUMNS.items()},
+            "histories": len(base),
+            "steps": STEPS,
+            "versions": versions,
+            "rows": named,
+        }
         (HERE / "results" / "norm-histories.json").write_text(json.dumps(out, indent=1) + "\n")
 
 

@@ -245,7 +245,7 @@ def guard(
         if plan is not None:
             applied = applied & ~plan.replaces
         # The order of the branches decides a factor of 5: with `lax.cond(skip, hold, act)` jax 0.10 copies all that
-        # the branches alias (4.7 to 5.7 times a bare AdamW step, against 1.1 to 1.3; benchmarks/overhead.py).
+        # the branches alias (4.7 to 5.7 times a bare AdamW step, against 1.1 to 1.3; `make bench`).
         result, new_state, bad_leaf = lax.cond(applied, act, hold)
         happened = applied & (bad_leaf < 0)
 

@@ -1,0 +1,164 @@
+"""The performance record, from measurement to page.
+
+    python -m benchmarks.performance                     # everything, some 25 minutes on two cores; make bench
+    python -m benchmarks.performance --quick             # small trees, few rounds: does it run? No measurement
+    python -m benchmarks.performance --only updates      # one part; its rows replace those in the results
+    python -m benchmarks.performance --write-pages       # measures nothing: results -> pages and pictures
+
+Run it from the root of the repository. It writes `benchmarks/results/performance-*.json`, `docs/performance.md` with
+its pictures, and the tables of the README and of other pages that quote it.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.performance.accumulation import accumulation_rows
+from benchmarks.performance.measure import Row, say, size_of, transformer_tree, versions
+from benchmarks.performance.page import (
+    GPU_TARGETS,
+    ROOT,
+    Record,
+    read_records,
+    terminal_table,
+    write_pages,
+    write_record,
+)
+from benchmarks.performance.programs import gpu_rows, program_rows
+from benchmarks.performance.pytorch import pytorch_rows
+from benchmarks.performance.scaling import import_rows, leaf_rows, parameter_rows
+from benchmarks.performance.steps import (
+    guard_rows,
+    noise_rows,
+    proximal_rows,
+    recovery_rows,
+    rule_rows,
+    update_rows,
+)
+from benchmarks.performance.training import training_rows
+
+LEAVES = {10: 5, 100: 5, 1000: 3, 3000: 1}  # how many leaves: how often compiled
+MILLIONS = (1, 3, 10, 30, 100, 300)
+PARTS = (
+    "guard",
+    "rules",
+    "recovery",
+    "updates",
+    "proximal",
+    "noise",
+    "accumulation",
+    "programs",
+    "training",
+    "pytorch",
+    "leaves",
+    "parameters",
+    "import",
+    "gpu",
+)
+
+
+def measurements(quick: bool, rounds: int) -> tuple[str, dict[str, Callable[[], list[Row]]]]:
+    """What the tree is, and part -> how to measure it. The tree is made when a part begins and freed when it ends."""
+    width, layers, vocabulary = (32, 0, 512) if quick else (640, 12, 24_000)
+
+    def tree() -> tuple[Any, Any]:
+        params = transformer_tree(width, layers, vocabulary)
+        return params, jax.tree.map(lambda x: 0.01 * jnp.cos(100 * x), params)
+
+    def leaves() -> list[Row]:
+        numbers = {4: 1, 8: 1} if quick else LEAVES
+        return [row for n, times in numbers.items() for row in leaf_rows(n, times, min(rounds, 9))]
+
+    def parameters() -> list[Row]:
+        sizes = (
+            ((0.1, rounds), (0.3, rounds))
+            if quick
+            else ((m, rounds if m < 100 else max(rounds // 3, 3)) for m in MILLIONS)
+        )
+        return [row for millions, times in sizes for row in parameter_rows(millions, layers, times)]
+
+    parts = {
+        "guard": lambda: guard_rows(*tree(), rounds),
+        "rules": lambda: rule_rows(*tree(), rounds),
+        "recovery": lambda: recovery_rows(*tree(), rounds),
+        "updates": lambda: update_rows(*tree(), rounds),
+        "proximal": lambda: proximal_rows(*tree(), rounds),
+        "noise": lambda: noise_rows(*tree(), rounds),
+        "accumulation": lambda: accumulation_rows(*tree(), rounds, width=64 if quick else 1024),
+        "programs": lambda: program_rows(*tree()),
+        "training": lambda: training_rows(*((16, 1, (1,)) if quick else (256, 4, (4, 16))), rounds),
+        "pytorch": lambda: pytorch_rows(*tree(), rounds),
+        "leaves": leaves,
+        "parameters": parameters,
+        "import": lambda: import_rows(1 if quick else 7),
+        "gpu": lambda: gpu_rows(*tree(), rounds) if jax.default_backend() == "gpu" else [],
+    }
+    params = tree()[0]
+    size = f"{size_of(params) / 4e6:.1f} M float32 parameters in {len(jax.tree.leaves(params))} leaves"
+    return size, parts
+
+
+def write_all(record: Record) -> None:
+    """Pictures and pages."""
+    try:
+        from benchmarks.performance.pictures import draw
+    except ImportError as error:
+        say(f"no pictures: {error}")
+    else:
+        for file in draw(record, ROOT / "docs"):
+            say(f"wrote docs/{file.name}")
+    write_pages(read_records())
+    say("wrote docs/performance.md and the tables of the pages that quote it")
+
+
+def summary(rows: list[Row]) -> str:
+    """Every target against what was measured."""
+    lines = ["Targets (ratios of interleaved medians, quartiles of single rounds):", ""]
+    lines.append(terminal_table([row for row in rows if row.target is not None]))
+    if not any(row.part == "gpu" for row in rows):
+        lines.append(f"{GPU_TARGETS[0]:88s} not measured: no GPU here")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description="What a guarded step costs, as ratios of medians.")
+    parser.add_argument("--quick", action="store_true", help="small trees and few rounds; writes nothing")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per row (default: 15)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="some parts; their rows replace those in the results")
+    parser.add_argument("--write-pages", action="store_true", help="only writes pages and pictures from the results")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if options.write_pages:
+        for record in read_records():
+            write_all(record)
+        return
+    rounds = options.rounds
+    if options.quick:
+        rounds = 3
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of what a short run does
+    tree, parts = measurements(options.quick, rounds)
+    setting = {"tree": tree, **versions(), "rounds": rounds}
+    name = f"performance-{jax.devices()[0].platform}-jax{jax.__version__}"
+    print("; ".join(f"{key} {value}" for key, value in setting.items()), flush=True)
+    chosen, rows = options.only or PARTS, []
+    old = {row.what: row for record in read_records() if record.name == name for row in record.rows}
+    for number, part in enumerate(chosen, 1):
+        say(f"[{number}/{len(chosen)}] {part}")
+        new = parts[part]()
+        rows += new
+        print(terminal_table([row for row in new if not row.series]), flush=True)
+        old |= {row.what: row for row in new}
+        if not options.quick:  # after each part, so that a run that is cut off is not lost
+            write_record(Record(name, setting, list(old.values()) if options.only or number < len(PARTS) else rows))
+    if not options.quick:
+        write_all(next(record for record in read_records() if record.name == name))
+    print("\n" + summary(rows))
+
+
+if __name__ == "__main__":
+    main()
