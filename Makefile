@@ -3,12 +3,13 @@
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
 # make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/performance.md, its pictures and numbers, some 25 minutes
+# make bench-stability  StabilityBench: docs/stability_bench.md, its pictures and numbers, an hour on two cores
 # make bench-histories  the table of docs/adaptive.md, two minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test lint bench bench-histories docs api conformance clean
+.PHONY: demo article test lint bench bench-stability bench-histories docs api conformance clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -29,6 +30,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.performance
+
+bench-stability: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.stability
 
 bench-histories: $(VENV)/.installed
 	$(BIN)/python benchmarks/norm_histories.py --write-docs

@@ -14,6 +14,7 @@ Function                     Take it for
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -181,7 +182,9 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
         return look
     total = jnp.sum(look.sum_squares)
     trouble = ~jnp.isfinite(total) | (total < _SMALL)
-    return lax.cond(trouble, lambda: _second_look(tree, axis_name), lambda: look)
+    # Operands, and functions that are the same at each call: outside of jit, fresh lambdas would be compiled anew.
+    leaves = [x if is_gradient(x) else None for x in positions(tree)]
+    return lax.cond(trouble, _second_look_along(axis_name), _keep_first_look, leaves, look)
 
 
 def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array:
@@ -237,9 +240,19 @@ def _sum_squares(leaves: list[Any]) -> jax.Array:
     return ordered if order + rest == list(range(len(leaves))) else ordered[np.argsort(order + rest)]
 
 
-def _second_look(tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
+def _keep_first_look(leaves: list[Any], look: GradientStatistics) -> GradientStatistics:
+    del leaves
+    return look
+
+
+@functools.cache
+def _second_look_along(axis_name: AxisName | None) -> Callable[[list[Any], GradientStatistics], GradientStatistics]:
+    return functools.partial(_second_look, axis_name=axis_name)
+
+
+def _second_look(leaves: list[Any], look: GradientStatistics, axis_name: AxisName | None) -> GradientStatistics:
     """Sums of squares of the leaves divided by (the power of two below) their largest element."""
-    leaves = positions(tree)
+    del look
     sums, magnitudes = [], []
     for x in leaves:
         if not is_gradient(x) or x.size == 0:

@@ -37,7 +37,7 @@ def setting(size: Size) -> dict[str, Any]:
         "seeds": list(range(size.seeds)),
         "tuning_seed": size.seeds,
         "rates": list(size.rates),
-        "command": "make bench-stability",
+        "file": results_file().name,
     }
 
 

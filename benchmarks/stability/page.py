@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.marked import put
 from benchmarks.stability import pictures
 from benchmarks.stability.faults import BASES, FAULTS, MICRO_FAULTS
 from benchmarks.stability.measures import alive, best_loss, equal_best, interval, regret, sensitivity
@@ -16,7 +17,6 @@ from benchmarks.stability.tasks import HELD_OUT, TASKS
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 PAGE = DOCS / "stability_bench.md"
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 Results = dict[str, Any]
 
 
@@ -192,7 +192,7 @@ def generated(results: Results) -> str:
     parts = [
         f"Measured with `make bench-stability` on {results['setting']['device']} ({versions}), "
         f"{len(results['setting']['seeds'])} seeds, {seconds / 3600:.1f} core hours; "
-        f"`benchmarks/results/{results_file().name}`.",
+        f"`benchmarks/results/{results['setting']['file']}`.",
         "### Regret over all learning rates, default settings",
         regret_table(results, "default"),
         "### The same, each method at the best setting of its grid",
@@ -212,9 +212,7 @@ def generated(results: Results) -> str:
 
 def write_page(results: Results) -> None:
     """Puts the tables between the marks of the docs page; the words around them are a person's."""
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{generated(results)}\n\n{END}{rest.split(END)[1]}")
+    put(PAGE, "tables", generated(results))
 
 
 def table(results: Results) -> str:
