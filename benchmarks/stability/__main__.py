@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     methods = names(options.methods or (",".join(QUICK_METHODS) if options.quick else None), METHODS)
     bases = [x.removeprefix("faults:") for x in where if x.startswith("faults:")]
     pairs = jobs([x for x in where if x in TASKS], bases, methods)
-    cells = run_all(pairs, size, options.workers, options.fresh or options.quick, console)
+    cells = run_all(pairs, size, options.workers, options.fresh or options.quick, not options.quick, console)
     if options.quick:
         console.print(table({"setting": setting(size), "cells": cells}), highlight=False)
         return

@@ -29,8 +29,10 @@ def pin(queue: Any) -> None:
         os.sched_setaffinity(0, {queue.get()})
 
 
-def run_all(pairs: list[tuple[str, str]], size: Size, workers: int, fresh: bool, console: Console) -> dict[str, Any]:
-    """All cells, from the disk or run now."""
+def run_all(
+    pairs: list[tuple[str, str]], size: Size, workers: int, fresh: bool, keep: bool, console: Console
+) -> dict[str, Any]:
+    """All cells, from the disk (unless `fresh`) or run now (and written to it, if `keep`)."""
     CELLS.mkdir(parents=True, exist_ok=True)
     paths = {(w, m): CELLS / f"{w.replace(':', '-')}.{m}.{fingerprint(w, m, size)}.json" for w, m in pairs}
     cells = {} if fresh else {pair: json.loads(p.read_text()) for pair, p in paths.items() if p.exists()}
@@ -53,6 +55,7 @@ def run_all(pairs: list[tuple[str, str]], size: Size, workers: int, fresh: bool,
             where, method = pair = waiting[done]
             cell, seconds = done.result()
             cells[pair] = cell | {"seconds": round(seconds, 1)}
-            paths[pair].write_text(json.dumps(cells[pair]))
+            if keep:
+                paths[pair].write_text(json.dumps(cells[pair]))
             progress.update(bar, advance=1, description=f"{where}, {METHODS[method].title}: {seconds:.0f} s")
     return {f"{where} {method}": cells[where, method] for where, method in pairs}
