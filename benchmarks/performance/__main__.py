@@ -40,7 +40,7 @@ from benchmarks.performance.steps import (
 )
 from benchmarks.performance.training import training_rows
 
-LEAVES = {10: 5, 100: 5, 1000: 3, 3000: 1}  # how many leaves: how often compiled
+LEAVES = {10: 5, 100: 5, 1000: 2, 3000: 1}  # how many leaves: how often compiled
 MILLIONS = (1, 3, 10, 30, 100, 300)
 PARTS = (
     "guard",
