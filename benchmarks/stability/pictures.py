@@ -11,7 +11,7 @@ from benchmarks.stability.cells import EVERY_CURVE
 from benchmarks.stability.faults import START
 from benchmarks.stability.measures import capped
 from benchmarks.stability.methods import METHODS
-from benchmarks.stability.tasks import HELD_OUT, TASKS
+from benchmarks.stability.tasks import HELD_OUT, RATES, TASKS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,13 +59,8 @@ def loss_by_rate(tables: dict[str, dict[str, Any]], path: Path) -> None:
                 if name not in table:
                     continue
                 losses = capped(table[name])
-                rates = (
-                    np.geomspace(3e-4, 3e-1, len(losses))
-                    if len(losses) != 7
-                    else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-                )
-                axis.plot(rates, losses.mean(1), line, color=color, lw=1.6, label=METHODS[name].title)
-                axis.fill_between(rates, losses.min(1), losses.max(1), color=color, alpha=0.12, lw=0)
+                axis.plot(RATES, losses.mean(1), line, color=color, lw=1.6, label=METHODS[name].title)
+                axis.fill_between(RATES, losses.min(1), losses.max(1), color=color, alpha=0.12, lw=0)
             axis.set(xscale="log")
             if task in ("temporal_order", "digits_float16", "digits_bfloat16", "deep_mlp", "adding"):
                 axis.set(yscale="log")
