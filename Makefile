@@ -3,7 +3,7 @@
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
 # make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/performance.md, its pictures and numbers, some 25 minutes
-# make bench-stability  StabilityBench: docs/stability_bench.md, its pictures and numbers, an hour on two cores
+# make bench-stability  StabilityBench: docs/stability_bench.md, its pictures and numbers, 2.3 core hours
 # make bench-histories  the table of docs/adaptive.md, two minutes
 PYTHON ?= python3
 VENV ?= .venv

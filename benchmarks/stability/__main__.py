@@ -1,6 +1,6 @@
 """Runs StabilityBench: every method on every task and under every fault, then the tables, pictures and page.
 
-    make bench-stability                            # everything: less than an hour on two free cores
+    make bench-stability                            # everything: 2.3 core hours on a busy machine
     python -m benchmarks.stability --quick          # a few cells, cut short: checks that it runs, writes nothing
     python -m benchmarks.stability --methods stabilize --fresh     # one method anew
     python -m benchmarks.stability --page           # the tables and pictures again, from the results file

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.stability.faults import BASES, FAULTS, MICRO_FAULTS, START, Fault, base_task, stacked
+from benchmarks.stability.faults import BASES, BATCH, FAULTS, MICRO_FAULTS, START, Fault, base_task, stacked
 from benchmarks.stability.measures import spike_share, steps_to_recover
 from benchmarks.stability.methods import EVERY, METHODS, Method
 from benchmarks.stability.tasks import RATES, TASKS, Task, digits, rows_of
@@ -98,7 +98,7 @@ def _faults(base: str, method: Method, size: Size) -> dict[str, Any]:
     """Every fault and seed, on whole batches and on micro-batches."""
     task = base_task(base)
     whole = _fault_rows(task, method, method.make, base, FAULTS, size)
-    small = task._replace(batch=rows_of(digits(centred=True)[0], 32 // EVERY))
+    small = task._replace(batch=rows_of(digits(centred=True)[0], BATCH // EVERY))
     parts = _fault_rows(small, method, method.accumulated, base, MICRO_FAULTS, size)
     return {"faults": whole | {"micro_nan": parts["micro_nan"]}}
 

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.stability.tasks import Task, cross_entropy, digits, momentum
+from benchmarks.stability.tasks import Task, cross_entropy, digits, flax_task, momentum, rows_of
 from optax_guard.models import MLP
 
 PyTree = Any
 START, STEPS, BATCH = 200, 400, 32
-EVERY_PART = 4  # micro-batches in a step of the second table
 
 
 class Fault(NamedTuple):
@@ -189,33 +188,26 @@ def corrupt(grads: PyTree, row: Fault) -> PyTree:
     return jax.tree.unflatten(structure, leaves)
 
 
+def weighted_cross_entropy(logits: jax.Array, batch: Any) -> jax.Array:
+    """The mean over examples of a batch that `spoil` made."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]) * batch[2])
+
+
 def base_task(optimizer: str) -> Task:
     """The training that faults are injected into: digits, an MLP, a good learning rate."""
-    from flax import nnx
-
-    from benchmarks.stability.tasks import flax_task, rows_of
-
     train, test = digits(centred=True)
     adam = optimizer == "adam"
-    task = flax_task(
+    return flax_task(
         f"digits, MLP, {'Adam' if adam else 'SGD'}",
         lambda rngs: MLP((64, 32, 32, 10), rngs=rngs),
         cross_entropy,
+        objective=weighted_cross_entropy,
         optimizer=optax.adam if adam else momentum,
         second_moment=adam,
         batch=rows_of(train, BATCH),
         test=test,
         steps=STEPS,
     )
-    graph = nnx.graphdef(nnx.eval_shape(lambda: MLP((64, 32, 32, 10), rngs=nnx.Rngs(0))))
-
-    def loss_fn(params: PyTree, batch: Any) -> tuple[jax.Array, jax.Array]:
-        inputs, labels, weights = batch
-        net: Any = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
-        losses = optax.softmax_cross_entropy_with_integer_labels(net(inputs), labels)
-        return jnp.mean(losses * weights), jnp.mean(losses)
-
-    return task._replace(loss_fn=loss_fn)
 
 
 BASES = {"adam": 1e-3, "sgd": 0.03}  # optimizer -> learning rate

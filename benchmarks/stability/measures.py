@@ -75,6 +75,12 @@ def regret(runs: dict[str, Any], best: float) -> np.ndarray:
     return (np.mean(losses, axis=0) - best) / np.maximum(initial - best, 1e-12)
 
 
+def fault_gaps(row: dict[str, Any]) -> np.ndarray:
+    """What a fault added to the final loss of every seed; infinite where the parameters are not finite."""
+    pairs = zip(row["gap"], row["finite"], strict=True)
+    return np.array([np.inf if gap is None or not fine else gap for gap, fine in pairs])
+
+
 def equal_best(scores: dict[str, np.ndarray]) -> set[str]:
     """The method with the lowest mean, and all whose paired difference to it has an interval with 0 in it."""
     means = {name: float(np.mean(x)) for name, x in scores.items() if np.isfinite(x).all()}

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.marked import put
 from benchmarks.stability import pictures
 from benchmarks.stability.faults import BASES, FAULTS, MICRO_FAULTS
-from benchmarks.stability.measures import alive, best_loss, equal_best, interval, regret, sensitivity
+from benchmarks.stability.measures import alive, best_loss, equal_best, fault_gaps, interval, regret, sensitivity
 from benchmarks.stability.methods import METHODS
 from benchmarks.stability.tasks import HELD_OUT, TASKS
 
@@ -119,12 +119,6 @@ def fault_table(results: Results, base: str) -> str:
         alarms = 100 * np.mean(row["clean"]["touched"])
         rows.append([f"`{METHODS[name].title}`", f"{np.mean(row['clean']['final']):.3f}", f"{alarms:.1f}", *cells])
     return markdown(["method", "clean loss", "touched when clean, %", *map(fault_title, faults)], rows)
-
-
-def fault_gaps(row: dict[str, Any]) -> np.ndarray:
-    """Of every seed; infinite where the parameters are not finite."""
-    pairs = zip(row["gap"], row["finite"], strict=True)
-    return np.array([np.inf if gap is None or not fine else gap for gap, fine in pairs])
 
 
 def compared(gaps: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.stability.cells import EVERY_CURVE
 from benchmarks.stability.faults import START
-from benchmarks.stability.measures import capped
+from benchmarks.stability.measures import capped, fault_gaps
 from benchmarks.stability.methods import METHODS
 from benchmarks.stability.tasks import HELD_OUT, RATES, TASKS
 
@@ -65,13 +65,8 @@ def loss_by_rate(tables: dict[str, dict[str, Any]], path: Path) -> None:
             if task in ("temporal_order", "digits_float16", "digits_bfloat16", "deep_mlp", "adding"):
                 axis.set(yscale="log")
             axis.set_title(TASKS[task]().title, loc="left", fontsize=8.5)
-        for axis in list(axes.flat)[count:]:
-            axis.set_axis_off()
         axes[-1][0].set(xlabel="learning rate", ylabel="held-out loss, at most as at the start")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        _save_panels(figure, axes, count, path)
 
 
 def heat_of_faults(found: dict[str, dict[str, Any]], title: Callable[[str], str], path: Path) -> None:
@@ -80,20 +75,13 @@ def heat_of_faults(found: dict[str, dict[str, Any]], title: Callable[[str], str]
         figure, axes = plt.subplots(1, max(len(found), 1), figsize=(15, 9), layout="constrained", squeeze=False)
         for axis, (base, table) in zip(axes[0], found.items(), strict=False):
             faults = [name for name in next(iter(table.values())) if name != "clean"]
-            gaps, labels = np.zeros((len(table), len(faults))), []
-            for i, (method, rows) in enumerate(table.items()):
-                labels.append(METHODS[method].title)
-                for j, fault in enumerate(faults):
-                    row = rows[fault]
-                    alive = [
-                        g if g is not None and f else np.nan for g, f in zip(row["gap"], row["finite"], strict=True)
-                    ]
-                    gaps[i, j] = np.mean(alive)
-            shown = np.log10(np.clip(np.where(np.isnan(gaps), 1e2, gaps), 1e-3, 1e2))
+            labels = [METHODS[method].title for method in table]
+            gaps = np.array([[np.mean(fault_gaps(rows[fault])) for fault in faults] for rows in table.values()])
+            shown = np.log10(np.clip(gaps, 1e-3, 1e2))
             axis.imshow(shown, cmap="magma_r", vmin=-3, vmax=2.5, aspect="auto")
             for (i, j), gap in np.ndenumerate(gaps):
-                text = "NaN" if np.isnan(gap) else f"{gap:.2f}" if abs(gap) < 10 else f"{gap:.0e}"
-                dark = np.isnan(gap) or gap > 1
+                text = "NaN" if np.isinf(gap) else f"{gap:.2f}" if abs(gap) < 10 else f"{gap:.0e}"
+                dark = gap > 1
                 axis.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
             axis.set(xticks=range(len(faults)), yticks=range(len(labels)))
             axis.set_xticklabels([title(f) for f in faults], rotation=40, ha="right", fontsize=8)
@@ -122,10 +110,15 @@ def curves_of_faults(found: dict[str, dict[str, Any]], title: Callable[[str], st
             axis.axvline(START, color="#CC3311", lw=0.8, alpha=0.5)
             axis.set(yscale="log", ylim=(0.01, 100))
             axis.set_title(title(fault), loc="left", fontsize=8.5)
-        for axis in list(axes.flat)[len(faults) :]:
-            axis.set_axis_off()
         axes[-1][0].set(xlabel="step", ylabel="training loss")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        _save_panels(figure, axes, len(faults), path)
+
+
+def _save_panels(figure: Any, axes: np.ndarray, used: int, path: Path) -> None:
+    """Clears the panels that are left over, and puts one legend below all."""
+    for axis in axes.flat[used:]:
+        axis.set_axis_off()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -53,22 +53,25 @@ def task(held_out: bool = False) -> Callable[[Callable[[], Task]], Callable[[], 
 
 
 def flax_task(title: str, model: Callable[[nnx.Rngs], nnx.Module], loss: Callable[..., Any], **rest: Any) -> Task:
-    """A task of a Flax model; `loss(logits, batch)` and a batch whose first field is the model's input."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: model(nnx.Rngs(0))))
-    test, scale = rest.pop("test"), rest.get("loss_scale", 1.0)
+    """A task of a Flax model; `loss(logits, batch)` and a batch whose first field is the model's input.
 
-    def value(params: PyTree, batch: Any) -> jax.Array:
+    What is differentiated is the loss, or `objective(logits, batch)` if that is given.
+    """
+    graph = nnx.graphdef(nnx.eval_shape(lambda: model(nnx.Rngs(0))))
+    test, scale, objective = rest.pop("test"), rest.get("loss_scale", 1.0), rest.pop("objective", loss)
+
+    def logits(params: PyTree, batch: Any) -> jax.Array:
         net: Any = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
-        return loss(net(batch[0]).astype(jnp.float32), batch)
+        return net(batch[0]).astype(jnp.float32)
 
     def loss_fn(params: PyTree, batch: Any) -> tuple[jax.Array, jax.Array]:
-        plain = value(params, batch)
-        return plain * scale, plain
+        outputs = logits(params, batch)
+        return objective(outputs, batch) * scale, loss(outputs, batch)
 
     def init(seed: int) -> PyTree:
         return nnx.to_pure_dict(nnx.state(model(nnx.Rngs(seed))))
 
-    return Task(title, init=init, loss_fn=loss_fn, evaluate=lambda params: value(params, test), **rest)
+    return Task(title, init=init, loss_fn=loss_fn, evaluate=lambda params: loss(logits(params, test), test), **rest)
 
 
 def cross_entropy(logits: jax.Array, batch: Any) -> jax.Array:
