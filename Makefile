@@ -1,5 +1,7 @@
 # make demo   the quickstart: four arms, one table, quickstart.png
-# make test   the whole test suite          make lint   format, lint, types
+# make test   the test suite                make lint   format, lint, types
+# make test-all  the same with what takes long, as CI runs it
+# make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts what no test notices
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
 # make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/performance.md, its pictures and numbers, some 25 minutes
@@ -9,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test lint bench bench-stability bench-histories docs api conformance clean
+.PHONY: demo article test test-all fuzz mutants lint bench bench-stability bench-histories docs api conformance clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -17,7 +19,17 @@ article: $(VENV)/.installed
 	$(BIN)/python examples/article.py --write-docs
 
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
+
+SECONDS ?= 3600
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants.py
 
 # The conformance suite alone, as CI runs it once more with the newest JAX: make conformance VENV=.venv312 PYTHON=python3.12
 conformance: $(VENV)/.installed
