@@ -142,7 +142,8 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
 
     Guarantees:
       - Reduced in float32 for 16-bit leaves, in float64 for float64; complex leaves count |g|^2.
-      - Exact to rounding from the smallest to the largest finite gradient: a leaf of 1e30 has norm 1e30, not Inf.
+      - Exact to rounding from the smallest normal number of a dtype to its largest: 1e30 has norm 1e30, not Inf, and
+        1.2e-38 has norm 1.2e-38, not 0. float16 is exact below that, too: in float32 its subnormals are normal.
       - `statistics.finite[i]` is False exactly if leaf i holds a NaN or an Inf.
       - One read of the gradient while all is well; a second one, in a branch of its own, if some sum of squares
         overflowed or the whole gradient is below 1e-12.
@@ -153,6 +154,7 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
     empty tree                                  arrays of length 0, norm 0
     integer, `float0`, `None`, zero-size leaf   sum 0
     NaN or Inf in a leaf                        its sum is not finite
+    subnormal float32, bfloat16 or float64      0 where XLA flushes it (CPU, TPU), else its value
     a leaf below 1e-19 beside larger leaves     its own norm may read as 0; the norm of the tree is right
     ==========================================  ===================================================================
 
@@ -201,6 +203,7 @@ def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array
     NaN anywhere                   NaN
     Inf (and no NaN)               Inf
     finite, norm above 3.4e38      Inf (the norm itself overflows)
+    norm below 1.2e-38             0 where XLA flushes subnormals
     =============================  ==============================
 
     Args:
@@ -275,7 +278,14 @@ def _second_look(leaves: list[Any], look: GradientStatistics, axis_name: AxisNam
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """A power of two within a factor of four of x, and 1 where x is 0, NaN or Inf. Divisions by it are exact."""
-    limit = jnp.finfo(x.dtype).maxexp - 2
+    """The power of two at or below x (at most a quarter of the largest), 1 where x is 0, NaN or Inf: division is exact.
+
+    Read off the bits, since XLA's `exp2` is inexact for most whole numbers on a CPU and 0 at -126. A subnormal, where
+    the hardware keeps it, gets the smallest normal number.
+    """
+    info = jnp.finfo(x.dtype)
+    word = {4: np.uint32, 8: np.uint64}[x.dtype.itemsize]
+    exponent = word((2**info.nexp - 1) << info.nmant)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, word) & exponent, x.dtype)
     usable = jnp.isfinite(x) & (x > 0)
-    return jnp.where(usable, jnp.exp2(jnp.clip(jnp.floor(jnp.log2(jnp.where(usable, x, 1))), -limit, limit)), 1)
+    return jnp.where(usable, jnp.clip(power, info.tiny, 2.0 ** (info.maxexp - 2)), 1)
