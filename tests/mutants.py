@@ -1,0 +1,258 @@
+"""`make mutants`: break the control logic in many small ways, one at a time, and see whether a test notices.
+
+A mutant is one module with one expression changed: a comparison turned, a condition of a conjunction left out, a
+`where` that always takes one side, a constant off by one. Each is run against the test files that own its module, until
+the first failure. One that no test notices is alive: a test is missing, or the change makes no difference, which
+`mutants_alive.md` then explains. At most 5 % may be alive.
+
+    python tests/mutants.py                       all of the sample, one process after the other
+    python tests/mutants.py _ladder _recovery     of these modules alone
+    python tests/mutants.py --list                what would be run
+
+Which are drawn depends on the mutant's own text alone, so that an edit elsewhere leaves the sample as it is. Results
+are kept in `.mutants/`: a run that was stopped goes on, and survivors are tried again once their tests have changed.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "optax_guard"
+RESULTS = ROOT / ".mutants" / "results.jsonl"
+ALIVE = ROOT / "tests" / "mutants_alive.md"
+SECONDS = 400  # for one mutant: beyond it hangs, and that is noticed
+MOST_ALIVE = 0.05
+
+# The modules under attack, by path in the package, and the test files that own each, the quickest first.
+OWNERS = {
+    "_guard.py": ("test_control_logic.py", "test_guard.py"),
+    "_ladder.py": ("test_control_logic.py", "test_recovery.py"),
+    "_recovery.py": ("test_control_logic.py", "test_recovery.py"),
+    "_reset.py": ("test_control_logic.py", "test_recovery.py"),
+    "_watch.py": ("test_control_logic.py", "test_recovery.py"),
+    "_accumulation.py": ("test_control_logic.py", "test_accumulation.py"),
+    "_sums.py": ("test_accumulation.py", "test_micro_batches.py"),
+    "_precision.py": ("test_precision.py",),
+}
+
+COMPARISONS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Add}
+FUNCTIONS = {"minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any", "zeros": "ones", "ones": "zeros"}
+
+
+class Mutant(NamedTuple):
+    """One change."""
+
+    module: str
+    function: str
+    before: str
+    after: str
+    occurrence: int  # which of several alike in the function
+    source: Callable[[], str]
+
+    @property
+    def name(self) -> str:
+        number = f" ({self.occurrence + 1})" if self.occurrence else ""
+        return f"{self.module} {self.function}: `{self.before}` -> `{self.after}`{number}"
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.name.encode()).hexdigest()
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of an expression."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
+        yield ast.Compare(node.left, [COMPARISONS[type(node.ops[0])]()], node.comparators)
+    elif isinstance(node, (ast.BinOp, ast.BoolOp)):
+        if isinstance(node, ast.BoolOp):
+            yield from node.values
+        elif isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+            yield node.left
+            yield node.right
+        elif type(node.op) in OPERATORS:
+            yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Invert, ast.Not)):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+        yield ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
+    elif isinstance(node, ast.IfExp):
+        yield node.body
+        yield node.orelse
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        name, three = node.func.attr, len(node.args) == 3
+        if name == "where" and three:
+            yield node.args[1]
+            yield node.args[2]
+        elif name == "cond" and three:
+            yield ast.Call(node.func, [node.args[0], node.args[2], node.args[1]], node.keywords)
+        elif name in FUNCTIONS:
+            yield ast.Call(ast.Attribute(node.func.value, FUNCTIONS[name], ast.Load()), node.args, node.keywords)
+
+
+class Places(ast.NodeVisitor):
+    """The expressions of a module that decide something: not defaults, annotations, messages or what is raised."""
+
+    def __init__(self) -> None:
+        self.function: list[str] = []
+        self.found: list[tuple[str, ast.AST]] = []
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.function.append(node.name)
+        for statement in node.body:
+            self.visit(statement)
+        self.function.pop()
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self.visit_FunctionDef(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        pass
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        pass
+
+    def generic_visit(self, node: ast.AST) -> None:
+        if isinstance(node, ast.expr):
+            self.found.append((".".join(self.function) or "(module)", node))
+        super().generic_visit(node)
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    tree = ast.parse((PACKAGE / module).read_text())
+    places = Places()
+    places.visit(tree)
+    found: list[Mutant] = []
+    seen: dict[tuple[str, str, str], int] = {}
+    for function, node in places.found:
+        for new in changes(node):
+            before, after = ast.unparse(node), ast.unparse(ast.fix_missing_locations(copy.deepcopy(new)))
+            occurrence = seen.get((function, before, after), 0)
+            seen[function, before, after] = occurrence + 1
+            source = functools.partial(_exchanged, tree, node, new)
+            found.append(Mutant(module, function, before, after, occurrence, source))
+    return found
+
+
+def _exchanged(tree: ast.Module, old: ast.AST, new: ast.AST) -> str:
+    changed = copy.deepcopy(tree, {id(old): copy.deepcopy(new)})  # what `deepcopy` finds there it takes for the copy
+    return ast.unparse(ast.fix_missing_locations(changed))
+
+
+def sample(modules: list[str], count: int) -> list[Mutant]:
+    """The `count` first in the order of their hashes, over all modules; of those, the ones of `modules`."""
+    everything = [mutant for module in OWNERS for mutant in mutants_of(module)]
+    return [each for each in sorted(everything, key=lambda each: each.key)[:count] if each.module in modules]
+
+
+def is_noticed(mutant: Mutant) -> bool:
+    """Runs the owners' tests on a copy of the package, in a process of its own that has JAX already."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(PACKAGE, Path(folder) / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / PACKAGE.name / mutant.module).write_text(mutant.source())
+        child = os.fork()
+        if child == 0:
+            _run_tests(folder, mutant.module)
+        return _wait(child) != 0
+
+
+def _run_tests(folder: str, module: str) -> None:
+    import pytest
+
+    status = 99
+    with contextlib.suppress(BaseException):
+        signal.alarm(SECONDS)
+        os.chdir(ROOT)
+        sys.path.insert(0, folder)
+        sys.dont_write_bytecode = True
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        tests = [str(ROOT / "tests" / name) for name in OWNERS[module]]
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    os._exit(int(status))
+
+
+def _wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def tests_hash(module: str) -> str:
+    return hashlib.sha256(b"".join((ROOT / "tests" / name).read_bytes() for name in OWNERS[module])).hexdigest()[:12]
+
+
+def known_results() -> dict[str, dict]:
+    if not RESULTS.exists():
+        return {}
+    return {row["key"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help="as `_ladder`; all without")
+    parser.add_argument("--count", type=int, default=240, help="mutants in the sample over all modules")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args(arguments)
+    modules = [module for module in OWNERS if not options.modules or module.removesuffix(".py") in options.modules]
+    drawn = sample(modules, options.count)
+    if options.list:
+        print(*(mutant.name for mutant in drawn), sep="\n")
+        return 0
+    import chex  # noqa: F401 (so that each process has them already)
+    import flax.linen  # noqa: F401
+    import hypothesis  # noqa: F401
+    import optax  # noqa: F401
+
+    RESULTS.parent.mkdir(exist_ok=True)
+    known, alive = known_results(), []
+    for module in {OWNERS[mutant.module]: mutant.module for mutant in drawn}.values():
+        if is_noticed(Mutant(module, "", "", "", 0, (PACKAGE / module).read_text)):
+            print(f"the tests of {module} fail as it is: {OWNERS[module]}")
+            return 2
+    for number, mutant in enumerate(drawn, 1):
+        tests, row = tests_hash(mutant.module), known.get(mutant.key)
+        if row is None or (row["alive"] and row["tests"] != tests):
+            start = time.monotonic()
+            row = {"key": mutant.key, "name": mutant.name, "alive": not is_noticed(mutant), "tests": tests}
+            row["seconds"] = round(time.monotonic() - start, 1)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if row["alive"]:
+            alive.append(mutant)
+        print(f"{number}/{len(drawn)} {'ALIVE ' if row['alive'] else 'killed'} {mutant.name}", flush=True)
+    explained = ALIVE.read_text()
+    bare = [mutant.name for mutant in alive if mutant.name not in explained]
+    print(f"\n{len(alive)} of {len(drawn)} alive, {len(bare)} of them without an explanation in {ALIVE.name}")
+    print(*bare, sep="\n")
+    return int(len(alive) > MOST_ALIVE * len(drawn) or bool(bare))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

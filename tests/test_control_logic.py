@@ -1,0 +1,87 @@
+"""Conditions that a step's course hangs on, each tested by a run in which it alone decides (see mutants.py)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiling import quick_jit
+from test_recovery import LARGE, NAN, Run, guarded, poisoned
+
+import optax_guard as og
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def test_a_second_rewind_with_one_snapshot_goes_to_that_one_again() -> None:
+    run = Run(guarded(og.rewind(every=100, keep=2, after=2), inner=optax.sgd(1.0))).go(0.5)
+    snapshot = run.params
+    run.go(LARGE, LARGE, LARGE, LARGE)
+    assert run.metrics["guard/rewind_total"] == 2
+    jax.tree.map(np.testing.assert_array_equal, run.params, snapshot)
+
+
+def test_no_snapshot_is_taken_of_moments_that_are_not_finite() -> None:
+    run = Run(guarded(og.rewind(every=2), inner=optax.adam(0.1))).go(0.5)
+    assert run.metrics["guard/snapshot_step"] == 1
+    run.state = poisoned(run.state, np.inf)
+    assert run.go(0.5, 0.5, 0.5, 0.5).metrics["guard/snapshot_step"] == 1
+
+
+def test_no_snapshot_is_taken_while_the_loss_is_halfway_to_diverged() -> None:
+    run = Run(guarded(og.rewind(every=5, diverged=2.0), inner=optax.sgd(0.0)))
+    run.go(*[0.5] * 40, loss=1.0).go(*[0.5] * 80, loss=1.8)
+    step = run.metrics["guard/snapshot_step"]
+    assert 1.5 < run.metrics["guard/smoothed_loss"] < 2.0
+    assert run.go(*[0.5] * 20, loss=1.8).metrics["guard/snapshot_step"] == step
+    assert run.metrics["guard/rewind_total"] == 0
+
+
+def test_exactly_half_of_the_moving_leaves_standing_still_is_silent_death() -> None:
+    def update(updates: Any, step: Any, params: Any = None) -> Any:
+        return {"kernel": -0.1 * updates["kernel"], "scale": jnp.where(step < 5, -0.1, 0.0)}, step + 1
+
+    inner = optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
+    run = Run(guarded(og.reset_moments(after=50, check_every=2), inner=inner)).go(*[0.5] * 14)
+    assert run.metrics["guard/silent_death_total"] >= 1
+
+
+def test_while_halted_no_rule_learns() -> None:
+    run = Run(og.guard(optax.sgd(0.1), og.clip_by_norm_history(), halt_after=1)).go(0.5, NAN)
+    before = run.state.rule_states
+    jax.tree.map(np.testing.assert_array_equal, run.go(0.5, LARGE, 0.5).state.rule_states, before)
+
+
+def test_an_update_that_was_held_does_not_reset_the_count_of_refusals() -> None:
+    spoil = optax.stateless(lambda u, _: jax.tree.map(lambda x: jnp.where(x == 7, jnp.nan, -x), u))
+    run = Run(og.guard(spoil, og.skip_large(100.0), check_updates=True)).go(LARGE, 7.0)
+    assert list(run.log["event"]) == ["skipped", "nonfinite_update"]
+    assert run.state.refused_in_row == 1
+
+
+def test_a_refused_step_names_the_rule_that_refused_it() -> None:
+    run = Run(og.guard(optax.sgd(1.0), og.clip_by_leaf_norm(1.0), og.skip_large(0.5))).go(9.0)
+    assert (run.log["event"][-1], run.log["rule"][-1]) == ("skipped", 1)
+
+
+def test_a_float32_update_is_rounded_once_into_bfloat16_parameters() -> None:
+    params, updates = jnp.full(1, 256.0, jnp.bfloat16), jnp.full(1, 1.003, jnp.float32)
+    ours = og.apply_gradients(optax.identity(), updates, optax.EmptyState(), params)[0]
+    assert ours == optax.apply_updates(params, updates) == 258  # rounded twice: 256
+
+
+def test_a_cycle_that_kept_no_loss_records_the_last_one() -> None:
+    tx = og.accumulate(og.guard(optax.sgd(1.0)), 2)
+    step = quick_jit(lambda p, s, v: og.apply_gradients(tx, jnp.full(1, jnp.nan), s, p, value=v))
+    params, state = jnp.ones(1), tx.init(jnp.ones(1))
+    for loss in (2.0, 3.0):
+        params, state = step(params, state, jnp.float32(loss))
+    assert og.flight_log(state)["value"].tolist() == [3.0]
+
+
+def test_alone_in_a_chain_a_loss_that_is_nan_gives_zeros() -> None:
+    skip = og.skip_spikes(on="loss")
+    updates, _ = skip.update(jnp.ones(2), skip.init(jnp.ones(2)), value=jnp.float32(jnp.nan))
+    np.testing.assert_array_equal(updates, 0)
