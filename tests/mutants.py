@@ -15,7 +15,6 @@ are kept in `.mutants/`: a run that was stopped goes on, and survivors are tried
 
 import argparse
 import ast
-import contextlib
 import copy
 import functools
 import hashlib
@@ -26,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -187,17 +187,21 @@ def _run_tests(folder: str, module: str) -> None:
     import pytest
 
     status = 99
-    with contextlib.suppress(BaseException):
+    try:
         signal.alarm(SECONDS)
         os.chdir(ROOT)
         sys.path.insert(0, folder)
         sys.dont_write_bytecode = True
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
+        with (RESULTS.parent / "output.txt").open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
         tests = [str(ROOT / "tests" / name) for name in OWNERS[module]]
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-    os._exit(int(status))
+        early = "ignore::pytest.PytestAssertRewriteWarning"  # the parent has imported plugins
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", early, *tests])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(int(status))
 
 
 def _wait(child: int) -> int:
@@ -234,7 +238,7 @@ def main(arguments: list[str]) -> int:
     known, alive = known_results(), []
     for module in {OWNERS[mutant.module]: mutant.module for mutant in drawn}.values():
         if is_noticed(Mutant(module, "", "", "", 0, (PACKAGE / module).read_text)):
-            print(f"the tests of {module} fail as it is: {OWNERS[module]}")
+            print(f"the tests of {module} fail as it is: see {RESULTS.parent / 'output.txt'}")
             return 2
     for number, mutant in enumerate(drawn, 1):
         tests, row = tests_hash(mutant.module), known.get(mutant.key)
