@@ -25,6 +25,7 @@ from optax_guard._clipping import (
     clip_by_value,
 )
 from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
+from optax_guard._held import keep_if_held
 from optax_guard._micro_batches import accumulate_gradients
 
 # Train in float16
@@ -139,6 +140,7 @@ __all__ = [
     "guard",
     "has_updated",
     "inner_state",
+    "keep_if_held",
     "l1_penalty",
     "langevin_noise",
     "leaf_log",

@@ -61,6 +61,7 @@ class AccumulateState(NamedTuple):
     micro_step: jax.Array  # i32[]: calls in this cycle, dropped ones included
     dropped_in_cycle: jax.Array  # i32[]: micro-batches of this cycle that were dropped
     emitted: jax.Array  # bool[]: whether the last call ran the inner optimizer
+    micro_batch_lost: jax.Array  # bool[]: whether it dropped its micro-batch, or ended a cycle without a step
     emitted_total: jax.Array  # i32[]: runs of the inner optimizer
     dropped_total: jax.Array  # i32[]: micro-batches dropped (not finite, or a negative or non-finite weight)
     empty_total: jax.Array  # i32[]: cycles that ended with nothing to step with
@@ -192,6 +193,7 @@ def accumulate(
             micro_step=jnp.zeros((), jnp.int32),
             dropped_in_cycle=jnp.zeros((), jnp.int32),
             emitted=jnp.zeros((), bool),
+            micro_batch_lost=jnp.zeros((), bool),
             emitted_total=jnp.zeros((), jnp.int32),
             dropped_total=jnp.zeros((), jnp.int32),
             empty_total=jnp.zeros((), jnp.int32),
@@ -247,6 +249,7 @@ def accumulate(
             micro_step=jnp.where(full, 0, state.micro_step + 1),
             dropped_in_cycle=jnp.where(full, 0, dropped),
             emitted=emit,
+            micro_batch_lost=~good | (full & ~emit),
             emitted_total=count_if(emit, state.emitted_total),
             dropped_total=count_if(~good, state.dropped_total),
             empty_total=count_if(full & ~emit, state.empty_total),
@@ -308,6 +311,7 @@ def accumulate(
             micro_step=nothing,
             dropped_in_cycle=nothing,
             emitted=emit,
+            micro_batch_lost=holds & ~emit,
             emitted_total=count_if(emit, state.emitted_total),
             dropped_total=state.dropped_total,
             empty_total=count_if(holds & ~emit, state.empty_total),

@@ -42,6 +42,7 @@ class LossScalingState(NamedTuple):
     unscaled_state: Any  # the inner optimizer's state, of float32 parameters
     loss_scale: jax.Array  # f32[]: what `scale_loss` multiplies by, and the next gradients are divided by
     clean_in_row: jax.Array  # i32[]: finite steps since the scale last changed
+    overflowed: jax.Array  # bool[]: whether the last step's scaled gradient was not finite
     overflow_total: jax.Array  # i32[]: steps whose scaled gradient was not finite
 
 
@@ -132,6 +133,7 @@ def loss_scaling(
             unscaled_state=inner.init(jax.tree.map(_widened, params)),
             loss_scale=jnp.full((), first_scale, jnp.float32),
             clean_in_row=jnp.zeros((), jnp.int32),
+            overflowed=jnp.zeros((), bool),
             overflow_total=jnp.zeros((), jnp.int32),
         )
 
@@ -179,6 +181,7 @@ def loss_scaling(
             unscaled_state=inner_state,
             loss_scale=jnp.where(finite, jnp.where(grows, grown, state.loss_scale), shrunk),
             clean_in_row=jnp.where(grows, 0, clean),
+            overflowed=~finite,
             overflow_total=count_if(~finite, state.overflow_total),
         )
 

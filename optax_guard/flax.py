@@ -18,6 +18,7 @@ either direction. Equinox and plain JAX need nothing: `optax_guard.apply_gradien
 from typing import Any
 
 from optax_guard._apply import apply_gradients
+from optax_guard._held import last_step_held, select_old
 from optax_guard._typing import PyTree
 
 try:
@@ -39,6 +40,9 @@ class TrainState(train_state.TrainState):
       - Fields, `create`, `replace` and checkpoints are those of `flax.training.train_state.TrainState`.
       - A step that a guard holds returns the very bits of `params` and of the inner state; `step` counts it all the
         same, as the number of batches seen. `guard/skipped_total` of `metrics(state.opt_state)` counts the held ones.
+      - Every other field that `apply_gradients` replaces keeps its bits too (running statistics, averages, keys), as
+        do the fp8 scales that take their gradient's value: see `keep_if_held` for what counts as held. A rewind cannot
+        bring them back (docs/beside.md).
       - Under `jax.jit(..., donate_argnums=0)` a guarded step runs in place.
 
     Example:
@@ -60,7 +64,8 @@ class TrainState(train_state.TrainState):
       (1, True)
 
     See Also:
-      `flax.training.train_state.TrainState`, whose `apply_gradients(**kwargs)` replaces fields and tells `tx` nothing.
+      `flax.training.train_state.TrainState`, whose `apply_gradients(**kwargs)` replaces fields on held steps too, and
+      tells `tx` nothing.
     """
 
     def apply_gradients(
@@ -72,13 +77,14 @@ class TrainState(train_state.TrainState):
           grads: gradients in the structure of `params`.
           value: the loss of this step, handed to `tx` as `value`; None hands on nothing.
           extra_args: more for `tx.update`, by name (a `weight` for `accumulate`).
-          **kwargs: fields to replace, as in Flax (`batch_stats=...`).
+          **kwargs: fields to replace, as in Flax (`batch_stats=...`), unless the step is held.
 
         Returns:
           The new state, with `step` one higher.
 
         Raises:
-          ValueError: `grads` has another structure than `params` (with the leaf's path), or `value` is in `extra_args`.
+          ValueError: `grads` has another structure than `params` (with the leaf's path), `value` is in `extra_args`, or
+            a field is replaced by one of another structure, shape or dtype.
         """
         extra = dict(extra_args or {})
         if "value" in extra:
@@ -89,9 +95,18 @@ class TrainState(train_state.TrainState):
         overwrites = OVERWRITE_WITH_GRADIENT in grads
         inner_grads, inner_params = (grads["params"], self.params["params"]) if overwrites else (grads, self.params)
         params, opt_state = apply_gradients(self.tx, inner_grads, self.opt_state, inner_params, **extra)
+        replaced = dict(kwargs)
         if overwrites:
-            params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+            replaced[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
+        held = last_step_held(opt_state) if replaced else None
+        if held is not None:
+            before = {name: getattr(self, name) for name in kwargs}
+            if overwrites:
+                before[OVERWRITE_WITH_GRADIENT] = self.params[OVERWRITE_WITH_GRADIENT]
+            replaced = select_old("TrainState.apply_gradients", held, replaced, before)
+        if overwrites:
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: replaced.pop(OVERWRITE_WITH_GRADIENT)}
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **replaced)
 
 
 class Optimizer(nnx.Optimizer):

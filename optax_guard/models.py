@@ -4,7 +4,8 @@
 Model          Made unstable by                        Shows
 =============  ======================================  ========================================================
 `MLP`          depth with `init_scale` above 1         signals and gradients that grow by a factor per layer
-`ConvNet`      `init_scale`, a high learning rate      gradients too large for their filter: unit-wise clipping
+`ConvNet`      `init_scale`, a high learning rate      gradients too large for their filter: unit-wise clipping;
+                                                       with `batch_norm=True`, statistics that a NaN batch spoils
 `RNN`          `gain` above 1, long sequences          gradients that explode through time: clipping by norm
 `GRU`          as `RNN`, from a higher `gain`          the same task with gates, for comparison
 `Transformer`  `init="explosive"`, no query-key norm,  spiky gradients: skipping, adaptive clipping; attention
@@ -91,13 +92,16 @@ class ConvNet(nnx.Module):
     """A convolutional net: images [batch, height, width, in_channels] -> logits [batch, num_classes].
 
     h <- relu(conv_3x3(h)) with stride 2 for each of `channels`, then the mean over positions, then a linear layer.
-    Kernels ~ N(0, init_scale^2 2 / fan_in), biases 0; each stage halves height and width. There is no batch norm, on
-    purpose: it would hide gradients too large for their filter.
+    Kernels ~ N(0, init_scale^2 2 / fan_in), biases 0; each stage halves height and width. There is no batch norm by
+    default, on purpose: it would hide gradients too large for their filter. With `batch_norm=True` each convolution is
+    followed by one, whose running statistics (`nnx.BatchStat`) one NaN batch spoils, though a guard holds the step:
+    `keep_if_held` is for them. `model.eval()` takes the running statistics, `model.train()` those of the batch.
 
     Args:
       num_classes, in_channels: Number of logits and of the channels of the images, >= 1.
       channels: Output channels of each stage: one or more whole numbers >= 1.
       init_scale: Gain of each layer at initialisation, in (0, inf).
+      batch_norm: Whether batch norm (momentum 0.9) follows each convolution.
       dtype, param_dtype, rngs: See the module.
 
     Raises:
@@ -119,6 +123,7 @@ class ConvNet(nnx.Module):
         in_channels: int = 3,
         channels: Sequence[int] = (32, 64),
         init_scale: float = 1.0,
+        batch_norm: bool = False,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -126,17 +131,20 @@ class ConvNet(nnx.Module):
         _whole("ConvNet", {"num_classes": num_classes, "in_channels": in_channels})
         channels = _sizes("ConvNet", "channels", channels, at_least=1)
         _positive("ConvNet", "init_scale", init_scale)
+        _require(isinstance(batch_norm, bool), "ConvNet", "batch_norm", batch_norm, "True or False")
         common = _common("ConvNet", dtype, param_dtype, rngs)
         kernel_init = nnx.initializers.variance_scaling(2 * init_scale**2, "fan_in", "normal")
         self.in_channels, pairs = in_channels, itertools.pairwise((in_channels, *channels))
         self.stages = nnx.List(nnx.Conv(i, o, (3, 3), (2, 2), kernel_init=kernel_init, **common) for i, o in pairs)
+        self.norms = nnx.List(nnx.BatchNorm(o, momentum=0.9, **common) for o in channels if batch_norm)
         self.head = nnx.Linear(channels[-1], num_classes, kernel_init=kernel_init, **common)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the logits [batch, num_classes] of images [batch, height, width, in_channels]."""
         _check_input("ConvNet", "images", images, 4, self.in_channels)
-        for stage in self.stages:
-            images = jax.nn.relu(stage(images))
+        for stage, norm in itertools.zip_longest(self.stages, self.norms):
+            images = stage(images)
+            images = jax.nn.relu(images if norm is None else norm(images))
         return self.head(jnp.mean(images, axis=(1, 2)))
 
 

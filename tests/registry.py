@@ -47,6 +47,7 @@ NOT_TRANSFORMATIONS = {
     "global_norm": "a function of a tree",
     "gradient_statistics": "a function of a tree",
     "has_updated": "reads a state",
+    "keep_if_held": "selects by a state",
     "leaf_log": "reads a state",
     "leaf_names": "a function of a tree",
     "metrics": "reads a state",
