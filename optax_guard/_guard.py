@@ -214,7 +214,7 @@ def guard(
         plan, before = _ladder.plan(ladder, state.recovery_state, seen, params), params
         params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, params, state.guarded_state)
 
-        def propose() -> tuple[PyTree, Any]:
+        def propose(inner_state: Any = inner_state, params: PyTree = params) -> tuple[PyTree, Any]:
             updates, new_state = update_inner(mean_of(total, scale, like), inner_state, params, **extra)
             return _ladder.scaled(plan, updates), settle(name, new_state, inner_state)
 
@@ -252,7 +252,12 @@ def guard(
         def after() -> PyTree:
             return result if fast else add_updates(before, result)
 
-        recovery_state = _ladder.finish(ladder, plan, seen, happened, applied & ~happened, after, new_state)
+        def next_updates(inner_state: Any, params: PyTree) -> PyTree:
+            return propose(inner_state, params)[0]
+
+        recovery_state = _ladder.finish(
+            ladder, plan, seen, happened, applied & ~happened, after, new_state, next_updates
+        )
         return result, _advance(state, judged, new_state, applied, bad_leaf, halt_after, seen, plan, recovery_state)
 
     return fast_transformation(name, init, run, judges=True, axis_name=axis_name)

@@ -4,11 +4,13 @@
 snapshot. `finish` looks at the moments and takes snapshots, when they are due.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -23,10 +25,10 @@ from optax_guard._recovery import (
     step_down,
     step_up,
 )
-from optax_guard._reset import all_finite, fingerprints, moments, reset_state
+from optax_guard._reset import all_finite, fingerprints, moments, moves_float32, reset_state
 from optax_guard._rule import scale_leaves
 from optax_guard._step import count_if, next_step
-from optax_guard._tree import NO_PARAMS_MSG, is_gradient, positions, wider_dtype
+from optax_guard._tree import NO_PARAMS_MSG, cast_like, is_gradient, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 from optax_guard._watch import LossWatch, empty_watch, loss_above, watch_loss
 
@@ -131,9 +133,9 @@ def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> R
     reset = ResetState(
         parameter_sums=jnp.zeros((leaves, 2), jnp.float32),
         leaf_moved=jnp.zeros(leaves, bool),
-        applied_since_check=_zero(),
         moments_finite=jnp.ones((), bool),
         frozen_leaves=_zero(),
+        standing_still=_zero(),
         parameters_frozen=jnp.zeros((), bool),
         reset_total=_zero(),
         silent_death_total=_zero(),
@@ -143,7 +145,7 @@ def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> R
     if rung is not None:
         keep = rung.keep
         rewind = RewindState(
-            snapshots=tuple(_empty_snapshot(rung, (params, inner_state)) for _ in range(keep)),
+            snapshots=tuple(_empty_snapshot(rung, params, inner_state) for _ in range(keep)),
             snapshot_steps=jnp.full(keep, -1, jnp.int32),
             snapshot_losses=jnp.zeros(keep, jnp.float32),
             newest_snapshot=jnp.full((), keep - 1, jnp.int32),
@@ -240,13 +242,13 @@ def recover(
         )
     rung = ladder.rewind
     if rung is not None:
-        kept = params, inner_state
+        load, kept = functools.partial(_loaded, rung), (params, inner_state)
         for position, snapshot in enumerate(state.rewind_state.snapshots):
-            kept = lax.cond(
-                planned.rewinds & (planned.place == position),
-                lambda snapshot=snapshot: _loaded(rung, snapshot, (params, inner_state)),
-                lambda kept=kept: kept,
-            )
+            here = planned.rewinds & (planned.place == position)
+            if rung.memory == "host":
+                kept = _cond_on_host(here, load, _second, snapshot, kept)
+            else:
+                kept = lax.cond(here, load, _second, snapshot, kept)
         params, inner_state = kept
     return params, inner_state
 
@@ -273,10 +275,12 @@ def finish(
     bad_update: jax.Array,
     params: Callable[[], PyTree],
     inner_state: PyTree,
+    next_updates: Callable[[PyTree, PyTree], PyTree],
 ) -> RecoveryState | tuple[()]:
     """The state after the step: looks at the moments and takes a snapshot where they are due.
 
-    `applied` is whether the step's update was; `params` gives the parameters after it.
+    `applied` is whether the step's update was; `params` gives the parameters after it, and `next_updates` what the
+    optimizer makes of this step's gradient in a state and at parameters.
     """
     if ladder is None or planned is None:
         return ()
@@ -284,7 +288,9 @@ def finish(
     healthy = applied & ~seen.refused
     reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
     if ladder.reset is not None:
-        reset = _look_at_moments(ladder.reset, ladder.axis_name, reset, seen, applied, params, inner_state)
+        reset = _look_at_moments(
+            ladder.reset, ladder.axis_name, reset, seen, applied, params, inner_state, next_updates
+        )
     if ladder.back_off is not None:
         back_off = step_up(back_off, healthy, ())
     if ladder.rewind is not None:
@@ -334,9 +340,9 @@ def _after_reset(state: Any, resets: jax.Array, dead: jax.Array) -> Any:
     return ResetState(
         parameter_sums=state.parameter_sums,
         leaf_moved=state.leaf_moved,
-        applied_since_check=state.applied_since_check,
         moments_finite=state.moments_finite | resets,
         frozen_leaves=state.frozen_leaves,
+        standing_still=state.standing_still,
         parameters_frozen=state.parameters_frozen & ~resets,
         reset_total=count_if(resets, state.reset_total),
         silent_death_total=count_if(dead, state.silent_death_total),
@@ -381,32 +387,59 @@ def _look_at_moments(
     applied: jax.Array,
     params: Callable[[], PyTree],
     inner_state: PyTree,
+    next_updates: Callable[[PyTree, PyTree], PyTree],
 ) -> ResetState:
     """Every `check_every` steps: are the moments finite, and did the parameters move since the last look?"""
+    due = seen.alive & (seen.step % rung.check_every == 0)
 
     def look() -> tuple[jax.Array, jax.Array]:
         now = params()
         return all_finite(moments(inner_state, now), axis_name), fingerprints(now, axis_name)
 
-    due = seen.alive & (seen.step % rung.check_every == 0)
     finite, sums = lax.cond(due, look, lambda: (state.moments_finite, state.parameter_sums))
-    moved = jnp.any(sums != state.parameter_sums, axis=1) & (
-        seen.step > 0
-    )  # the first look has nothing to compare with
-    applied_steps = state.applied_since_check + applied.astype(jnp.int32)
-    eligible = due & state.leaf_moved & seen.has_gradient & (applied_steps > 0)
-    frozen = jnp.sum(eligible & ~moved, dtype=jnp.int32)
+    # the first look has nothing to compare with
+    moved = jnp.any(sums != state.parameter_sums, axis=1) & (seen.step > 0)
+    judged = due & applied  # a step that was held says nothing of the optimizer
+    eligible = judged & state.leaf_moved & seen.has_gradient
+    still = eligible & ~moved
+    dead = still & ~_rounded(jax.eval_shape(params), still, params, inner_state, next_updates, axis_name)
+    frozen = jnp.sum(dead, dtype=jnp.int32)
     half = (frozen > 0) & (2 * frozen >= jnp.sum(eligible, dtype=jnp.int32))
+    alive = jnp.where(judged, moved | still & ~dead, state.leaf_moved | moved)
     return ResetState(
         parameter_sums=sums,
-        leaf_moved=jnp.where(due, moved, state.leaf_moved),
-        applied_since_check=jnp.where(due, 0, applied_steps),
+        leaf_moved=jnp.where(due, alive, state.leaf_moved),
         moments_finite=finite,
-        frozen_leaves=jnp.where(due, frozen, state.frozen_leaves),
-        parameters_frozen=jnp.where(due, half, state.parameters_frozen),
+        frozen_leaves=jnp.where(judged, frozen, state.frozen_leaves),
+        standing_still=jnp.where(judged, jnp.sum(still & ~dead, dtype=jnp.int32), state.standing_still),
+        parameters_frozen=jnp.where(judged, half, state.parameters_frozen),
         reset_total=state.reset_total,
         silent_death_total=state.silent_death_total,
     )
+
+
+def _rounded(
+    types: PyTree,
+    still: jax.Array,
+    params: Callable[[], PyTree],
+    inner_state: PyTree,
+    next_updates: Callable[[PyTree, PyTree], PyTree],
+    axis_name: AxisName | None,
+) -> jax.Array:
+    """bool[n_leaves]: those of 16 bits that stand still though the update would move them in float32.
+
+    Only the update tells, and the fast way never writes it down: it is made once more, with the gradient of this step,
+    in a branch that is taken when a leaf of 16 bits stood still.
+    """
+    narrow = np.array([is_gradient(leaf) and jnp.finfo(leaf.dtype).bits < 32 for leaf in positions(types)], bool)
+    if not narrow.any():
+        return jnp.zeros_like(still)
+
+    def moves() -> jax.Array:
+        now = params()
+        return moves_float32(next_updates(inner_state, now), now, axis_name) & narrow
+
+    return lax.cond(jnp.any(still & narrow), moves, lambda: jnp.zeros_like(still))
 
 
 def _take_snapshot(
@@ -428,14 +461,15 @@ def _take_snapshot(
 
     takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
     target = (state.newest_snapshot + 1) % rung.keep
-    snapshots = tuple(
-        lax.cond(
-            takes & (target == position),
-            lambda: jax.tree.map(lambda x: _stored(rung, x), (params(), inner_state)),
-            lambda snapshot=snapshot: snapshot,
-        )
-        for position, snapshot in enumerate(state.snapshots)
-    )
+
+    def written(position: int, snapshot: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+        writes = takes & (target == position)
+        if rung.memory == "host":
+            return _cond_on_host(writes, store, _second, _parts(params(), inner_state)[0], snapshot, host=True)
+        return lax.cond(writes, lambda: store(_parts(params(), inner_state)[0], snapshot), lambda: snapshot)
+
+    store = functools.partial(_stored, rung)
+    snapshots = tuple(written(position, snapshot) for position, snapshot in enumerate(state.snapshots))
     here = takes & (jnp.arange(rung.keep, dtype=jnp.int32) == target)
     waits = jnp.maximum(state.snapshot_due_in - healthy.astype(jnp.int32), 0)
     return RewindState(
@@ -450,27 +484,85 @@ def _take_snapshot(
     )
 
 
-def _empty_snapshot(rung: Rewind, pair: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: _stored(rung, jnp.zeros_like(leaf)), pair)
+def _parts(params: PyTree, inner_state: PyTree) -> tuple[tuple[PyTree, ...], Any]:
+    """What a snapshot holds, and the structure that makes (parameters, inner state) of it again.
+
+    Trees shaped like the parameters, for whoever maps over those (`optax.tree.map_params`), and single arrays: no field
+    of the inner state has its name there, so that `optax.tree.get` finds the one that counts.
+    """
+    shape = jax.tree.structure(params, is_leaf=_is_hole)
+    parts, structure = jax.tree.flatten(
+        (params, inner_state), is_leaf=lambda node: jax.tree.structure(node, is_leaf=_is_hole) == shape
+    )
+    return tuple(parts), structure
 
 
-def _stored(rung: Rewind, leaf: Any) -> Any:
-    """A leaf as a snapshot holds it."""
-    narrows = rung.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-    if narrows and wider_dtype(leaf.dtype, rung.dtype) != rung.dtype:
-        leaf = leaf.astype(rung.dtype)
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _empty_snapshot(rung: Rewind, params: PyTree, inner_state: PyTree) -> tuple[PyTree, ...]:
+    def empty(leaf: Any) -> Any:
+        narrows = rung.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if narrows and wider_dtype(leaf.dtype, rung.dtype) != rung.dtype:
+            return _placed(rung, jnp.zeros_like(leaf, dtype=rung.dtype))
+        return _placed(rung, jnp.zeros_like(leaf))
+
+    return jax.tree.map(empty, _parts(params, inner_state)[0])
+
+
+def _stored(rung: Rewind, now: tuple[PyTree, ...], snapshot: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """`now` in the dtypes that the snapshot has had since `init`, which `loss_scaling` shows wider parameters."""
+    return jax.tree.map(functools.partial(_placed, rung), cast_like(now, snapshot))
+
+
+def _loaded(rung: Rewind, snapshot: tuple[PyTree, ...], now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    """What `_stored` stored, with the hyperparameters that `optax.inject_hyperparams` holds now."""
+    if rung.memory == "host":
+        snapshot = jax.device_put(snapshot, jax.memory.Space.Device)
+    params, inner_state = cast_like(jax.tree.unflatten(_parts(*now)[1], snapshot), now)
+
+    def choose(path: tuple[Any, ...], restored: Any, present: Any) -> Any:
+        return present if any(getattr(key, "name", None) == "hyperparams" for key in path) else restored
+
+    return params, jax.tree_util.tree_map_with_path(choose, inner_state, now[1])
+
+
+def _placed(rung: Rewind, leaf: Any) -> Any:
     return jax.device_put(leaf, jax.memory.Space.Host) if rung.memory == "host" else leaf
 
 
-def _loaded(rung: Rewind, tree: PyTree, like: PyTree) -> PyTree:
-    """What `_stored` stored."""
+def _second(first: Any, second: Any) -> Any:
+    del first
+    return second
 
-    def load(stored: Any, leaf: Any) -> Any:
-        if rung.memory == "host":
-            stored = jax.device_put(stored, jax.memory.Space.Device)
-        return stored if stored.dtype == leaf.dtype else stored.astype(leaf.dtype)
 
-    return jax.tree.map(load, tree, like)
+def _cond_on_host(predicate: jax.Array, yes: Any, no: Any, *operands: Any, host: bool = False) -> Any:
+    """`lax.cond` with operands in the host's memory; the result is there too if `host`.
+
+    Under `vmap` JAX 0.10 makes of a cond a `select` on its operands, and refuses one between two memories. Here the
+    results are brought to the device and chosen there.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def choose(predicate: jax.Array, operands: Any) -> Any:
+        return lax.cond(predicate, yes, no, *operands)
+
+    @choose.def_vmap
+    def chosen(size: int, batched: Any, predicate: jax.Array, operands: Any) -> tuple[Any, Any]:
+        def whole(x: Any, has_axis: bool) -> Any:
+            return x if has_axis else jnp.broadcast_to(jax.device_put(x, jax.memory.Space.Device), (size, *x.shape))
+
+        def one(predicate: jax.Array, first: Any, second: Any) -> Any:
+            result = jnp.where(predicate, *(jax.device_put(x, jax.memory.Space.Device) for x in (first, second)))
+            return jax.device_put(result, jax.memory.Space.Host) if host else result
+
+        operands = jax.tree.map(whole, operands, batched[1])
+        each = functools.partial(jax.vmap(one), whole(predicate, batched[0]))
+        result = jax.tree.map(each, jax.vmap(yes)(*operands), jax.vmap(no)(*operands))
+        return result, jax.tree.map(lambda _: True, result)
+
+    return choose(predicate, operands)
 
 
 def _updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:

@@ -48,6 +48,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     guard/silent_death_total      i32: the same: resets because moments were not finite or parameters stood still
     guard/moments_finite          bool: the same: what the last look saw
     guard/frozen_leaves           i32: the same: leaves that stood still at the last look though they have a gradient
+    guard/standing_still          i32: the same: leaves of 16 bits that stood still, whose update would move float32
     guard/update_scale            f32: with `back_off`: what the last update was multiplied by
     guard/back_off_total          i32: the same: steps down
     guard/rewind_total            i32: with `rewind`
@@ -157,7 +158,7 @@ def _recovery_metrics(state: RecoveryState) -> dict[str, jax.Array]:
     """Of the rungs that are there."""
     numbers = {"trouble_in_row": unwrapped(state.trouble_in_row)}
     for part, names in (
-        (state.reset_state, ("reset_total", "silent_death_total", "moments_finite", "frozen_leaves")),
+        (state.reset_state, ("reset_total", "silent_death_total", "moments_finite", "frozen_leaves", "standing_still")),
         (state.back_off_state, ("update_scale", "back_off_total")),
         (state.rewind_state, ("rewind_total",)),
         (state.loss_watch, ("smoothed_loss", "best_loss")),

@@ -51,11 +51,11 @@ class ResetState(NamedTuple):
     """What `reset_moments` carries."""
 
     parameter_sums: jax.Array  # f32[n_leaves, 2]: sum of squares and sum at the last check
-    leaf_moved: jax.Array  # bool[n_leaves]: whether the leaf changed between the last two checks
-    applied_since_check: jax.Array  # i32[]
+    leaf_moved: jax.Array  # bool[n_leaves]: whether the leaf was alive at the last check
     moments_finite: jax.Array  # bool[]: what the last check saw; True after a reset
     frozen_leaves: jax.Array  # i32[]: leaves with a gradient that had moved before and stood still at the last check
-    parameters_frozen: jax.Array  # bool[]: whether those were at least half; False after a reset
+    standing_still: jax.Array  # i32[]: leaves too coarse (bfloat16) for updates that would move them in float32
+    parameters_frozen: jax.Array  # bool[]: whether the frozen were at least half; False after a reset
     reset_total: jax.Array  # i32[]: resets, for whatever reason
     silent_death_total: jax.Array  # i32[]: resets because the moments were dead
 
@@ -72,7 +72,7 @@ class BackOffState(NamedTuple):
 class RewindState(NamedTuple):
     """What `rewind` carries."""
 
-    snapshots: tuple[Any, ...]  # `keep` pairs (parameters, inner state)
+    snapshots: tuple[Any, ...]  # `keep` copies of parameters and inner state, without the names of its fields
     snapshot_steps: jax.Array  # i32[keep]: the guard's step count at each; -1 where there is none
     snapshot_losses: jax.Array  # f32[keep]: the smoothed loss at each
     newest_snapshot: jax.Array  # i32[]: its place

@@ -14,10 +14,10 @@ import optax
 from jax import lax
 
 from optax_guard._statistics import first_look
-from optax_guard._tree import is_gradient, positions, wider_dtype
+from optax_guard._tree import is_gradient, map_gradients, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
-__all__ = ["all_finite", "fingerprints", "moments", "reset_state"]
+__all__ = ["all_finite", "fingerprints", "moments", "moves_float32", "reset_state"]
 
 # Fields whose floats are no moments: of a guard inside, and of `optax.inject_hyperparams`.
 _NO_MOMENTS = ("rule_states", "recovery_state", "recorder", "hyperparams", "hyperparams_states")
@@ -55,6 +55,7 @@ def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
     A leaf that keeps both to the last bit has moved by less than 1e-7 of itself, if at all. The sum is there because
     weights before a normalisation turn without growing.
     """
+    params = map_gradients(_rounded, params)
 
     def total(leaf: Any) -> jax.Array:
         if not is_gradient(leaf):
@@ -68,6 +69,30 @@ def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
     sums = jnp.stack([total(leaf) for leaf in leaves])
     result = jnp.stack([squares, sums if axis_name is None else lax.psum(sums, axis_name)], axis=1)
     return jnp.where(jnp.isfinite(result), result, 0)
+
+
+def moves_float32(updates: PyTree, params: PyTree, axis_name: AxisName | None) -> jax.Array:
+    """bool[n_leaves]: whether an update moves some element of its leaf in float32: it is at least 2^-24 of it."""
+
+    def moves(update: Any, param: Any) -> jax.Array:
+        if not (is_gradient(update) and is_gradient(param)):
+            return jnp.zeros((), bool)
+        size, least = (jnp.abs(x.astype(wider_dtype(x.dtype, jnp.float32))) for x in (update, param))
+        return jnp.any((size >= 2.0**-24 * least.astype(size.dtype)) & (size > 0))
+
+    result = jnp.stack([moves(*pair) for pair in zip(positions(updates), positions(params), strict=True)])
+    return result if axis_name is None else lax.psum(result.astype(jnp.int32), axis_name) > 0
+
+
+def _rounded(leaf: Any) -> Any:
+    """A leaf of 16 bits in float32, rounded as it is in memory.
+
+    XLA may skip the rounding of a sum that it has in float32 when it reads it again; this rounding it keeps.
+    """
+    limits = jnp.finfo(leaf.dtype)
+    if limits.bits >= 32:
+        return leaf
+    return lax.reduce_precision(leaf.astype(jnp.float32), limits.nexp, limits.nmant)
 
 
 def _moments_and_ages(state: PyTree, params: PyTree) -> tuple[set[int], set[int]]:
