@@ -168,8 +168,8 @@ def accumulate(
     _validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
     if isinstance(reduction, str):
         _validate.one_of(name, "reduction", reduction, REDUCTIONS)
-    if not jnp.issubdtype(accumulator_dtype, jnp.floating):
-        raise ValueError(f"{name}: `accumulator_dtype` must be a floating-point dtype; got {accumulator_dtype!r}.")
+    accumulator_dtype = _validate.floating_dtype(name, "accumulator_dtype", accumulator_dtype)
+    _validate.axis_name(name, axis_name)
     judges = isinstance(inner, FastTransformation) and inner.judges
     if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
         raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inner.axis_name!r}: must agree.")
@@ -237,7 +237,8 @@ def accumulate(
             mean = value_sum / jnp.where(value_weight > 0, value_weight, 1)
             extra = {**extra, "value": jnp.where(value_weight > 0, mean, loss).astype(loss.dtype)}
         end = _Sum(with_passengers(sums, updates), weight_sum, dropped, finished, seen)
-        result, inner_state, emit = close(end, full, state, params, updates, extra, fast)
+        whole = call.alone and not call.weighted  # its mean is itself: a product with 1 changes what XLA fuses
+        result, inner_state, emit = close(end, full, state, params, updates, extra, fast, divides=not whole)
         added = state.added + adds.astype(jnp.int32)
         return result, AccumulateState(
             accumulated_state=inner_state,
@@ -263,6 +264,7 @@ def accumulate(
         like: PyTree,
         extra: dict[str, Any],
         fast: bool,
+        divides: bool = True,
     ) -> tuple[PyTree, Any, jax.Array]:
         """Ends a cycle where `closing`: a step of the inner optimizer, or none."""
         emit = closing & (end.weight >= jnp.finfo(end.weight.dtype).tiny)
@@ -277,7 +279,7 @@ def accumulate(
         kinds = labels(reduction, state.gradient_sum)
         inverse = 1 / jnp.where(emit, end.weight, 1)
         factor = None
-        if "mean" in kinds:
+        if "mean" in kinds and divides:
             means = np.array([kind == "mean" for kind in kinds])
             factor = inverse if means.all() else jnp.where(means, inverse, 1)
 

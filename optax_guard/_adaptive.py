@@ -140,12 +140,13 @@ def zclip(
       `clip_by_norm_history`.
     """
     name = "zclip"
-    _validate.scalar(name, "z_threshold", z_threshold, low=0, open_low=True)
+    z_threshold = _validate.scalar(name, "z_threshold", z_threshold, low=0, open_low=True)
     _validate.one_of(name, "mode", mode, ("reciprocal", "mean", "percentile"))
-    _validate_decay(name, decay)
-    _validate.boolean(name, "faithful", faithful)
+    decay = _validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
+    faithful = _validate.boolean(name, "faithful", faithful)
     warmup = _validate.integer(name, "warmup", warmup, low=2)
-    validate_scope_and_cap(name, "tree", max_norm)
+    max_norm = validate_scope_and_cap(name, "tree", max_norm)
+    _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> ZClipState:
         del params
@@ -232,10 +233,11 @@ def autoclip(
       `clip_by_median_norm`: a multiple of the median instead of a high percentile.
     """
     name = "autoclip"
-    _validate_percentile(name, percentile)
-    window = _validate.integer(name, "window", window, low=12)
-    _validate.boolean(name, "faithful", faithful)
-    validate_scope_and_cap(name, "tree", max_norm)
+    percentile = _validate.scalar(name, "percentile", percentile, low=0, high=100, open_low=True, open_high=True)
+    window = _validate.integer(name, "window", window, low=12, high=_validate.MILLION)
+    faithful = _validate.boolean(name, "faithful", faithful)
+    max_norm = validate_scope_and_cap(name, "tree", max_norm)
+    _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> AutoClipState:
         del params
@@ -339,12 +341,13 @@ def adagc(
       `clip_by_norm_history(scope="leaf")`: its ratio is learnt from the noise of each leaf.
     """
     name = "adagc"
+    decay = _validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
+    faithful = _validate.boolean(name, "faithful", faithful)
     ratio = (1.05 if faithful else 4.0) if ratio is None else ratio
-    _validate.scalar(name, "ratio", ratio, low=1, open_low=True)
-    _validate_decay(name, decay)
-    _validate.boolean(name, "faithful", faithful)
+    ratio = _validate.scalar(name, "ratio", ratio, low=1, open_low=True)
     warmup = _validate.integer(name, "warmup", warmup, low=1)
-    validate_scope_and_cap(name, scope, max_norm)
+    max_norm = validate_scope_and_cap(name, scope, max_norm)
+    _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> AdaGCState:
         shape = scope_shape(params, scope)
@@ -454,15 +457,3 @@ def _at(ordered: jax.Array, rank: jax.Array) -> jax.Array:
     high = jnp.ceil(rank).astype(jnp.int32)
     part = rank - jnp.floor(rank)
     return ordered[low] + part * (ordered[high] - ordered[low])
-
-
-def _validate_decay(name: str, decay: Any) -> None:
-    _validate.scalar(name, "decay", decay, low=0, high=1)
-    if not isinstance(decay, jax.Array) and decay == 1:
-        raise ValueError(f"{name}: `decay` must be a number in [0, 1); got {decay!r}.")
-
-
-def _validate_percentile(name: str, percentile: Any) -> None:
-    _validate.scalar(name, "percentile", percentile, low=0, high=100, open_low=True)
-    if not isinstance(percentile, jax.Array) and percentile == 100:
-        raise ValueError(f"{name}: `percentile` must be a number in (0, 100); got {percentile!r}.")

@@ -13,6 +13,7 @@ The first two are rules: they share one read of the gradient. The others treat e
 ordinary transformations: `guard(optax.chain(adaptive_grad_clip(0.01), optax.sgd(0.1)))`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,14 @@ import optax
 
 from optax_guard import _validate
 from optax_guard._rule import Rule, Verdict, rule
-from optax_guard._statistics import GradientStatistics, absolute_square, accumulator_dtype, safe_sqrt
+from optax_guard._statistics import (
+    GradientStatistics,
+    absolute_square,
+    accumulator_dtype,
+    direction,
+    multiplied,
+    safe_sqrt,
+)
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import check_arrays, check_with_params, is_gradient, map_gradients, path_name, wider_dtype
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
@@ -86,7 +94,8 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | Non
       `optax.clip_by_global_norm`: the same for ordinary float32 gradients; it takes the norm in the gradient's dtype,
       spreads one NaN over all leaves, gives NaN for 0/0 and flips the sign for a negative bound.
     """
-    _validate.scalar_or_schedule("clip_by_global_norm", "max_norm", max_norm, low=0, infinite=True)
+    max_norm = _validate.scalar_or_schedule("clip_by_global_norm", "max_norm", max_norm, low=0, infinite=True)
+    _validate.axis_name("clip_by_global_norm", axis_name)
     return _clip_rule(max_norm, axis_name, by_leaf=False)
 
 
@@ -130,7 +139,8 @@ def clip_by_leaf_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None 
     See Also:
       `optax.clip_by_block_rms`, which bounds the root mean square of a leaf.
     """
-    _validate.scalar_or_schedule("clip_by_leaf_norm", "max_norm", max_norm, low=0, infinite=True)
+    max_norm = _validate.scalar_or_schedule("clip_by_leaf_norm", "max_norm", max_norm, low=0, infinite=True)
+    _validate.axis_name("clip_by_leaf_norm", axis_name)
     return _clip_rule(max_norm, axis_name, by_leaf=True)
 
 
@@ -150,7 +160,10 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
     NaN                           NaN
     `max_value` = 0               zero
     schedule or array below 0     as 0
-    complex element               its direction is kept
+    schedule or array NaN         NaN
+    complex element               its direction is kept, also of an infinite part
+    `max_value` above the dtype   the largest number of the dtype: 65504 in float16
+    `max_value` = inf             unchanged
     ============================  ==============================================
 
     Args:
@@ -174,7 +187,7 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
     See Also:
       `optax.clip`: the same; refuses complex gradients.
     """
-    _validate.scalar_or_schedule("clip_by_value", "max_value", max_value, low=0, infinite=True)
+    max_value = _validate.scalar_or_schedule("clip_by_value", "max_value", max_value, low=0, infinite=True)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
@@ -185,13 +198,13 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
 
         def clip(leaf: jax.Array) -> jax.Array:
             limit = bound.astype(accumulator_dtype(leaf.dtype))
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-                size = jnp.abs(leaf)
-                inside = size <= limit
-                return jnp.where(inside, leaf, leaf * (limit / jnp.where(inside, 1, size)).astype(leaf.dtype))
-            limit = limit.astype(leaf.dtype)
+            # A finite bound beyond the dtype's range is its largest number, or Inf would be within it.
+            limit = jnp.where(jnp.isfinite(limit), jnp.minimum(limit, jnp.finfo(leaf.dtype).max), limit)
+            if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                limit = limit.astype(leaf.dtype)
             # Selected, since `jnp.clip` flushes subnormals on CPU; written so that a NaN stays.
-            return jnp.where(jnp.abs(leaf) > limit, jnp.sign(leaf) * limit, leaf)
+            over = (jnp.abs(leaf) > limit) & ~jnp.isnan(leaf) | jnp.isnan(limit)
+            return jnp.where(over, multiplied(direction(leaf), limit), leaf)
 
         return map_gradients(clip, updates), state
 
@@ -222,6 +235,7 @@ def adaptive_grad_clip(
     `clipping` = 0                   zero
     gradient zero                    zero
     NaN or Inf in a unit             that unit is NaN; the other units are unaffected
+    NaN in the weights of a unit     that unit is NaN; with Inf there it is not bounded
     schedule or array below 0        as 0
     ===============================  ===========================================================
 
@@ -255,8 +269,8 @@ def adaptive_grad_clip(
       `optax.adaptive_grad_clip`: one `axis` for all leaves; takes rank 3 along axis 0.
     """
     name = "adaptive_grad_clip"
-    _validate.scalar_or_schedule(name, "clipping", clipping, low=0)
-    _validate.scalar(name, "eps", eps, low=0, open_low=True)
+    clipping = _validate.scalar_or_schedule(name, "clipping", clipping, low=0)
+    eps = _validate.scalar(name, "eps", eps, low=0, open_low=True)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
@@ -271,12 +285,15 @@ def adaptive_grad_clip(
             if not is_gradient(leaf) or leaf.size == 0:
                 return leaf
             axes = _unit_axes(name, path, leaf.ndim, asked)
-            bound = ratio * jnp.maximum(_unit_norm(weight, axes), eps).astype(ratio.dtype)
-            norm = _unit_norm(leaf, axes)
-            inside = norm <= bound.astype(norm.dtype)
-            scale = jnp.where(inside, 1, bound.astype(norm.dtype) / jnp.where(inside, 1, norm))
-            wide = wider_dtype(leaf.dtype, norm.dtype)
-            return jnp.where(inside, leaf, (leaf.astype(wide) * scale.astype(wide)).astype(leaf.dtype))
+            smallest, (width, height) = jnp.asarray(eps, ratio.dtype), _unit_norm(weight, axes)
+            bound = ratio * jnp.maximum((width * height).astype(ratio.dtype), smallest)
+            size, root = _unit_norm(leaf, axes)
+            bound = bound.astype(root.dtype)
+            inside = size * root <= bound
+            # Divided one after the other: the product, the norm itself, may overflow.
+            scale = bound / jnp.where(inside, 1, size) / jnp.where(inside, 1, root)
+            scale = jnp.where(jnp.isfinite(root), scale, jnp.nan)
+            return jnp.where(inside & jnp.isfinite(root), leaf, multiplied(leaf, scale))
 
         return jax.tree_util.tree_map_with_path(clip, updates, params, is_leaf=lambda leaf: leaf is None), state
 
@@ -315,14 +332,16 @@ def bound_and_state(bound: ScalarOrSchedule, state: Any) -> tuple[jax.Array, Any
     return jnp.maximum(value_at(bound, state.clip_step), 0), ClipState(clip_step=next_step(state.clip_step))
 
 
-def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The L2 norm over `axes`, kept as axes of size 1, in float32 or wider and without overflow."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """(size, root) with size * root the L2 norm over `axes`, kept as axes of size 1, in float32 or wider."""
+    parts = (jnp.real(x), jnp.imag(x)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,)
+    sizes = [jnp.max(jnp.abs(part), axis=axes, keepdims=True) for part in parts]
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
     wide = largest.astype(accumulator_dtype(x.dtype))
     size = jnp.where((wide > 0) & jnp.isfinite(wide), wide, 1)
     complex_or_wide = wider_dtype(x.dtype, size.dtype)
     squares = absolute_square(x.astype(complex_or_wide) / size.astype(complex_or_wide))
-    return size * safe_sqrt(jnp.sum(squares, axis=axes, keepdims=True))
+    return size, safe_sqrt(jnp.sum(squares, axis=axes, keepdims=True))
 
 
 def _is_axes(node: Any) -> bool:

@@ -152,14 +152,16 @@ def guard(
     name = "guard"
     patience = _validate.integer(name, "patience", patience, low=0)
     halt_after = _validate.integer(name, "halt_after", halt_after, low=1)
-    history = _validate.integer(name, "history", history, low=1)
-    _validate.boolean(name, "check_updates", check_updates)
+    history = _validate.integer(name, "history", history, low=1, high=_validate.MILLION)
+    _validate.axis_name(name, axis_name)
+    check_updates = _validate.boolean(name, "check_updates", check_updates)
     inner = as_transformation(name, inner)
     for position, each in enumerate(rules):
         if not isinstance(each, Rule):
             raise ValueError(
-                f"{name}: rule {position} must be made by `rule` (as `clip_by_global_norm` is); got {each!r}. "
-                "Other transformations go inside: guard(optax.chain(transformation, optimizer))."
+                f"{name}: rule {position} must be made by `rule` (as `clip_by_global_norm` is); got "
+                f"{_validate.shown(each)}. Other transformations are no `rules` and go inside: "
+                "guard(optax.chain(transformation, optimizer))."
             )
         if each.axis_name is not None and each.axis_name != axis_name:
             raise ValueError(

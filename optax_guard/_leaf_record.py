@@ -96,7 +96,8 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
       of the last step alone.
     """
     name = "record_leaves"
-    window = _validate.integer(name, "window", window, low=1)
+    window = _validate.integer(name, "window", window, low=1, high=_validate.MILLION)
+    _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> LeafRecordState:
         check_arrays(name, params)

@@ -9,13 +9,14 @@ batches that come one call at a time       `accumulate`, whose gradients were al
 =========================================  =========================================================================
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from optax_guard import _validate
 from optax_guard._tree import check_arrays, is_gradient, path_name, varying_axes, wider_dtype
@@ -93,11 +94,17 @@ def accumulate_gradients(
     """
     name = "accumulate_gradients"
     n = _validate.integer(name, "num_micro_batches", num_micro_batches, low=1)
-    _validate.boolean(name, "has_aux", has_aux)
+    has_aux = _validate.boolean(name, "has_aux", has_aux)
     _validate.one_of(name, "remainder", remainder, ("error", "pad"))
     if remainder == "pad" and weight_fn is None:
         raise ValueError(f"{name}: remainder='pad' needs a `weight_fn` that counts rows of zeros as nothing; got None.")
-    gradient = jax.value_and_grad(loss_fn, has_aux=has_aux)
+    _validate.function(name, "loss_fn", loss_fn, "of (params, micro_batch, ...)")
+    if weight_fn is not None:
+        _validate.function(name, "weight_fn", weight_fn, "of a micro-batch")
+    _validate.axis_name(name, axis_name)
+    if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise ValueError(f"{name}: `mesh` must be a jax.sharding.Mesh or None; got {_validate.shown(mesh)}.")
+    gradient = jax.value_and_grad(_returning(loss_fn, has_aux), has_aux=has_aux)
 
     def local(params: PyTree, batch: PyTree, args: tuple[Any, ...], key: Any) -> tuple[Any, PyTree, Any]:
         """Sums over this device's rows and then over all devices, divided."""
@@ -142,6 +149,19 @@ def accumulate_gradients(
     return value_and_grads
 
 
+def _returning(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The loss function; what it returns is looked at before JAX does."""
+
+    @functools.wraps(loss_fn)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = loss_fn(*args, **kwargs)
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError("accumulate_gradients: with `has_aux` True, `loss_fn` must return (loss, aux).")
+        return result
+
+    return checked
+
+
 def _split(x: jax.Array, n: int) -> jax.Array:
     """[rows, ...] -> [n, rows / n, ...], rows i, i + n, ... together: a sharded first axis keeps its devices."""
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
@@ -171,7 +191,7 @@ def _padded(batch: PyTree, n: int, devices: int, remainder: str) -> PyTree:
     missing = -rows % pieces
     if missing and remainder == "error":
         raise ValueError(
-            f"{name}: {rows} rows are not divisible into {n} micro-batches"
+            f"{name}: `num_micro_batches`: {rows} rows are not divisible into {n} micro-batches"
             + (f" on {devices} devices" if devices > 1 else "")
             + '; remainder="pad" appends rows of zeros.'
         )

@@ -29,7 +29,7 @@ from optax._src.transform import (  # states that Optax makes but does not expor
 from optax_guard import _validate
 from optax_guard._apply import as_transformation
 from optax_guard._second_moment import Reader, reader, responses
-from optax_guard._statistics import accumulator_dtype
+from optax_guard._statistics import accumulator_dtype, direction, multiplied
 from optax_guard._step import next_step
 from optax_guard._tree import (
     cast_like,
@@ -38,7 +38,6 @@ from optax_guard._tree import (
     check_with_params,
     is_gradient,
     positions,
-    wider_dtype,
 )
 from optax_guard._typing import PyTree
 
@@ -150,11 +149,13 @@ def spam_clip(
     """
     name = "spam_clip"
     inner = as_transformation(name, inner)
-    _validate.scalar(name, "threshold", threshold, low=0, open_low=True)
+    threshold = _validate.scalar(name, "threshold", threshold, low=0, open_low=True)
     warmup = _validate.integer(name, "warmup", warmup, low=0)
-    _validate.boolean(name, "faithful", faithful)
+    faithful = _validate.boolean(name, "faithful", faithful)
     read = reader(name, "second_moment", 0.0, b2, 0.0)
-    read = Reader(name, read.metric, read.momentum, 0.0 if faithful else b2, read.eps)  # with 0 it corrects nothing
+    read = Reader(
+        name, read.metric, read.momentum, 0.0 if faithful else read.b2, read.eps
+    )  # with 0 it corrects nothing
     if restart_every is not None:
         restart_every = _validate.integer(name, "restart_every", restart_every, low=2)
     update_inner = optax.with_extra_args_support(inner).update
@@ -264,10 +265,12 @@ def stable_spam(
     """
     name = "stable_spam"
     inner = as_transformation(name, inner)
-    for argument, value in (("gamma1", gamma1), ("gamma2", gamma2), ("gamma3", gamma3)):
-        _validate.scalar(name, argument, value, low=0, high=1)
-    _validate.scalar(name, "eps", eps, low=0)
-    _validate.boolean(name, "faithful", faithful)
+    below_one = {"low": 0, "high": 1, "open_high": True}
+    gamma1 = _validate.scalar(name, "gamma1", gamma1, **below_one)
+    gamma2 = _validate.scalar(name, "gamma2", gamma2, **below_one)
+    gamma3 = _validate.scalar(name, "gamma3", gamma3, **below_one)
+    eps = _validate.scalar(name, "eps", eps, low=0)
+    faithful = _validate.boolean(name, "faithful", faithful)
     if restart_every is not None:
         restart_every = _validate.integer(name, "restart_every", restart_every, low=2)
     update_inner = optax.with_extra_args_support(inner).update
@@ -364,8 +367,8 @@ def clip_by_update_rms(
     """
     name = "clip_by_update_rms"
     inner = as_transformation(name, inner)
-    _validate.scalar(name, "max_rms", max_rms, low=0, open_low=True)
-    _validate.scalar(name, "eps", eps, low=0)
+    max_rms = _validate.scalar(name, "max_rms", max_rms, low=0, open_low=True)
+    eps = _validate.scalar(name, "eps", eps, low=0)
     read = reader(name, "second_moment", 0.0, b2, 0.0)
     update_inner = optax.with_extra_args_support(inner).update
 
@@ -384,7 +387,7 @@ def clip_by_update_rms(
             over = square > jnp.square(jnp.asarray(max_rms, real))
             over = over & jnp.isfinite(square)
             scale = jnp.where(over, jnp.asarray(max_rms, real) * lax.rsqrt(jnp.where(over, square, 1)), 1)
-            return jnp.where(over, _times(moved, scale), moved)
+            return jnp.where(over, multiplied(moved, scale), moved)
 
         clipped = _map_positions(clip, updates, positions(gradients), roots)
         return clipped, after
@@ -409,19 +412,11 @@ def _map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
 
 def _at_size(leaf: jax.Array, size: jax.Array) -> jax.Array:
     """The direction of every element at another size; Inf has the direction of its sign."""
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        unit = leaf / jnp.where(jnp.abs(leaf) > 0, jnp.abs(leaf), 1).astype(leaf.dtype)
-        return unit * size.astype(leaf.dtype)
-    return jnp.sign(leaf) * size.astype(leaf.dtype)
-
-
-def _times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
-    wide = wider_dtype(leaf.dtype, factor.dtype)
-    return (leaf.astype(wide) * factor.astype(wide)).astype(leaf.dtype)
+    return multiplied(direction(leaf), size)
 
 
 def _scaled(updates: PyTree, factor: jax.Array) -> PyTree:
-    return _map_positions(lambda leaf: jnp.where(factor == 1, leaf, _times(leaf, factor)), updates)
+    return _map_positions(lambda leaf: jnp.where(factor == 1, leaf, multiplied(leaf, factor)), updates)
 
 
 def _restart(step: jax.Array, every: int | None, warmup: int) -> tuple[jax.Array, jax.Array]:

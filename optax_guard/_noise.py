@@ -35,6 +35,8 @@ from optax_guard._typing import Mask, PRNGKeyLike, PyTree, ScalarOrSchedule
 
 __all__ = ["NoiseState", "anticorrelated_noise", "langevin_noise", "noise_injection", "perturb_weights"]
 
+_LARGEST = 1e36  # standard deviation: six of them, and the difference of two draws, are finite in float32
+
 
 class NoiseState(NamedTuple):
     """What the noise transformations carry."""
@@ -84,6 +86,7 @@ def noise_injection(
     `eta`, `gamma` or `max_norm` NaN           NaN: a wrong schedule stays visible
     gradient zero                              noise alone; with relative_to="gradient" and a bound: zero
     NaN or Inf in a leaf                       stays in its leaf (a relative bound then takes the finite leaves)
+    float16 at the end of its range            stays finite: at most 65504 in size
     integer, `float0`, `None` leaf             unchanged
     complex leaf                               variance sigma^2 / 2 in each of the two parts
     two instances with the same key            the same numbers twice: give each its own key
@@ -128,18 +131,20 @@ def noise_injection(
       three times as long to draw on a CPU.
     """
     name = "noise_injection"
-    _validate.scalar_or_schedule(name, "eta", eta, low=0)
-    _validate.scalar_or_schedule(name, "gamma", gamma, low=0)
+    eta = _validate.scalar_or_schedule(name, "eta", eta, low=0)
+    gamma = _validate.scalar_or_schedule(name, "gamma", gamma, low=0)
     _validate.one_of(name, "kind", kind, ("gaussian", "uniform_ball"))
     if max_norm is not None:
-        _validate.scalar_or_schedule(name, "max_norm", max_norm, low=0)
+        max_norm = _validate.scalar_or_schedule(name, "max_norm", max_norm, low=0)
     _validate.one_of(name, "relative_to", relative_to, ("none", "gradient"))
     salted = salt(name, kind)
 
     def perturb(updates: PyTree, state: NoiseState) -> PyTree:
         step = state.noise_step
         start = jnp.maximum(value_at(eta, step), 0)
-        variance = start / (1 + step.astype(start.dtype)) ** value_at(gamma, step).astype(start.dtype)
+        power = value_at(gamma, step).astype(start.dtype)
+        # Selected, since 1 ** NaN is 1 and would hide a wrong schedule at the first step.
+        variance = jnp.where(jnp.isnan(power), jnp.nan, start / (1 + step.astype(start.dtype)) ** power)
         sigma = jnp.sqrt(variance)
         stream = step_words(state.noise_key, step, salted)
         draw = _draw(name, stream, updates, mask, sigma)
@@ -209,7 +214,7 @@ def anticorrelated_noise(
       `noise_injection`, whose noise adds up. Optax has neither a noise of this kind nor one after the learning rate.
     """
     name = "anticorrelated_noise"
-    _validate.scalar_or_schedule(name, "sigma", sigma, low=0)
+    sigma = _validate.scalar_or_schedule(name, "sigma", sigma, low=0, high=_LARGEST)
     salted = salt(name)
 
     def perturb(updates: PyTree, state: NoiseState) -> PyTree:
@@ -278,14 +283,16 @@ def langevin_noise(
       `optax.noisy_sgd`, which multiplies its noise with the learning rate and is no Langevin dynamics.
     """
     name = "langevin_noise"
-    _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
-    _validate.scalar_or_schedule(name, "temperature", temperature, low=0)
+    learning_rate = _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
+    temperature = _validate.scalar_or_schedule(name, "temperature", temperature, low=0)
     salted = salt(name)
 
     def perturb(updates: PyTree, state: NoiseState) -> PyTree:
         step = state.noise_step
         rate, heat = value_at(learning_rate, step), value_at(temperature, step)
-        sigma = jnp.sqrt(2 * jnp.maximum(rate.astype(jnp.result_type(rate, heat)) * heat, 0))
+        both = jnp.result_type(rate, heat)
+        product = jnp.maximum(rate, 0).astype(both) * jnp.maximum(heat, 0).astype(both)
+        sigma = jnp.sqrt(2 * jnp.minimum(product, jnp.finfo(both).max / 2))
         return _add(updates, _draw(name, step_words(state.noise_key, step, salted), updates, mask, sigma), sigma)
 
     return _noise(name, key, mask, perturb)
@@ -343,9 +350,8 @@ def perturb_weights(
       direction instead of the adversarial one.
     """
     name = "perturb_weights"
-    if not callable(loss_fn):
-        raise ValueError(f"{name}: `loss_fn` must be a function of the parameters; got {loss_fn!r}.")
-    _validate.scalar(name, "sigma", sigma, low=0)
+    _validate.function(name, "loss_fn", loss_fn, "of the parameters")
+    sigma = _validate.scalar(name, "sigma", sigma, low=0, high=_LARGEST)
     _validate.one_of(name, "relative_to", relative_to, ("none", "weights"))
     salted = salt(name)
 
@@ -444,7 +450,11 @@ def _add(updates: PyTree, draw: _Draw, sigma: jax.Array) -> PyTree:
 
 def _add_leaf(leaf: jax.Array, noise: jax.Array, spare: jax.Array | None) -> jax.Array:
     wide = leaf.astype(noise.dtype) + noise
-    return wide.astype(leaf.dtype) if spare is None else _round_stochastically(wide, leaf.dtype, spare)
+    if spare is None:
+        return wide.astype(leaf.dtype)
+    largest = float(jnp.finfo(leaf.dtype).max)  # finite noise on a finite number stays finite
+    wide = jnp.where(jnp.isinf(leaf), wide, jnp.clip(wide, -largest, largest))
+    return _round_stochastically(wide, leaf.dtype, spare)
 
 
 def _round_stochastically(wide: jax.Array, dtype: jnp.dtype, spare: jax.Array) -> jax.Array:

@@ -165,10 +165,11 @@ def clip_by_norm_history(
       you choose.
     """
     name = "clip_by_norm_history"
-    _validate.scalar(name, "follow", follow, low=10)
-    _validate.scalar(name, "width", width, low=0, open_low=True)
-    _validate.scalar(name, "floor", floor, low=1, open_low=True)
-    validate_scope_and_cap(name, scope, max_norm)
+    follow = _validate.scalar(name, "follow", follow, low=10)
+    width = _validate.scalar(name, "width", width, low=0, open_low=True)
+    floor = _validate.scalar(name, "floor", floor, low=1, open_low=True)
+    max_norm = validate_scope_and_cap(name, scope, max_norm)
+    _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> NormHistoryState:
         shape = scope_shape(params, scope)
@@ -284,9 +285,10 @@ def clip_by_median_norm(
       percentile of the history.
     """
     name = "clip_by_median_norm"
-    _validate.scalar(name, "factor", factor, low=1, open_low=True)
-    window = _validate.integer(name, "window", window, low=12)
-    validate_scope_and_cap(name, scope, max_norm)
+    factor = _validate.scalar(name, "factor", factor, low=1, open_low=True)
+    window = _validate.integer(name, "window", window, low=12, high=_validate.MILLION)
+    max_norm = validate_scope_and_cap(name, scope, max_norm)
+    _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> MedianNormState:
         shape = scope_shape(params, scope)
@@ -372,10 +374,10 @@ def scope_shape(params: PyTree, scope: Scope) -> tuple[int, ...]:
     return (len(positions(params)),) if scope == "leaf" else ()
 
 
-def validate_scope_and_cap(name: str, scope: Any, max_norm: Any) -> None:
+def validate_scope_and_cap(name: str, scope: Any, max_norm: Any) -> Any:
+    """Checks both, and gives `max_norm` back as a float, an array or None."""
     _validate.one_of(name, "scope", scope, ("tree", "leaf"))
-    if max_norm is not None:
-        _validate.scalar(name, "max_norm", max_norm, low=0, infinite=True)
+    return None if max_norm is None else _validate.scalar(name, "max_norm", max_norm, low=0, infinite=True)
 
 
 def number(value: Any) -> jax.Array:

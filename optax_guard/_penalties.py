@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard import _validate
-from optax_guard._statistics import accumulator_dtype
+from optax_guard._statistics import accumulator_dtype, direction, multiplied
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import check_arrays, check_with_params, is_gradient, map_gradients, resolve_mask, wider_dtype
 from optax_guard._typing import Mask, PyTree, ScalarOrSchedule
@@ -57,9 +57,10 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
     =========================  =================================================
     Case                       Result
     =========================  =================================================
-    `strength` = 0             unchanged
-    weight 0                   unchanged
-    weight NaN                 NaN
+    `strength` = 0             unchanged, bit for bit (-0.0 and subnormals, too)
+    weight 0                   unchanged, bit for bit
+    weight NaN                 NaN, unless `strength` is 0
+    weight Inf                 pulled like any other
     gradient NaN or Inf        stays
     schedule or array below 0  used as it is: pushes weights away from zero
     =========================  =================================================
@@ -93,10 +94,10 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
       `optax.add_decayed_weights`, the same for squared weights. Optax has no L1.
     """
     name = "l1_penalty"
-    _validate.scalar_or_schedule(name, "strength", strength, low=0)
+    strength = _validate.scalar_or_schedule(name, "strength", strength, low=0)
 
     def force(weight: jax.Array, factor: jax.Array) -> jax.Array:
-        return factor * jnp.sign(weight)
+        return _product(factor, direction(weight))
 
     return _penalty(name, (strength,), mask, force)
 
@@ -120,10 +121,11 @@ def dense_penalty(
     =========================  =================================================
     Case                       Result
     =========================  =================================================
-    `strength` = 0             unchanged
-    weight 0                   unchanged
-    weight NaN                 NaN
+    `strength` = 0             unchanged, bit for bit (-0.0 and subnormals, too)
+    weight 0                   unchanged, bit for bit
+    weight NaN                 NaN, unless `strength` is 0
     weight 1e38                no overflow: (w / delta)^2 is never formed
+    weight Inf                 "l2": Inf; "pseudo_huber": strength * delta
     gradient NaN or Inf        stays
     =========================  =================================================
 
@@ -155,16 +157,17 @@ def dense_penalty(
       `optax.add_decayed_weights`: "l2" for all leaves, and after Adam the decoupled decay of AdamW.
     """
     name = "dense_penalty"
-    _validate.scalar_or_schedule(name, "strength", strength, low=0)
+    strength = _validate.scalar_or_schedule(name, "strength", strength, low=0)
     _validate.one_of(name, "kind", kind, ("l2", "pseudo_huber"))
-    _validate.scalar(name, "delta", delta, low=0, open_low=True)
+    delta = _validate.scalar(name, "delta", delta, low=0, open_low=True)
 
     def force(weight: jax.Array, factor: jax.Array) -> jax.Array:
         if kind == "l2":
-            return factor * weight
+            return _product(factor, weight)
         size = jnp.abs(weight)
         width = value_at(delta, None).astype(size.dtype)
-        return factor * width.astype(weight.dtype) * (weight / jnp.hypot(width, size).astype(weight.dtype))
+        slope = jnp.where(jnp.isinf(size), direction(weight), weight / jnp.hypot(width, size).astype(weight.dtype))
+        return _product(factor * width.astype(weight.dtype), slope)
 
     return _penalty(name, (strength,), mask, force)
 
@@ -183,9 +186,10 @@ def elastic_net_penalty(
     ==================  =============================
     Case                Result
     ==================  =============================
-    `l1` = `l2` = 0     unchanged
-    weight 0            unchanged
-    weight NaN          NaN
+    `l1` = `l2` = 0     unchanged, bit for bit
+    weight 0            unchanged, bit for bit
+    weight NaN          NaN, unless `l1` = `l2` = 0
+    weight Inf          Inf, unless `l2` = 0
     gradient NaN, Inf   stays
     ==================  =============================
 
@@ -213,11 +217,11 @@ def elastic_net_penalty(
       `proximal_elastic_net`, which gives exact zeros.
     """
     name = "elastic_net_penalty"
-    _validate.scalar_or_schedule(name, "l1", l1, low=0)
-    _validate.scalar_or_schedule(name, "l2", l2, low=0)
+    l1 = _validate.scalar_or_schedule(name, "l1", l1, low=0)
+    l2 = _validate.scalar_or_schedule(name, "l2", l2, low=0)
 
     def force(weight: jax.Array, sparse: jax.Array, dense: jax.Array) -> jax.Array:
-        return sparse * jnp.sign(weight) + dense * weight
+        return _product(sparse, direction(weight)) + _product(dense, weight)
 
     return _penalty(name, (l1, l2), mask, force)
 
@@ -232,8 +236,9 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: str = "soft") -> optax.G
     weights have no part in it. "soft" also stops all learning from gradients below the threshold.
 
     Guarantees:
-      - No element changes its sign or grows, and none changes by more than the threshold.
-      - Computed in float32 or wider and rounded once.
+      - No element changes its sign or grows, and none changes by more than the threshold and half a unit in its last
+        place ("dense": two units), to which the result is rounded.
+      - Computed in float32 or wider.
 
     ===================  ============================
     Case                 Result
@@ -267,7 +272,7 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: str = "soft") -> optax.G
       `proximal_l1`, which soft-thresholds the weights.
     """
     name = "shrink_gradients"
-    _validate.scalar_or_schedule(name, "threshold", threshold, low=0)
+    threshold = _validate.scalar_or_schedule(name, "threshold", threshold, low=0)
     _validate.one_of(name, "kind", kind, ("soft", "dense"))
 
     def init(params: optax.Params) -> optax.OptState:
@@ -285,18 +290,21 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: str = "soft") -> optax.G
             wide = gradient.astype(wider_dtype(gradient.dtype, accumulator_dtype(gradient.dtype)))
             size = jnp.abs(wide)
             limit = jnp.maximum(bound, 0).astype(size.dtype)
-            # |g| is taken out of the sum first where it is the larger: Inf / Inf is not 1.
-            share = 1 / (1 + limit / jnp.where(size > 0, size, 1)) if kind == "dense" else _soft_share(size, limit)
-            return jnp.where(limit > 0, wide * share.astype(wide.dtype), wide).astype(gradient.dtype)
+            # |g| is taken out of the sum first: Inf / Inf is not 1. By how much it shrinks is never above the limit.
+            share = 1 / (1 + limit / jnp.where(size > 0, size, 1))
+            less = limit if kind == "soft" else limit * share
+            small = jnp.zeros_like(size) if kind == "soft" else size * share
+            shrunk = multiplied(direction(wide), jnp.where(size <= limit, small, size - less))
+            return jnp.where((limit == 0) | jnp.isinf(size), gradient, shrunk.astype(gradient.dtype))
 
         return map_gradients(shrink, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _soft_share(size: jax.Array, limit: jax.Array) -> jax.Array:
-    """max(1 - limit / size, 0), and 1 for an infinite size."""
-    return jnp.maximum(1 - limit / jnp.where(size > 0, size, 1), 0)
+def _product(factor: jax.Array, weight: jax.Array) -> jax.Array:
+    """Factor * weight, and 0 for a factor of 0: also of an infinite weight."""
+    return jnp.where(factor == 0, jnp.zeros_like(weight), multiplied(weight, jnp.real(factor)))
 
 
 def _penalty(
@@ -321,7 +329,8 @@ def _penalty(
                 return gradient
             wide = wider_dtype(gradient.dtype, accumulator_dtype(gradient.dtype))
             push = force(weight.astype(wide), *(value.astype(wide) for value in values))
-            return (gradient.astype(wide) + push).astype(gradient.dtype)
+            # Selected: a sum with 0 turns -0.0 into 0.0 and flushes subnormals.
+            return jnp.where(push == 0, gradient, (gradient.astype(wide) + push).astype(gradient.dtype))
 
         return map_gradients(add, updates, params, penalised(name, mask, params)), state
 

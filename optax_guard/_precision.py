@@ -35,6 +35,8 @@ from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["LossScalingState", "loss_scaling", "scale_loss"]
 
+_LARGEST_SCALE = 2.0**126  # beyond it the inverse, by which gradients are multiplied, is 0 in float32
+
 
 class LossScalingState(NamedTuple):
     """What `loss_scaling` carries."""
@@ -86,8 +88,8 @@ def loss_scaling(
       init: the first scale, in [min_scale, max_scale].
       growth_interval: finite steps in a row until the scale grows (>= 1).
       factor: by which it grows and shrinks, in (1, inf). Powers of two round nothing.
-      min_scale: the least scale, in (0, inf).
-      max_scale: the greatest, in [min_scale, inf).
+      min_scale: the least scale, in [2^-126, 2^126].
+      max_scale: the greatest, in [min_scale, 2^126]: its inverse is a normal float32.
       axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`.
 
     Returns:
@@ -117,12 +119,17 @@ def loss_scaling(
     name = "loss_scaling"
     inner = as_transformation(name, inner)
     growth_interval = _validate.integer(name, "growth_interval", growth_interval, low=1)
-    _validate.scalar(name, "min_scale", min_scale, low=0, open_low=True)
-    _validate.scalar(name, "max_scale", max_scale, low=float(min_scale))
-    _validate.scalar(name, "factor", factor, low=1, open_low=True)
-    if not float(min_scale) <= init <= float(max_scale):
-        raise ValueError(f"{name}: `init` must be a number in [{min_scale:g}, {max_scale:g}]; got {init!r}.")
-    first_scale, growth = float(init), factor
+    min_scale = _validate.scalar(
+        name, "min_scale", min_scale, low=1 / _LARGEST_SCALE, high=_LARGEST_SCALE, static=True, reason="2^-126 to 2^126"
+    )
+    max_scale = _validate.scalar(
+        name, "max_scale", max_scale, low=min_scale, high=_LARGEST_SCALE, static=True, reason="`min_scale` to 2^126"
+    )
+    growth = _validate.scalar(name, "factor", factor, low=1, open_low=True)
+    first_scale = _validate.scalar(
+        name, "init", init, low=min_scale, high=max_scale, static=True, reason="`min_scale` to `max_scale`"
+    )
+    _validate.axis_name(name, axis_name)
     judges = isinstance(inner, FastTransformation) and inner.judges
     if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
         raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inner.axis_name!r}: they must agree.")

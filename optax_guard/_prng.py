@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_guard import _validate
 from optax_guard._typing import PRNGKeyLike
 
 __all__ = ["Words", "bits", "derive", "leaf_words", "normal", "raw_key", "salt", "step_words", "threefry", "uniform"]
@@ -42,9 +43,12 @@ def raw_key(function: str, key: PRNGKeyLike) -> jax.Array:
             return jnp.array(key, copy=True)
         elif key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):  # a seed that inject_hyperparams made an array
             return jax.random.key_data(jax.random.key(key))
-    elif isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+    elif isinstance(key, (int, np.integer)) and not isinstance(key, bool) and -(2**31) <= key < 2**32:
         return jax.random.key_data(jax.random.key(int(key)))
-    raise ValueError(f"{function}: `key` must be an int, a PRNG key or raw uint32 key data; got {key!r}.")
+    raise ValueError(
+        f"{function}: `key` must be an int, a PRNG key or raw uint32 key data (an int in [-2^31, 2^32)); got "
+        f"{_validate.shown(key)}."
+    )
 
 
 def salt(*parts: str) -> int:

@@ -29,7 +29,7 @@ from optax_guard._apply import FastTransformation, as_transformation, fast_trans
 from optax_guard._guard import GuardState
 from optax_guard._penalties import penalised
 from optax_guard._second_moment import Reader, Response, injected_learning_rate, reader, responses
-from optax_guard._statistics import accumulator_dtype
+from optax_guard._statistics import accumulator_dtype, multiplied
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import NO_PARAMS_MSG, check_arrays, find_states, is_gradient, leaf_names, positions, wider_dtype
 from optax_guard._typing import Mask, PyTree, ScalarOrSchedule
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 Metric: TypeAlias = str | Callable[[Any], PyTree]
+_MOST_AXES = 32  # of an array, NumPy's limit
 MAX_TURNS = 50  # of Newton's method, which needs about ten
 
 
@@ -148,7 +149,7 @@ def proximal_l1(
     """
     name = "proximal_l1"
     read = reader(name, metric, momentum, b2, eps)
-    _validate.scalar_or_schedule(name, "strength", strength, low=0)
+    strength = _validate.scalar_or_schedule(name, "strength", strength, low=0)
 
     def shrink(x: jax.Array, force: jax.Array, metric: jax.Array | None) -> jax.Array:
         return _soft_threshold(x, _divide(force, metric))
@@ -213,8 +214,8 @@ def proximal_elastic_net(
     """
     name = "proximal_elastic_net"
     read = reader(name, metric, momentum, b2, eps)
-    _validate.scalar_or_schedule(name, "l1", l1, low=0)
-    _validate.scalar_or_schedule(name, "l2", l2, low=0)
+    l1 = _validate.scalar_or_schedule(name, "l1", l1, low=0)
+    l2 = _validate.scalar_or_schedule(name, "l2", l2, low=0)
 
     def shrink(x: jax.Array, sparse: jax.Array, dense: jax.Array, metric: jax.Array | None) -> jax.Array:
         shrunk = _soft_threshold(x, _divide(sparse, metric))
@@ -293,9 +294,8 @@ def proximal_group_lasso(
     """
     name = "proximal_group_lasso"
     read = reader(name, metric, momentum, b2, eps)
-    _validate.scalar_or_schedule(name, "strength", strength, low=0)
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise ValueError(f"{name}: `axis` must be a whole number; got {axis!r}.")
+    strength = _validate.scalar_or_schedule(name, "strength", strength, low=0)
+    axis = _validate.integer(name, "axis", axis, low=-_MOST_AXES, high=_MOST_AXES)
 
     def shrink(x: jax.Array, force: jax.Array, metric: jax.Array | None) -> jax.Array:
         if not -x.ndim <= axis < x.ndim:
@@ -347,7 +347,7 @@ def _proximal(
     """A wrapper from `shrink(x, *(learning rate * gain * strength), C or None)`; all in float32 or wider."""
     inner = as_transformation(name, inner)
     if learning_rate is not None:
-        _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
+        learning_rate = _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
     update_inner = optax.with_extra_args_support(inner).update
 
     def rate_of(state: Any, step: jax.Array) -> jax.Array:
@@ -431,7 +431,7 @@ def _soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         size = jnp.abs(x)
         share = jnp.where(size <= threshold, 0, 1 - threshold / jnp.where(size > 0, size, 1))
-        return x * share.astype(x.dtype)
+        return multiplied(x, share)
     return x - jnp.clip(x, -threshold, threshold)  # x - x is exactly zero, and NaN stays NaN
 
 

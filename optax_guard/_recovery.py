@@ -46,6 +46,8 @@ __all__ = [
     "rewind",
 ]
 
+_MOST_SNAPSHOTS = 100  # each is a copy of parameters and state, and has a branch of its own
+
 
 class ResetState(NamedTuple):
     """What `reset_moments` carries."""
@@ -250,12 +252,14 @@ def back_off(
       `optax.contrib.reduce_on_plateau`, which lowers the scale of updates for a loss that stopped falling, for good.
     """
     name = "back_off"
-    for argument, number in (("factor", factor), ("lowest", lowest)):
-        _fraction(name, argument, number)
+    inside = {"low": 0, "high": 1, "open_low": True, "open_high": True, "static": True}
+    factor = _validate.scalar(name, "factor", factor, **inside)
+    lowest = _validate.scalar(name, "lowest", lowest, **inside)
     recover_after = _validate.integer(name, "recover_after", recover_after, low=1)
     after = _validate.integer(name, "after", after, low=1)
     if diverged is not None:
-        _above_one(name, "diverged", diverged)
+        diverged = _validate.scalar(name, "diverged", diverged, low=1, open_low=True, static=True)
+    _validate.axis_name(name, axis_name)
     most_owed = max(math.floor(recover_after * math.log(lowest) / math.log(factor)), 0)
 
     def init(params: optax.Params) -> BackOffState:
@@ -284,7 +288,7 @@ def back_off(
         scaled = scale_leaves(updates, state.update_scale, ~finite)
         return scaled, step_up(state, ~trouble, watch)
 
-    settings = {"factor": float(factor), "recover_after": recover_after, "after": after}
+    settings = {"factor": factor, "recover_after": recover_after, "after": after}
     rung = BackOff(init, update, **settings, most_owed=most_owed, diverged=diverged)
     return rung
 
@@ -334,7 +338,7 @@ def rewind(
 
     Args:
       every: healthy steps between snapshots (>= 1).
-      keep: snapshots (>= 1).
+      keep: snapshots (1 to 100).
       after: steps of trouble in a row (>= 1) that lead back; counted anew after each rewind. Above `halt_after` it
         would never act on non-finite steps, so `guard` refuses that.
       diverged: multiple (> 1) of the best smoothed loss that counts as diverged.
@@ -364,20 +368,19 @@ def rewind(
       batches; there by hand.
     """
     name = "rewind"
-    _above_one(name, "diverged", diverged)
-    if dtype is not None and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(
-            f"{name}: `dtype` must be None, jnp.bfloat16 or jnp.float32 (others are too narrow in range for second "
-            f"moments); got {dtype!r}."
-        )
+    diverged = _validate.scalar(name, "diverged", diverged, low=1, open_low=True, static=True)
+    if dtype is not None:  # others are too narrow in range for second moments
+        dtype = _validate.floating_dtype(name, "dtype", dtype, (jnp.bfloat16, jnp.float32))
     _validate.one_of(name, "memory", memory, ("device", "host"))
     return Rewind(
         every=_validate.integer(name, "every", every, low=1),
-        keep=_validate.integer(name, "keep", keep, low=1),
+        keep=_validate.integer(
+            name, "keep", keep, low=1, high=_MOST_SNAPSHOTS, reason="each is a copy of the whole state"
+        ),
         after=_validate.integer(name, "after", after, low=1),
-        diverged=float(diverged),
+        diverged=diverged,
         attempts=_validate.integer(name, "attempts", attempts, low=1),
-        dtype=None if dtype is None else jnp.dtype(dtype),
+        dtype=dtype,
         memory=memory,
     )
 
@@ -412,15 +415,3 @@ def step_up(state: BackOffState, healthy: jax.Array, watch: Any) -> BackOffState
         update_scale=state.update_scale,
         back_off_watch=watch,
     )
-
-
-def _fraction(name: str, argument: str, number: Any) -> None:
-    _validate.scalar(name, argument, number, low=0, high=1, open_low=True)
-    if isinstance(number, jax.Array) or number == 1:
-        raise ValueError(f"{name}: `{argument}` must be a number in (0, 1); got {number!r}.")
-
-
-def _above_one(name: str, argument: str, number: Any) -> None:
-    _validate.scalar(name, argument, number, low=1, open_low=True)
-    if isinstance(number, jax.Array):
-        raise ValueError(f"{name}: `{argument}` must be a number in (1, inf); got {number!r}.")

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_guard._statistics import GradientStatistics, gradient_statistics
-from optax_guard._tree import is_gradient, wider_dtype
+from optax_guard import _validate
+from optax_guard._statistics import GradientStatistics, gradient_statistics, multiplied
+from optax_guard._tree import is_gradient
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["Judge", "Rule", "Verdict", "rule"]
@@ -96,6 +97,10 @@ def rule(
       >>> updates["w"]
       Array([-15., -20.], dtype=float32)
     """
+    _validate.function("rule", "init", init, "from parameters to a state")
+    _validate.function("rule", "judge", judge, "(statistics, state, params=None, **extra) -> (Verdict, state)")
+    _validate.axis_name("rule", axis_name)
+    sees_nonfinite = _validate.boolean("rule", "sees_nonfinite", sees_nonfinite)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
@@ -119,8 +124,7 @@ def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = Non
     for i, leaf in enumerate(leaves):
         if is_gradient(leaf):
             factor = scale if scale.ndim == 0 else scale[i]
-            wide = wider_dtype(leaf.dtype, factor.dtype)
-            product = (leaf.astype(wide) * factor.astype(wide)).astype(leaf.dtype)
+            product = multiplied(leaf, factor)
             if skip is not None:
                 product = jnp.where(skip, jnp.zeros_like(leaf), jnp.where(factor == 1, leaf, product))
             leaf = product

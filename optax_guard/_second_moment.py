@@ -71,14 +71,10 @@ def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Read
     """A `Reader` of checked arguments."""
     if not callable(metric):
         _validate.one_of(function, "metric", metric, METRICS)
-    for name, value in (("momentum", momentum), ("b2", b2)):
-        if value is None:
-            continue
-        _validate.scalar(function, name, value, low=0)
-        if not isinstance(value, jax.Array) and value >= 1:
-            raise ValueError(f"{function}: `{name}` must be a number in [0, 1); got {value!r}.")
-    if eps is not None:
-        _validate.scalar(function, "eps", eps, low=0)
+    below_one = {"low": 0, "high": 1, "open_high": True}
+    momentum = None if momentum is None else _validate.scalar(function, "momentum", momentum, **below_one)
+    b2 = None if b2 is None else _validate.scalar(function, "b2", b2, **below_one)
+    eps = None if eps is None else _validate.scalar(function, "eps", eps, low=0)
     return Reader(function, metric, momentum, b2, eps)
 
 

@@ -76,6 +76,7 @@ def skip_nonfinite(*, axis_name: AxisName | None = None) -> Rule:
     See Also:
       `optax.zero_nans`, which zeroes single NaNs and lets Inf pass.
     """
+    _validate.axis_name("skip_nonfinite", axis_name)
 
     def judge(
         statistics: GradientStatistics, state: Any, params: PyTree | None = None, **extra: Any
@@ -126,7 +127,8 @@ def skip_large(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None)
     See Also:
       `optax.skip_large_updates`, which works only through `optax.MultiSteps`.
     """
-    _validate.scalar_or_schedule("skip_large", "max_norm", max_norm, low=0, infinite=True)
+    max_norm = _validate.scalar_or_schedule("skip_large", "max_norm", max_norm, low=0, infinite=True)
+    _validate.axis_name("skip_large", axis_name)
 
     def judge(
         statistics: GradientStatistics, state: Any, params: PyTree | None = None, **extra: Any
@@ -221,11 +223,12 @@ def skip_spikes(
       `skip_large`, for a bound known beforehand.
     """
     name = "skip_spikes"
-    window = _validate.integer(name, "window", window, low=2)
-    follow = _validate.integer(name, "follow", follow, low=1)
-    _validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
+    window = _validate.integer(name, "window", window, low=2, high=_validate.MILLION)
+    follow = _validate.integer(name, "follow", follow, low=1, high=_validate.MILLION)
+    sigmas = _validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
     _validate.one_of(name, "on", on, ("auto", "loss", "norm", "both"))
-    _validate.boolean(name, "faithful", faithful)
+    faithful = _validate.boolean(name, "faithful", faithful)
+    _validate.axis_name(name, axis_name)
     signals = {"auto": ("loss", "norm"), "both": ("loss", "norm")}.get(on, (on,))
 
     def init(params: optax.Params) -> SpikeState:

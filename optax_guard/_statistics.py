@@ -22,14 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_guard._tree import check_arrays, is_gradient, positions, small_leaves_together
+from optax_guard import _validate
+from optax_guard._tree import check_arrays, is_gradient, positions, small_leaves_together, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = [
     "GradientStatistics",
+    "direction",
     "first_look",
     "global_norm",
     "gradient_statistics",
+    "multiplied",
     "safe_sqrt",
     "scale_statistics",
     "widest_accumulator",
@@ -120,6 +123,29 @@ def absolute_square(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(dtype))
 
 
+def direction(x: jax.Array) -> jax.Array:
+    """X / |x|, 0 at 0, also for an Inf: a complex number with an infinite part points where that part does."""
+    if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.sign(x)
+    parts = jnp.real(x), jnp.imag(x)
+    endless = jnp.isinf(parts[0]) | jnp.isinf(parts[1])
+    parts = [jnp.where(endless & ~jnp.isnan(p), jnp.where(jnp.isinf(p), jnp.sign(p), 0), p) for p in parts]
+    top = jnp.maximum(jnp.abs(parts[0]), jnp.abs(parts[1]))
+    parts = [p / jnp.where(top > 0, top, 1) for p in parts]
+    length = safe_sqrt(jnp.square(parts[0]) + jnp.square(parts[1]))
+    return lax.complex(*(p / jnp.where(length > 0, length, 1) for p in parts))
+
+
+def multiplied(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """X * factor, a real number, in float32 or wider and rounded once; Inf times a complex number's 0 is not asked."""
+    wide = wider_dtype(x.dtype, factor.dtype)
+    if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
+    real = jnp.finfo(wide).dtype
+    parts = (part.astype(real) * factor.astype(real) for part in (jnp.real(x), jnp.imag(x)))
+    return lax.complex(*parts).astype(x.dtype)
+
+
 def first_look(tree: PyTree, axis_name: AxisName | None = None) -> GradientStatistics:
     """One read of the tree. A leaf whose squares overflow counts as not finite here, one whose squares vanish as 0."""
     sums = _sum_squares(positions(tree))
@@ -178,6 +204,7 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
     See Also:
       `optax.tree.norm`, which reduces in the gradient's own dtype: float16 [300, 1] and float32 [1e20] have norm Inf.
     """
+    _validate.axis_name("gradient_statistics", axis_name)
     check_arrays("gradient_statistics", tree)
     look = first_look(tree, axis_name)
     if look.sum_squares.shape == (0,):
@@ -223,6 +250,8 @@ def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array
     See Also:
       `optax.tree.norm`: the same number for ordinary float32 trees.
     """
+    _validate.axis_name("global_norm", axis_name)
+    check_arrays("global_norm", tree)
     return gradient_statistics(tree, axis_name=axis_name).norm
 
 

@@ -85,7 +85,7 @@ def labels(reduction: Any, tree: PyTree) -> list[str]:
         return [reduction] * len(positions(tree))
     chosen = reduction(tree) if callable(reduction) else reduction
     for path, label in jax.tree_util.tree_leaves_with_path(chosen):
-        if label not in REDUCTIONS:
+        if not isinstance(label, str) or label not in REDUCTIONS:
             raise ValueError(
                 f"accumulate: `reduction` must hold {', '.join(map(repr, REDUCTIONS))}; at `{path_name(path)}` it "
                 f"holds {label!r}."

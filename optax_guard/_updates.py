@@ -23,8 +23,8 @@ from optax_guard import _validate
 from optax_guard._clipping import bound_and_state, init_for
 from optax_guard._history import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._rule import scale_leaves
-from optax_guard._statistics import accumulator_dtype, first_look, safe_sqrt
-from optax_guard._tree import check_arrays, check_with_params, is_gradient, positions, wider_dtype
+from optax_guard._statistics import accumulator_dtype, first_look, multiplied, safe_sqrt
+from optax_guard._tree import check_arrays, check_with_params, is_gradient, positions
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
 __all__ = ["UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
@@ -66,6 +66,7 @@ def limit_step(
     NaN in a leaf of the update       that leaf is left as it is; the others are bounded by the norm of the rest
     Inf in the update, or > 1.8e19    zero: its squares overflow; the elements that are Inf become NaN
     NaN or Inf in the parameters       those leaves count as zero ("leaf": they are bounded by the floor)
+    finite parameters above 1.8e19     likewise: their squares overflow
     norm above 8e37 times the bound    zero: the factor is below the smallest normal float32
     =================================  ================================================================================
 
@@ -104,9 +105,10 @@ def limit_step(
       `optax.scale_by_trust_ratio`, which sets the ratio and so takes the place of the learning rate always.
     """
     name = "limit_step"
-    _validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
+    max_change = _validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
     _validate.one_of(name, "scope", scope, ("tree", "leaf"))
-    _validate.scalar(name, "floor", floor, low=0, open_low=True)
+    floor = _validate.scalar(name, "floor", floor, low=0, open_low=True)
+    _validate.axis_name(name, axis_name)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
@@ -199,10 +201,11 @@ def clip_by_update_norm(
       `skip_spikes`, which holds the step, and judges the gradient.
     """
     name = "clip_by_update_norm"
-    window = _validate.integer(name, "window", window, low=2)
-    follow = _validate.integer(name, "follow", follow, low=1)
-    _validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
-    _validate.boolean(name, "faithful", faithful)
+    window = _validate.integer(name, "window", window, low=2, high=_validate.MILLION)
+    follow = _validate.integer(name, "follow", follow, low=1, high=_validate.MILLION)
+    sigmas = _validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
+    faithful = _validate.boolean(name, "faithful", faithful)
+    _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> UpdateNormState:
         del params
@@ -281,8 +284,9 @@ def clippy(
       `limit_step(scope="leaf")`, which compares norms and so lets zeros among the weights move.
     """
     name = "clippy"
-    _validate.scalar_or_schedule(name, "relative", relative, low=0)
-    _validate.scalar(name, "absolute", absolute, low=0, open_low=True)
+    relative = _validate.scalar_or_schedule(name, "relative", relative, low=0)
+    absolute = _validate.scalar(name, "absolute", absolute, low=0, open_low=True)
+    _validate.axis_name(name, axis_name)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
@@ -301,9 +305,7 @@ def clippy(
             share = jnp.min(jnp.where(counts, allowed / jnp.where(counts, moved, 1), 1), initial=1)
             if axis_name is not None:
                 share = lax.pmin(share, axis_name)
-            wide = wider_dtype(leaf.dtype, real)
-            scaled = (leaf.astype(wide) * share.astype(wide)).astype(leaf.dtype)
-            return jnp.where((share == 1) | ~jnp.isfinite(moved), leaf, scaled)
+            return jnp.where((share == 1) | ~jnp.isfinite(moved), leaf, multiplied(leaf, share))
 
         return jax.tree.map(clip, updates, params, is_leaf=lambda leaf: leaf is None), state
 

@@ -159,9 +159,11 @@ def preflight(
     See Also:
       `learning_rate_sweep`; `diagnose` for a batch that has gone wrong.
     """
-    _validate.scalar("preflight", "momentum", momentum, low=0, high=1)
-    _validate.scalar("preflight", "tolerance", tolerance, low=0, high=1, open_low=True)
-    _validate.scalar("preflight", "eps", eps, low=0)
+    momentum = _validate.scalar("preflight", "momentum", momentum, low=0, high=1, open_high=True, static=True)
+    tolerance = _validate.scalar(
+        "preflight", "tolerance", tolerance, low=0, high=1, open_low=True, open_high=True, static=True
+    )
+    eps = _validate.scalar("preflight", "eps", eps, low=0, static=True)
     eigenvalues = _validate.integer("preflight", "eigenvalues", eigenvalues, low=1)
     chunks = _validate.integer("preflight", "chunks", chunks, low=1)
     if time_axis is not None:

@@ -162,12 +162,15 @@ def test_scale_loss_works_in_float32_and_counts_in_the_derivative() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"init": 0.5}, r"`init` must be a number in \[1, 1.67772e\+07\]; got 0.5"),
+        ({"init": 0.5}, r"`init` must be a number in \[1, 1.67772e\+07\] \(`min_scale` to `max_scale`\); got 0.5"),
         ({"init": 2.0**25}, "`init` must be"),
         ({"growth_interval": 0}, "`growth_interval` must be a whole number >= 1; got 0"),
         ({"factor": 1.0}, r"`factor` must be a number in \(1, inf\); got 1.0"),
-        ({"min_scale": 0.0}, r"`min_scale` must be a number in \(0, inf\); got 0.0"),
-        ({"max_scale": 0.5}, r"`max_scale` must be a number in \[1, inf\); got 0.5"),
+        (
+            {"min_scale": 0.0},
+            r"`min_scale` must be a number in \[1.17549e-38, 8.50706e\+37\] \(2\^-126 to 2\^126\); got 0.0",
+        ),
+        ({"max_scale": 0.5}, r"`max_scale` must be a number in \[1, 8.50706e\+37\] \(`min_scale` to 2\^126\); got 0.5"),
         ({"inner": 3}, "`inner` must be"),
     ],
 )

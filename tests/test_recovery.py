@@ -376,7 +376,7 @@ WRONG = {
     "check_every": (lambda: og.reset_moments(check_every=0), "reset_moments: `check_every` 0 >= 1"),
     "factor of 1": (lambda: og.back_off(1.0), "back_off: `factor` 1.0 (0, 1)"),
     "factor of 0": (lambda: og.back_off(0), "back_off: `factor` 0 (0,"),
-    "array as factor": (lambda: og.back_off(jnp.asarray(0.5)), "back_off: `factor` (0, 1)"),
+    "array as factor": (lambda: og.back_off(jnp.ones(2)), "back_off: `factor` (0, 1)"),
     "recover_after": (lambda: og.back_off(recover_after=0), "back_off: `recover_after` 0 >= 1"),
     "lowest": (lambda: og.back_off(lowest=-0.1), "back_off: `lowest` -0.1 (0,"),
     "diverged of back_off": (lambda: og.back_off(diverged=1.0), "back_off: `diverged` 1.0 (1,"),

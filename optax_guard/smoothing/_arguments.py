@@ -53,7 +53,7 @@ def check_call(name: str, smoothed: Any, inputs: ArrayLike, key: PRNGKeyLike, pr
     """The inputs as an array, and the raw data of the key."""
     if not isinstance(smoothed, SmoothedClassifier):
         raise ValueError(f"{name}: `smoothed` must come from `smooth(apply_fn, sigma)`; got {smoothed!r}.")
-    _validate.boolean(name, "progress", progress)
+    progress = _validate.boolean(name, "progress", progress)
     return check_inputs(name, inputs), raw_key(name, key)
 
 
@@ -99,21 +99,12 @@ def logit_count(name: str, apply_fn: ApplyFn, params: PyTree, inputs: Any, batch
 
 def number(name: str, argument: str, value: Any, low: float, high: float, *, closed_low: bool = False) -> float:
     """A Python float strictly between `low` (or from it on) and `high`; nothing here runs in `jit`, so values count."""
-    scalar = isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0 and not isinstance(value, Tracer)
-    number = value.item() if scalar else value
-    valid = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
-    if not (valid and (low < number < high or (closed_low and number == low))):
-        raise ValueError(
-            f"{name}: `{argument}` must be a number in {'[' if closed_low else '('}{low:g}, {high:g}); got {value!r}."
-        )
-    return float(number)
+    ends = {"open_low": not closed_low, "open_high": True}
+    return _validate.scalar(name, argument, value, low=low, high=high, **ends, static=True)
 
 
 def whole(name: str, argument: str, value: Any) -> int:
-    number = _validate.integer(name, argument, value, low=1)
-    if number >= 2**31:
-        raise ValueError(f"{name}: `{argument}` must be a whole number below 2^31; got {value!r}.")
-    return number
+    return _validate.integer(name, argument, value, low=1)
 
 
 def scipy_special(name: str) -> Any:

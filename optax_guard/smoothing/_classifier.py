@@ -59,7 +59,7 @@ def augment_with_noise(inputs: jax.Array, sigma: ArrayLike, *, key: PRNGKeyLike)
     """
     name = "augment_with_noise"
     inputs = _arguments.check_floats(name, inputs)
-    _validate.scalar(name, "sigma", sigma, low=0)
+    sigma = _validate.scalar(name, "sigma", sigma, low=0)
     stream = step_words(raw_key(name, key), jnp.uint32(_sampling.AUGMENT), _sampling.SALT)
     noise, _ = normal(stream, inputs, accumulator_dtype(inputs.dtype))
     scaled = jnp.maximum(jnp.asarray(sigma).astype(noise.dtype), 0) * noise

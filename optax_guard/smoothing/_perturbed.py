@@ -111,7 +111,7 @@ def perturbed_accuracy(
     sizes = [_arguments.number(name, size, value, 0, math.inf, closed_low=True) for size, value in given.items()]
     input_sigma, weight_sigma, max_norm = sizes
     draws, batch_size = _arguments.whole(name, "draws", draws), _arguments.whole(name, "batch_size", batch_size)
-    _validate.boolean(name, "progress", progress)
+    progress = _validate.boolean(name, "progress", progress)
     images, data = _arguments.check_inputs(name, inputs), raw_key(name, key)
     classes = _arguments.check_labels(name, labels, len(images))
     check_arrays(name, params)
