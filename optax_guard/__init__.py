@@ -73,7 +73,7 @@ from optax_guard._rule import Rule, Verdict, rule
 # Hold a step
 from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_spikes
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
-from optax_guard._tree import leaf_names
+from optax_guard._reading import leaf_names
 
 # Bound the finished update
 from optax_guard._updates import UpdateNormState, clip_by_update_norm, clippy, limit_step

@@ -28,11 +28,20 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
+from optax_guard._reading import (
+    SeenLeaves,
+    member,
+    members,
+    nonfinite_leaf,
+    nonfinite_moment,
+    saw_leaves,
+    seen_names,
+)
 from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
 from optax_guard._rule import Rule
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
 from optax_guard._step import count_if, next_step
-from optax_guard._tree import cast_like, check_arrays, find_states, is_gradient, leaf_names, positions, unwrapped
+from optax_guard._tree import cast_like, check_arrays, find_states, is_gradient, positions, unwrapped
 from optax_guard._typing import AxisName, PyTree
 from optax_guard._watch import scalar_loss
 
@@ -43,7 +52,7 @@ _EVENT_ORDER = ("halted", "nonfinite", "nonfinite_update", "skipped", "recovery"
 
 
 class GuardState(NamedTuple):
-    """What `guard` carries: the inner state, one state per rule, ten numbers and the flight recorder."""
+    """What `guard` carries: the inner state, one state per rule, ten numbers, the flight recorder, and what it sees."""
 
     guarded_state: Any  # the inner optimizer's state
     rule_states: tuple[Any, ...]  # one per rule, in order
@@ -57,6 +66,7 @@ class GuardState(NamedTuple):
     halted: jax.Array  # bool[]: every further step is held
     recorder: FlightRecorder
     recovery_state: Any  # RecoveryState; () without `recovery`
+    seen_leaves: SeenLeaves  # which leaves `worst_leaf` and the rules' states count
 
 
 class TrainingHalted(RuntimeError):  # noqa: N818 (named after what happened, as StopIteration is)
@@ -187,6 +197,7 @@ def guard(
             halted=jnp.zeros((), bool),
             recorder=empty_recorder(history),
             recovery_state=_ladder.init_ladder(ladder, params, inner_state),
+            seen_leaves=saw_leaves(params),
         )
 
     def run(
@@ -268,11 +279,23 @@ def guard(
 def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:
     """Raises `TrainingHalted` on the host if a guard in `state` has halted.
 
-    Waits for the step that made `state`; call it as often as you log.
+    Waits for the step that made `state`; call it as often as you log. What it looks at besides the flags, it looks at
+    only after a halt.
+
+    ============================================  =====================================================================
+    Case                                          The message says
+    ============================================  =====================================================================
+    gradients that were not finite                step, leaf and what it held; the parameters are those before
+    NaN or Inf in `params` themselves             which leaf: restore an earlier checkpoint
+    NaN or Inf in a moment of the optimizer       which one: restore, or let `reset_moments` start it anew
+    `optax.MultiSteps` around the guard           that it never loses a NaN: take `accumulate` in its place
+    a state of many runs (`vmap`, `pmap`)         which members halted, and the story of the first
+    the state of an `nnx.Optimizer`               how to go on in place: `optax_guard.flax.clear_halt(optimizer)`
+    ============================================  =====================================================================
 
     Args:
       state: any optimizer state that holds a guard.
-      params: the parameters, for the name of the leaf; without them the message gives its index.
+      params: the parameters, for the name of the leaf and a look at them; without them the message gives its index.
 
     Raises:
       TrainingHalted: names the step, the leaf's path and what was seen there.
@@ -292,8 +315,14 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
     if not states:
         raise ValueError("raise_if_halted: there is no guard in this state; wrap the optimizer in `guard` first.")
     for each in states:
-        if bool(unwrapped(each.halted)):
-            raise TrainingHalted(_story(each, params))
+        halted = np.asarray(jax.device_get(unwrapped(each.halted)))
+        if halted.any():
+            who = [index for index in members(each.halted) if halted[index]]
+            story = _story(each, who[0], state, params)
+            if halted.ndim > 0:
+                names = ", ".join(str(index[0] if len(index) == 1 else index) for index in who)
+                story = f"{len(who)} of {halted.size} members of this state halted: {names}. The first of them {story}"
+            raise TrainingHalted(story)
 
 
 def clear_halt(state: optax.OptState) -> optax.OptState:
@@ -429,6 +458,7 @@ def _advance(
         halted=halted if plan is None else halted | plan.gives_up,
         recorder=add_row(state.recorder, row),
         recovery_state=recovery_state,
+        seen_leaves=state.seen_leaves,
     )
 
 
@@ -451,36 +481,71 @@ def _checked_value(extra: dict[str, Any], axis_name: AxisName | None) -> dict[st
     return extra if axis_name is None else {**extra, "value": loss}
 
 
-def _story(state: GuardState, params: PyTree | None) -> str:
-    """What the last rows of the recorder tell of a halt, in words."""
-    rows = read_rows(state.recorder)
+def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, params: PyTree | None) -> str:
+    """What the last rows of the recorder tell of a member's halt, in words, and how to go on."""
+    recorder, in_row = member((guard_state.recorder, guard_state.nonfinite_in_row), index)
+    rows = read_rows(recorder)
+    in_place = type(guard_state.halted).__module__.startswith("flax.nnx")
+    clear = "`optax_guard.flax.clear_halt(optimizer)`" if in_place else "`clear_halt(state)`"
     given_up = [row for row in rows[rows["event"] != "halted"][-1:] if "gave_up" in str(row["recovery"])]
     if given_up:
         return (
             f"halted at step {int(given_up[0]['step'])}: the loss diverged again after every rewind, so the batches "
-            "were not the cause. Lower the learning rate or look at the data, and go on with `clear_halt(state)`: it "
+            f"were not the cause. Lower the learning rate or look at the data, and go on with {clear}: it "
             "takes the loss as it is for the new level."
         )
     bad = rows[(rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update")]
     if len(bad) == 0:
         return "halted; the flight recorder no longer reaches back to the cause."
     last = bad[-1]
-    leaf = int(last["worst_leaf"])
+    count = int(unwrapped(in_row))
+    steps = "step" if count == 1 else "steps"
+    return (
+        f"halted at step {int(last['step'])} after {count} non-finite {steps} in a row: "
+        f"{_what_was_seen(last, guard_state, params)}. {_what_to_do(guard_state, index, state, params, clear)}"
+    )
+
+
+def _what_was_seen(row: np.void, guard_state: GuardState, params: PyTree | None) -> str:
+    leaf = int(row["worst_leaf"])
     where = "the gradient"
     if leaf >= 0:
-        where += f" of `{leaf_names(params)[leaf]}`" if params is not None else f" of leaf {leaf}"
-    if last["event"] == "nonfinite_update":
-        seen = f"the gradient was finite, but the update of {where.removeprefix('the gradient of ')} was not"
-    elif np.isnan(last["grad_norm"]):
-        seen = f"{where} held NaN"
-    elif np.isfinite(last["grad_norm"]):
-        seen = "the gradient was finite, but a rule answered with a scale that was not"
-    else:
-        seen = f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
-    in_row = int(unwrapped(state.nonfinite_in_row))
-    steps = "step" if in_row == 1 else "steps"
+        name = seen_names(guard_state.seen_leaves, params)[leaf]
+        where += f" of {name}" if params is None or name.startswith("leaf ") else f" of `{name}`"
+    if row["event"] == "nonfinite_update":
+        return f"the gradient was finite, but the update of {where.removeprefix('the gradient of ')} was not"
+    if np.isnan(row["grad_norm"]):
+        return f"{where} held NaN"
+    if np.isfinite(row["grad_norm"]):
+        return "the gradient was finite, but a rule answered with a scale that was not"
+    return f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
+
+
+def _what_to_do(
+    guard_state: GuardState, index: tuple[int, ...], state: PyTree, params: PyTree | None, clear: str
+) -> str:
+    """The cause that can be found in the state itself, else where to look."""
+    for around in find_states(state, optax.MultiStepsState):
+        if find_states(around, GuardState) and nonfinite_leaf(around.acc_grads) is not None:
+            return (
+                "The cause is `optax.MultiSteps` around the guard: its sum took in a number that is not finite, which "
+                "it keeps for ever (0 * NaN is NaN), so that every later cycle is lost. The parameters are those "
+                "before the first of them. Take `accumulate(guard(...), every)` in its place, which drops such a "
+                "micro-batch; `with_guard_state` brings the optimizer's state over."
+            )
+    shape = np.shape(unwrapped(guard_state.halted))
+    many = all(np.shape(leaf)[: len(shape)] == shape for leaf in jax.tree.leaves(params))
+    bad = None if params is None else nonfinite_leaf(member(params, index if many else ()))
+    if bad is not None:
+        return f"The parameters themselves hold {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint."
+    inside = member(guard_state.guarded_state, index)
+    bad = nonfinite_moment(inside, {} if params is None else params)
+    if bad is not None:
+        return (
+            f"The optimizer's own state holds {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint, or "
+            "start its moments anew: `with_guard_state` into a guard with `recovery=(reset_moments(),)`."
+        )
     return (
-        f"halted at step {int(last['step'])} after {in_row} non-finite {steps} in a row: {seen}. The parameters are "
-        "those before the first of them. Look at `flight_log(state)`, mend the cause, and go on with "
-        "`clear_halt(state)`."
+        "The parameters are those before the first of them. Look at `flight_log(state)`, mend the cause, and go on "
+        f"with {clear}."
     )

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from optax_guard import _validate
+from optax_guard._reading import SeenLeaves, seen_names
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._statistics import GradientStatistics
 from optax_guard._step import next_step
@@ -42,8 +43,8 @@ class LeafRecordState(NamedTuple):
 class LeafLog(NamedTuple):
     """The recorded norms on the host, oldest first."""
 
-    steps: np.ndarray  # i64[rows]
-    norms: np.ndarray  # f32[rows, n_leaves]: NaN and Inf as they were
+    steps: np.ndarray  # i64[rows]; with the axes of the members in front, if there are many
+    norms: np.ndarray  # f32[rows, n_leaves], the same: NaN and Inf as they were
     names: list[str]  # of the leaves; "leaf 0", ... if the parameters were not given
 
 
@@ -126,10 +127,12 @@ def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
 
     Args:
       state: an optimizer state that holds one `record_leaves`.
-      params: the parameters (or `jax.ShapeDtypeStruct`s), for the names of the leaves.
+      params: the parameters (or `jax.ShapeDtypeStruct`s), for the names of the leaves. Of a guard that sees only some
+        of them (inside `masked`, `partition`, nnx's `wrt`) pass a state with the guard in it, which knows which.
 
     Returns:
-      A `LeafLog`; at most `window` rows.
+      A `LeafLog`; at most `window` rows. Of a state of many runs at once (`jax.vmap`, `jax.pmap`) `steps` and `norms`
+      have the axes of the members in front.
 
     Raises:
       ValueError: there is no `record_leaves` in `state`, or more than one; `params` has another number of leaves.
@@ -150,7 +153,22 @@ def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
             "rule: og.guard(optimizer, og.record_leaves(256), ...)."
         )
     coded, calls = (np.asarray(x) for x in jax.device_get(tuple(map(unwrapped, states[0]))))
-    return decoded_leaf_log(coded, int(calls), None if params is None else leaf_names(params))
+    names, guards = None, find_states(state, SeenLeaves)
+    if params is not None:
+        names = leaf_names(params)
+        if len(guards) == 1 and len(names) > coded.shape[-1]:
+            names = seen_names(guards[0], params)
+    logs = [decoded_leaf_log(coded[index], int(calls[index]), names) for index in np.ndindex(*calls.shape)]
+    if calls.ndim == 0:
+        return logs[0]
+    if len({len(log.steps) for log in logs}) > 1:
+        raise ValueError(
+            f"leaf_log: the members of this state made {calls.tolist()} calls: read one, `jax.tree.map(lambda x: x[0], "
+            "state)`."
+        )
+    steps, norms = np.stack([log.steps for log in logs]), np.stack([log.norms for log in logs])
+    shape = calls.shape
+    return LeafLog(steps.reshape(*shape, -1), norms.reshape(*shape, *norms.shape[1:]), logs[0].names)
 
 
 def decoded_leaf_log(coded: np.ndarray, calls: int, names: list[str] | None) -> LeafLog:

@@ -8,6 +8,9 @@ Function               Take it for
 =====================  ============================================================
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +21,9 @@ from optax_guard._guard import GuardState
 from optax_guard._ladder import RecoveryState
 from optax_guard._norm_history import NormHistoryState
 from optax_guard._precision import LossScalingState
+from optax_guard._reading import axes_in_front, member, members
 from optax_guard._record import EVENTS, HELD, last_row, read_rows
+from optax_guard._recovery import RewindState
 from optax_guard._tree import find_states, unwrapped
 
 __all__ = ["flight_log", "metrics"]
@@ -34,7 +39,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     guard/clipped_norm            f32: the norm that went into the optimizer; 0 if the step was held
     guard/scale                   f32: the smallest factor of a leaf; 0 if the step was held
     guard/skipped                 i32: 1 if the last step was held, for whatever reason
-    guard/worst_leaf              i32: index into `leaf_names(params)`: first non-finite leaf, else the largest norm
+    guard/worst_leaf              i32: index into `leaf_names(params, state)`: first non-finite leaf, else largest norm
     guard/step                    i32: calls, held ones included
     guard/clipped_total           i32: applied steps that a rule had scaled
     guard/skipped_total           i32: held steps
@@ -70,7 +75,8 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
 
     Returns:
       A dict of 0-d arrays; empty if there is nothing of this library in `state`. Before the first step, norms are 0
-      and indices -1. On the host, `jax.device_get(metrics(state))` fetches all of it at once.
+      and indices -1. On the host, `jax.device_get(metrics(state))` fetches all of it at once. Of a state of many runs
+      at once (`jax.vmap` over seeds, `jax.pmap`) each array has the axes of the members.
 
     Example:
       >>> import optax_guard as og
@@ -87,10 +93,13 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
         (AccumulateState, "accumulate", _accumulate),
         (LossScalingState, "loss_scaling", _loss_scaling),
     )
-    for kind, prefix, read in readers:
-        for index, each in enumerate(find_states(state, kind)):
-            label = prefix if index == 0 else f"{prefix}_{index}"
-            result |= {f"{label}/{name}": number for name, number in read(each).items()}
+    axes = _member_axes(state)
+    with jax.debug_nans(False), jax.debug_infs(False):  # a NaN that was seen is told as NaN; it is no bug to stop at
+        for kind, prefix, read in readers:
+            for index, each in enumerate(find_states(state, kind)):
+                label = prefix if index == 0 else f"{prefix}_{index}"
+                numbers = _of_members(read, axes)(_own_numbers(each))
+                result |= {f"{label}/{name}": number for name, number in numbers.items()}
     return result
 
 
@@ -104,8 +113,10 @@ def flight_log(state: optax.OptState) -> np.ndarray:
       A NumPy structured array with columns `step`, `value` (the loss; NaN if none was passed), `grad_norm` (NaN or Inf
       as they were), `clipped_norm`, `scale`, `event` (applied, clipped, skipped, let_through, nonfinite,
       nonfinite_update, halted, recovery), `rule` (position of the first rule that acted; -1), `worst_leaf` (index into
-      `leaf_names(params)`) and `recovery` (what the ladder did: reset_refused, reset_nonfinite, reset_frozen, back_off,
-      rewind_refused, rewind_diverged, gave_up; several are joined by `+`). At most `history` rows.
+      `leaf_names(params, state)`) and `recovery` (what the ladder did: reset_refused, reset_nonfinite, reset_frozen,
+      back_off, rewind_refused, rewind_diverged, gave_up; several are joined by `+`). At most `history` rows. Of a state
+      of many runs at once (`jax.vmap`, `jax.pmap`) the array has the axes of the members before that of the rows; a
+      member with fewer rows than another begins with rows of step -1 and no event.
 
     Raises:
       ValueError: there is no guard in `state`, or more than one.
@@ -124,7 +135,39 @@ def flight_log(state: optax.OptState) -> np.ndarray:
         raise ValueError(
             f"flight_log: expected one guard in this state, found {len(states)}; pass the guard's own state."
         )
-    return read_rows(states[0].recorder)
+    logs = [read_rows(member(states[0].recorder, index)) for index in members(states[0].guard_step)]
+    shape = np.shape(unwrapped(states[0].guard_step))
+    if not shape:
+        return logs[0]
+    longest = max(len(log) for log in logs)
+    rows = np.zeros((len(logs), longest), logs[0].dtype)
+    rows["step"] = -1
+    for row, log in zip(rows, logs, strict=True):
+        row[longest - len(log) :] = log
+    return rows.reshape(*shape, longest)
+
+
+def _member_axes(state: optax.OptState) -> int:
+    """The axes in front of every leaf, told by a field that is a scalar by itself."""
+    scalars = ((GuardState, "guard_step"), (AccumulateState, "micro_step"), (LossScalingState, "loss_scale"))
+    found = [axes_in_front(getattr(each, field)) for kind, field in scalars for each in find_states(state, kind)]
+    return found[0] if found else 0
+
+
+def _of_members(read: Callable[[Any], dict[str, jax.Array]], axes: int) -> Callable[[Any], dict[str, jax.Array]]:
+    return read if axes == 0 else _of_members(jax.vmap(read), axes - 1)
+
+
+def _own_numbers(state: Any) -> Any:
+    """The state without the arrays of the optimizer, which no number comes from."""
+    if isinstance(state, GuardState):
+        ladder = state.recovery_state
+        if isinstance(ladder, RecoveryState) and isinstance(ladder.rewind_state, RewindState):
+            ladder = ladder._replace(rewind_state=ladder.rewind_state._replace(snapshots=()))
+        return state._replace(guarded_state=(), rule_states=(), seen_leaves=(), recovery_state=ladder)
+    if isinstance(state, AccumulateState):
+        return state._replace(accumulated_state=(), gradient_sum=())
+    return state._replace(unscaled_state=()) if isinstance(state, LossScalingState) else state
 
 
 def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:

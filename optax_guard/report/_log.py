@@ -13,14 +13,19 @@ import optax
 from optax_guard._guard import GuardState
 from optax_guard._leaf_record import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
 from optax_guard._metrics import flight_log
+from optax_guard._reading import SeenLeaves, axes_in_front, leaf_names, seen_names
 from optax_guard._record import FlightRecorder, read_rows
-from optax_guard._tree import find_states, leaf_names, unwrapped
+from optax_guard._tree import find_states, unwrapped
 from optax_guard._typing import PyTree
 
 __all__ = ["TrainingLog", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
 
 _TOTALS = ("guard_step", "clipped_total", "skipped_total", "nonfinite_total", "let_through_total", "halted")
 _FORMAT = "optax_guard log 1"
+_ONE_MEMBER = (
+    "report: this is the state of many runs at once (`vmap`, `pmap`), and a report is of one: pass a member, "
+    "`jax.tree.map(lambda x: x[0], state)`."
+)
 
 
 class TrainingLog(NamedTuple):
@@ -51,9 +56,11 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
             "report: there is no guard in this state. Wrap the optimizer, og.guard(optimizer, ...), and pass the state "
             "that its steps return."
         )
+    if axes_in_front(guards[0].guard_step) > 0:
+        raise ValueError(_ONE_MEMBER)
     rows = flight_log(state)
     leaves = leaf_log(state, params) if find_states(state, LeafRecordState) else None
-    names = leaves.names if leaves is not None else [] if params is None else leaf_names(params)
+    names = leaves.names if leaves is not None else [] if params is None else leaf_names(params, state)
     totals = {name: int(jax.device_get(unwrapped(getattr(guards[0], name)))) for name in _TOTALS}
     return _checked(TrainingLog(rows, names, leaves, totals))
 
@@ -147,10 +154,13 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
             "it is saved, and its state must be part of the checkpoint"
         )
     guard = guards[0]
+    if np.ndim(_array(guard["guard_step"])) > 0:
+        raise ValueError(_ONE_MEMBER)
     recorder = guard["recorder"]
     rows = read_rows(FlightRecorder(jnp.asarray(_array(recorder["numbers"])), jnp.asarray(_array(recorder["codes"]))))
     records = [node for node in _nodes(guard["rule_states"]) if {"recorded_norms", "recorded_steps"} <= node.keys()]
-    names = next((leaf_names(node["params"]) for node in _nodes(tree) if "params" in node), [])
+    seen = SeenLeaves(_array(guard["seen_leaves"]["path_hashes"]))
+    names = next((seen_names(seen, node["params"]) for node in _nodes(tree) if "params" in node), [])
     leaves = None
     if len(records) == 1:
         coded = _array(records[0]["recorded_norms"])
