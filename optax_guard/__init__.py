@@ -16,6 +16,9 @@ from optax_guard._apply import FastTransformation, apply_gradients
 # Bound the gradient by its history, as published
 from optax_guard._adaptive import AdaGCState, AutoClipState, ZClipState, adagc, autoclip, zclip
 
+# Count every leaf once on many devices
+from optax_guard._axes import LeafAxes, leaf_axes
+
 # Bound the gradient by a number
 from optax_guard._clipping import (
     ClipState,
@@ -93,6 +96,7 @@ __all__ = [
     "FlightRecorder",
     "GradientStatistics",
     "GuardState",
+    "LeafAxes",
     "LeafLog",
     "LeafRecordState",
     "LossScalingState",
@@ -143,6 +147,7 @@ __all__ = [
     "keep_if_held",
     "l1_penalty",
     "langevin_noise",
+    "leaf_axes",
     "leaf_log",
     "leaf_names",
     "limit_step",

@@ -32,6 +32,7 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
+from optax_guard._axes import mean_over
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, widest_accumulator
 from optax_guard._step import count_if
 from optax_guard._sums import REDUCTIONS, MicroBatch, check_reduction, check_shapes, labels, with_passengers
@@ -425,7 +426,7 @@ def _loss(extra: dict[str, Any], axis_name: AxisName | None) -> jax.Array | None
     loss = jnp.asarray(extra["value"])
     if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"accumulate: `value` must be the scalar loss; got an array {loss.dtype}{list(loss.shape)}.")
-    return loss if axis_name is None else lax.pmean(loss, axis_name)
+    return mean_over(loss, axis_name)
 
 
 def _with_loss(

@@ -28,6 +28,7 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
+from optax_guard._axes import on_any_device
 from optax_guard._reading import (
     SeenLeaves,
     member,
@@ -467,9 +468,7 @@ def _first_nonfinite(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
     bad = [jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) if is_gradient(x) else jnp.int32(0) for x in positions(updates)]
     if not bad:
         return jnp.full((), -1, jnp.int32)
-    bad = jnp.stack(bad) > 0
-    if axis_name is not None:
-        bad = lax.psum(bad.astype(jnp.int32), axis_name) > 0
+    bad = on_any_device(jnp.stack(bad) > 0, axis_name)
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
 
 

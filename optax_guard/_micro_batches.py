@@ -104,6 +104,11 @@ def accumulate_gradients(
     _validate.axis_name(name, axis_name)
     if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
         raise ValueError(f"{name}: `mesh` must be a jax.sharding.Mesh or None; got {_validate.shown(mesh)}.")
+    if isinstance(axis_name, (tuple, list)):
+        raise ValueError(
+            f"{name}: `axis_name` must be one mesh axis, over which the batch is split and no parameter is; got "
+            f"{axis_name!r}."
+        )
     gradient = jax.value_and_grad(_returning(loss_fn, has_aux), has_aux=has_aux)
 
     def local(params: PyTree, batch: PyTree, args: tuple[Any, ...], key: Any) -> tuple[Any, PyTree, Any]:

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optax_guard import _validate
+from optax_guard._axes import mean_over
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import first_look
 from optax_guard._step import count_if
@@ -279,7 +279,7 @@ def back_off(
         finite = jnp.all(first_look(updates, axis_name).finite)
         trouble, watch = ~finite, state.back_off_watch
         if value is not None:
-            value = jnp.asarray(value) if axis_name is None else lax.pmean(value, axis_name)
+            value = mean_over(jnp.asarray(value), axis_name)
             trouble = trouble | ~jnp.isfinite(value)
             if diverged is not None:
                 watch = watch_loss(watch, value, finite)

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
+from optax_guard._axes import on_any_device, sharding_of, sum_over
 from optax_guard._statistics import first_look
 from optax_guard._tree import is_gradient, map_gradients, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
@@ -46,7 +46,7 @@ def all_finite(leaves: list[Any], axis_name: AxisName | None) -> jax.Array:
     # `jnp.isfinite` on the elements writes an array per leaf first.
     largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves if is_gradient(leaf)]
     bad = sum((~jnp.isfinite(x)).astype(jnp.int32) for x in largest) + jnp.zeros((), jnp.int32)
-    return (bad if axis_name is None else lax.psum(bad, axis_name)) == 0
+    return ~on_any_device(bad > 0, axis_name)
 
 
 def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
@@ -66,8 +66,8 @@ def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
     if not leaves:
         return jnp.zeros((0, 2), jnp.float32)
     squares = first_look(params, axis_name).sum_squares.astype(jnp.float32)
-    sums = jnp.stack([total(leaf) for leaf in leaves])
-    result = jnp.stack([squares, sums if axis_name is None else lax.psum(sums, axis_name)], axis=1)
+    sums = sum_over(jnp.stack([total(leaf) for leaf in leaves]), sharding_of(params, axis_name))
+    result = jnp.stack([squares, sums], axis=1)
     return jnp.where(jnp.isfinite(result), result, 0)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from optax_guard import _validate
+from optax_guard._axes import Sharding, max_over, sharding_of, sum_over
 from optax_guard._tree import check_arrays, is_gradient, positions, small_leaves_together, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
@@ -148,16 +149,7 @@ def multiplied(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 def first_look(tree: PyTree, axis_name: AxisName | None = None) -> GradientStatistics:
     """One read of the tree. A leaf whose squares overflow counts as not finite here, one whose squares vanish as 0."""
-    sums = _sum_squares(positions(tree))
-    if axis_name is not None:
-        try:
-            sums = lax.psum(sums, axis_name)
-        except NameError as error:
-            error.add_note(
-                f"optax_guard: `axis_name={axis_name!r}` must name an axis of an enclosing jax.shard_map; leave it "
-                "None under jit, where arrays are global."
-            )
-            raise
+    sums = sum_over(_sum_squares(positions(tree)), sharding_of(tree, axis_name))
     return GradientStatistics(sum_squares=sums, magnitude=jnp.ones_like(sums))
 
 
@@ -186,9 +178,11 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
 
     Args:
       tree: gradients, updates or parameters: any tree of arrays of any shapes.
-      axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or axes) over which every leaf is sharded: the sums are
-        `psum`med, so that all devices see the same statistics. Leave it None under `jit`, where arrays are global, and
-        for gradients that were already averaged over the axis.
+      axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over which leaves are sharded: their
+        sums are `psum`med, so that all devices see the same statistics. JAX's types tell which leaf is sharded over
+        which of them, so that replicated leaves count once; where there are no types (`check_vma=False`, `pmap`), all
+        leaves count as sharded over all axes: say otherwise with `leaf_axes`. Leave it None under `jit`, where arrays
+        are global, and for gradients that were already averaged over the axis.
 
     Returns:
       `GradientStatistics`, with `.norm`, `.leaf_norms` and `.finite`.
@@ -213,7 +207,7 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
     trouble = ~jnp.isfinite(total) | (total < _SMALL)
     # Operands, and functions that are the same at each call: outside of jit, fresh lambdas would be compiled anew.
     leaves = [x if is_gradient(x) else None for x in positions(tree)]
-    return lax.cond(trouble, _second_look_along(axis_name), _keep_first_look, leaves, look)
+    return lax.cond(trouble, _second_look_at(sharding_of(tree, axis_name)), _keep_first_look, leaves, look)
 
 
 def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array:
@@ -278,32 +272,36 @@ def _keep_first_look(leaves: list[Any], look: GradientStatistics) -> GradientSta
 
 
 @functools.cache
-def _second_look_along(axis_name: AxisName | None) -> Callable[[list[Any], GradientStatistics], GradientStatistics]:
-    return functools.partial(_second_look, axis_name=axis_name)
+def _second_look_at(where: Sharding) -> Callable[[list[Any], GradientStatistics], GradientStatistics]:
+    return functools.partial(_second_look, where=where)
 
 
-def _second_look(leaves: list[Any], look: GradientStatistics, axis_name: AxisName | None) -> GradientStatistics:
+def _second_look(leaves: list[Any], look: GradientStatistics, where: Sharding) -> GradientStatistics:
     """Sums of squares of the leaves divided by (the power of two below) their largest element."""
     del look
-    sums, magnitudes = [], []
-    for x in leaves:
-        if not is_gradient(x) or x.size == 0:
-            sums.append(jnp.zeros(()))
-            magnitudes.append(jnp.ones(()))
-            continue
-        real = functools.partial(jnp.asarray, dtype=accumulator_dtype(x.dtype))
-        parts = [real(jnp.real(x)), real(jnp.imag(x))] if jnp.issubdtype(x.dtype, jnp.complexfloating) else [real(x)]
-        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts])
-        if axis_name is not None:
-            largest = lax.pmax(largest, axis_name)
-        magnitude = lax.stop_gradient(_power_of_two(largest))
-        sums.append(sum(jnp.sum(jnp.square(part / magnitude)) for part in parts))
-        magnitudes.append(magnitude)
     dtype = widest_accumulator(leaves)
-    sum_squares = jnp.stack([s.astype(dtype) for s in sums])
-    if axis_name is not None:
-        sum_squares = lax.psum(sum_squares, axis_name)
-    return GradientStatistics(sum_squares=sum_squares, magnitude=jnp.stack([m.astype(dtype) for m in magnitudes]))
+    split = [_real_parts(x) for x in leaves]
+    largest = max_over([_largest(parts) for parts in split], where.names)
+    magnitudes = [lax.stop_gradient(_power_of_two(x)) for x in largest]
+    sums = [
+        sum((jnp.sum(jnp.square(part / size)) for part in parts), start=jnp.zeros((), size.dtype)).astype(dtype)
+        for parts, size in zip(split, magnitudes, strict=True)
+    ]
+    return GradientStatistics(
+        sum_squares=sum_over(jnp.stack(sums), where), magnitude=jnp.stack([x.astype(dtype) for x in magnitudes])
+    )
+
+
+def _real_parts(x: Any) -> list[jax.Array]:
+    """The real arrays that a leaf consists of, in the dtype to reduce in; none if it has no numbers."""
+    if not is_gradient(x) or x.size == 0:
+        return []
+    real = functools.partial(jnp.asarray, dtype=accumulator_dtype(x.dtype))
+    return [real(jnp.real(x)), real(jnp.imag(x))] if jnp.issubdtype(x.dtype, jnp.complexfloating) else [real(x)]
+
+
+def _largest(parts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts]) if parts else jnp.zeros(())
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:

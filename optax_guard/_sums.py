@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_guard._axes import axis_names
 from optax_guard._statistics import GradientStatistics, first_look, widest_accumulator
 from optax_guard._tree import check_same_structure, is_gradient, leaf_names, path_name, positions, varying_axes
 from optax_guard._typing import AxisName, PyTree
@@ -52,7 +53,7 @@ class MicroBatch:
             return self.look(with_passengers(sums, self.updates), axis_name)
 
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
-        return lax.cond(wanted, look, lambda: _varying_like(nothing, sums if axis_name is None else []))
+        return lax.cond(wanted, look, lambda: _varying_like(nothing, sums, axis_name))
 
     def fits(self, seen: GradientStatistics) -> jax.Array:
         """Whether weight times gradient is finite and can be squared in the dtype of its sum."""
@@ -119,9 +120,9 @@ def weight_of(extra: dict[str, Any], dtype: Any) -> jax.Array:
     return weight.astype(dtype)
 
 
-def _varying_like(statistics: GradientStatistics, leaves: list[Any]) -> GradientStatistics:
+def _varying_like(statistics: GradientStatistics, leaves: list[Any], axis_name: AxisName | None) -> GradientStatistics:
     """Constants beside numbers that differ between the devices of a `shard_map` must be typed as differing too."""
-    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)}
+    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)} - set(axis_names(axis_name))
     return lax.pcast(statistics, tuple(axes), to="varying") if axes else statistics
 
 

@@ -20,6 +20,7 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
+from optax_guard._axes import min_over, sharding_of
 from optax_guard._clipping import bound_and_state, init_for
 from optax_guard._history import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._rule import scale_leaves
@@ -79,7 +80,7 @@ def limit_step(
       floor: the smallest root mean square of weights assumed, > 0. The default is what 1 / sqrt(fan_in) gives a layer
         of width 10 000: small beside ordinary weights, and enough that a bias from zero grows to 0.01 in 1 / max_change
         steps.
-      axis_name: as in `gradient_statistics`, for parameters and updates sharded alike.
+      axis_name: as in `gradient_statistics`; parameters and updates are sharded alike.
 
     Returns:
       A transformation; its `update` needs `params`. Under `optax.inject_hyperparams` list `scope` and `axis_name` in
@@ -119,7 +120,7 @@ def limit_step(
         moved = _squares(updates, axis_name)
         weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
         weights = jnp.where(jnp.isfinite(weights), weights, 0)
-        sizes = _sizes(updates, axis_name).astype(moved.dtype)
+        sizes = _sizes(updates, params, axis_name).astype(moved.dtype)
         if scope == "tree":
             moved = jnp.sum(jnp.where(jnp.isnan(moved), 0, moved))
             weights, sizes = jnp.sum(weights), jnp.sum(sizes)
@@ -261,7 +262,7 @@ def clippy(
     Args:
       relative: bound on |u| / |w|, >= 0: a number, a 0-d array or a schedule of this transformation's own step count.
       absolute: what a weight of zero may move by, > 0.
-      axis_name: inside `jax.shard_map`, the axis over which every leaf is sharded.
+      axis_name: as in `gradient_statistics`.
 
     Returns:
       A transformation; its `update` needs `params`.
@@ -295,19 +296,26 @@ def clippy(
         check_with_params(name, updates, params)
         ratio, state = bound_and_state(relative, state)
 
-        def clip(leaf: Any, weight: Any) -> Any:
+        def share_of(leaf: Any, weight: Any) -> jax.Array:
             if not is_gradient(leaf):
-                return leaf
+                return jnp.ones(())
             real = accumulator_dtype(leaf.dtype)
             moved = lax.stop_gradient(jnp.abs(leaf).astype(real))
             allowed = ratio.astype(real) * lax.stop_gradient(jnp.abs(weight).astype(real)) + jnp.asarray(absolute, real)
             counts = jnp.isfinite(moved) & (moved > allowed)
-            share = jnp.min(jnp.where(counts, allowed / jnp.where(counts, moved, 1), 1), initial=1)
-            if axis_name is not None:
-                share = lax.pmin(share, axis_name)
+            return jnp.min(jnp.where(counts, allowed / jnp.where(counts, moved, 1), 1), initial=1)
+
+        def clip(leaf: Any, share: jax.Array) -> Any:
+            if not is_gradient(leaf):
+                return leaf
+            moved = jnp.abs(leaf).astype(share.dtype)
             return jnp.where((share == 1) | ~jnp.isfinite(moved), leaf, multiplied(leaf, share))
 
-        return jax.tree.map(clip, updates, params, is_leaf=lambda leaf: leaf is None), state
+        leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
+        weights = structure.flatten_up_to(params)
+        shares = [share_of(*pair) for pair in zip(leaves, weights, strict=True)]
+        shares = min_over(shares, sharding_of(updates, axis_name).names)
+        return structure.unflatten(clip(*pair) for pair in zip(leaves, shares, strict=True)), state
 
     return optax.GradientTransformationExtraArgs(init_for(relative), update)
 
@@ -332,6 +340,8 @@ def _where_updated(params: PyTree, updates: PyTree) -> PyTree:
     return jax.tree.map(keep, updates, params, is_leaf=lambda leaf: leaf is None)
 
 
-def _sizes(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
-    sizes = jnp.array([x.size if is_gradient(x) else 0 for x in positions(updates)], jnp.float32)
-    return sizes if axis_name is None else lax.psum(sizes, axis_name)
+def _sizes(updates: PyTree, params: PyTree, axis_name: AxisName | None) -> jax.Array:
+    """The number of elements of every leaf on all devices together."""
+    parts = sharding_of(_where_updated(params, updates), axis_name).parts
+    leaves = zip(positions(updates), parts, strict=True)
+    return jnp.array([x.size * n if is_gradient(x) else 0 for x, n in leaves], jnp.float32)

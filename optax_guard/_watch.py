@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from optax_guard._axes import mean_over
 from optax_guard._step import count_if
 from optax_guard._typing import AxisName
 
@@ -41,7 +41,7 @@ def scalar_loss(function: str, value: Any, axis_name: AxisName | None) -> jax.Ar
     loss = jnp.asarray(value)
     if loss.shape != ():
         raise ValueError(f"{function}: `value` must be the scalar loss; got an array of shape {loss.shape}.")
-    return loss if axis_name is None else lax.pmean(loss, axis_name)
+    return mean_over(loss, axis_name)
 
 
 def empty_watch() -> LossWatch:
