@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_guard._axes import on_any_device, sharding_of, sum_over
 from optax_guard._statistics import first_look
@@ -81,7 +82,7 @@ def moves_float32(updates: PyTree, params: PyTree, axis_name: AxisName | None) -
         return jnp.any((size >= 2.0**-24 * least.astype(size.dtype)) & (size > 0))
 
     result = jnp.stack([moves(*pair) for pair in zip(positions(updates), positions(params), strict=True)])
-    return result if axis_name is None else lax.psum(result.astype(jnp.int32), axis_name) > 0
+    return on_any_device(result, axis_name)
 
 
 def _rounded(leaf: Any) -> Any:

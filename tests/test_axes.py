@@ -5,7 +5,9 @@ axis, one over the other, one over both and one over none, and equals the run wi
 """
 
 import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -188,6 +190,13 @@ def test_a_mixed_tree_is_reduced_no_more_often_than_one_sharded_leaf(entry: Entr
 def test_with_types_what_is_replicated_throughout_is_not_reduced_at_all() -> None:
     entry = next(e for e in ENTRIES if str(e) == "guard-recovery")
     assert traced(entry, "types", ("whole",)) == 1  # the mean of the losses, which do differ
+
+
+def test_only_one_module_reduces_over_axis_name() -> None:
+    """Elsewhere a reduction over all of `axis_name` would count copies, or fail where types differ."""
+    folder = Path(og.__file__).parent
+    found = {path.name for path in folder.rglob("*.py") if re.search(r"lax\.p(sum|mean|max|min)\(", path.read_text())}
+    assert found == {"_axes.py", "_micro_batches.py"}  # the latter has an axis of the batch, and no sharded leaves
 
 
 # The argument
