@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_guard._axes import LeafAxes
 from optax_guard._typing import AxisName
 
 __all__ = [
@@ -145,11 +146,13 @@ def floating_dtype(function: str, argument: str, value: Any, choices: tuple[Any,
 
 
 def axis_name(function: str, value: Any) -> AxisName | None:
-    """Returns `axis_name`, or raises unless it is None, a name, or a tuple of names. Whether it is bound, JAX says."""
+    """Returns `axis_name`, or raises unless it is one. Whether its axes are bound, JAX says."""
     names = value if isinstance(value, tuple) else (value,)
-    if value is not None and not (names and all(isinstance(name, str) for name in names)):
+    known = value is None or isinstance(value, LeafAxes)
+    if not known and not (names and all(isinstance(name, str) for name in names)):
         raise ValueError(
-            f"{function}: `axis_name` must be the name of a mesh axis, a tuple of names, or None; got {shown(value)}."
+            f"{function}: `axis_name` must be the name of a mesh axis, a tuple of names, `leaf_axes(specs)`, or None; "
+            f"got {shown(value)}."
         )
     return value
 
