@@ -5,16 +5,17 @@ Function    Threshold                                   What the published form 
 ==========  ==========================================  ============================================================
 `zclip`     mean + z standard deviations of the norm    a lasting rise: never followed; 8 % of healthy steps touched
 `autoclip`  a percentile of all norms so far            touches 90 % of all steps; the more history, the more inert
-`adagc`     every leaf's own moving average             touches three steps in four; grows by 0.1 % a step at most
+`adagc`     every leaf's own moving average             touches three steps in four; grows 0.04 % a step at most
 ==========  ==========================================  ============================================================
 
-By default each is repaired so that it obeys the four laws of `_norm_history.py`; `faithful=True` gives the published
-equations, to compare with the papers. For training take `clip_by_norm_history`, which is better than all three in most
-columns of `benchmarks/norm_histories.py`.
+By default each is repaired so that it obeys the four laws of `_norm_history.py`; `faithful=True` is the authors' own
+code, with their settings where none are given, to compare with the papers. For training take `clip_by_norm_history`,
+which is better than all three in most columns of `benchmarks/norm_histories.py`.
 
 One thing is the same in both forms: a step that is not finite, and a norm of 0, change no state.
 """
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,7 @@ __all__ = ["AdaGCState", "AutoClipState", "ZClipState", "adagc", "autoclip", "zc
 _LARGEST = 1e18  # a norm that can be squared in float32
 _LARGEST_LOG = 88.0  # of a float32
 _SMALLEST_LOG = -200.0  # of a scale: 0 in float32, and still a finite number in the state
+_EPS = 1e-6  # what the authors of all three add to the norm that they divide by
 _NARROWEST = 0.1  # the smallest standard deviation of the log norm that the repaired `zclip` believes
 
 
@@ -75,16 +77,19 @@ def zclip(
     z_threshold: float = 2.5,
     *,
     mode: Literal["reciprocal", "mean", "percentile"] = "reciprocal",
+    clip_factor: float = 1.0,
     decay: float = 0.97,
     max_norm: float | None = None,
     faithful: bool = False,
     warmup: int = 25,
+    skip_update_on_spike: bool = False,
     axis_name: AxisName | None = None,
 ) -> Rule:
     """ZClip: scale down a gradient whose norm is more than `z_threshold` standard deviations above its moving mean.
 
     x = log ||g||   (faithful: x = ||g||),   z = (x - mean) / deviation
     where z > z_threshold, x passes as   mean + deviation * z_threshold^2 / z     "reciprocal": a larger one as less
+                                                                                  (times clip_factor, as a norm)
                                          mean                                     "mean"
                                          mean + deviation * z_threshold           "percentile"
 
@@ -108,17 +113,22 @@ def zclip(
     Args:
       z_threshold: in standard deviations, > 0; a number or a 0-d array.
       mode: what a step above the threshold is scaled to. The paper prefers "reciprocal".
+      clip_factor: in (0, 1], a number or a 0-d array; only in mode "reciprocal". The authors suggest 0.3 to 0.7 where
+        norms are volatile.
       decay: of the moving mean and variance, in [0, 1).
-      max_norm: None, or a bound on the norm at every step, >= 0. The authors' code has 1.0.
-      faithful: the published equations.
+      max_norm: a bound on the norm at every step, >= 0, inf for none. None: inf, with `faithful=True` the authors' 1.
+      faithful: the authors' code.
       warmup: norms before the first judgement, >= 2; only with `faithful=True`.
+      skip_update_on_spike: a step above the threshold changes neither mean nor variance; only with `faithful=True`. (A
+        lasting rise is then never followed.)
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams`, `mode`, `faithful` and `warmup` go into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, `mode`, `faithful`, `warmup` and `skip_update_on_spike` go into
+      `static_args`.
 
     Raises:
-      ValueError: an argument outside its range.
+      ValueError: an argument outside its range; `skip_update_on_spike` without `faithful`.
 
     Example:
       >>> clip = zclip()
@@ -130,11 +140,13 @@ def zclip(
 
     References:
       Kumar, Owen, Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM pre-training", 2025, arXiv 2504.02507, and
-      the authors' code. Deviations of `faithful=True`: non-finite and zero norms are not learnt, norms count as 1e18 at
-      most. Deviations of the default: logarithms, so that the noise of wide runs is not a spike; what is learnt is x
-      held within `z_threshold` deviations on both sides, in every mode, which lets the mean follow a rise (the
-      published form learns what it let through, and never follows); a smallest deviation of 0.1; no warm-up: mean and
-      variance weigh 1/(n + 1) at first and begin at what lets x8 through.
+      the authors' code: 1e-6 is added to the deviation in z, except in mode "percentile", and to the norm that is
+      divided by. Deviations of `faithful=True`: non-finite and zero norms are not learnt, norms count as 1e18 at most.
+      Deviations of the default: logarithms, so that the noise of wide runs is not a spike; what is learnt is x held
+      within `z_threshold` deviations on both sides, in every mode, which lets the mean follow a rise (the published
+      form learns what it let through, and never follows); a smallest deviation of 0.1; no 1e-6; no warm-up: the first
+      norms weigh 1/(n + 1) in the mean, while the variance begins at what lets x8 through and weighs 1 - decay from
+      the first step on, around the mean before the step.
 
     See Also:
       `clip_by_norm_history`.
@@ -142,10 +154,14 @@ def zclip(
     name = "zclip"
     z_threshold = _validate.scalar(name, "z_threshold", z_threshold, low=0, open_low=True)
     _validate.one_of(name, "mode", mode, ("reciprocal", "mean", "percentile"))
+    clip_factor = _validate.scalar(name, "clip_factor", clip_factor, low=0, high=1, open_low=True)
     decay = _validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
     faithful = _validate.boolean(name, "faithful", faithful)
+    skip_update_on_spike = _validate.boolean(name, "skip_update_on_spike", skip_update_on_spike)
+    if skip_update_on_spike and not faithful:
+        raise ValueError(f"{name}: `skip_update_on_spike` must be False unless `faithful` is True; got True.")
     warmup = _validate.integer(name, "warmup", warmup, low=2)
-    max_norm = validate_scope_and_cap(name, "tree", max_norm)
+    max_norm = validate_scope_and_cap(name, "tree", _setting(max_norm, faithful, published=1.0, repaired=None))
     _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> ZClipState:
@@ -162,8 +178,13 @@ def zclip(
     ) -> tuple[Verdict, ZClipState]:
         del params, extra
         seen = observe(name, statistics, "tree", state.zclip_seen)
-        step = _zclip_faithful if faithful else _zclip_repaired
-        log_scale, new = step(seen.log_norm, state, number(z_threshold), mode, number(1 - decay), warmup)
+        passes = functools.partial(_zclip_passes, limit=number(z_threshold), mode=mode)
+        if faithful:
+            log_scale, new = _zclip_faithful(
+                seen.log_norm, state, passes, clip_factor, 1 - decay, max_norm, warmup, skip_update_on_spike
+            )
+        else:
+            log_scale, new = _zclip_repaired(seen.log_norm, state, passes, clip_factor, 1 - decay, z_threshold)
         scale = bounded_scale(seen, log_scale, max_norm)
         return Verdict(scale=scale, skip=~seen.finite), keep_unless(seen.usable, new, state)
 
@@ -171,8 +192,8 @@ def zclip(
 
 
 def autoclip(
-    percentile: float = 90.0,
-    window: int = 128,
+    percentile: float | None = None,
+    window: int | None = None,
     *,
     max_norm: float | None = None,
     faithful: bool = False,
@@ -202,10 +223,11 @@ def autoclip(
     =====================  =====================================================
 
     Args:
-      percentile: in (0, 100); a number or a 0-d array. The paper recommends 10, which touches nine steps of ten.
-      window: norms to remember, >= 12; static.
-      max_norm: None, or a bound on the norm at every step, >= 0.
-      faithful: the published equations.
+      percentile: in (0, 100); a number or a 0-d array. None: 90, with `faithful=True` the authors' 10, which touches
+        nine steps of ten.
+      window: norms to remember, >= 12; static. None: 128, with `faithful=True` 1000.
+      max_norm: None, or a bound on the norm at every step, >= 0. The authors have none.
+      faithful: the authors' code.
       axis_name: as in `gradient_statistics`.
 
     Returns:
@@ -224,18 +246,21 @@ def autoclip(
 
     References:
       Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source separation networks", 2020,
-      arXiv 2007.14469, and the authors' code. Deviations of `faithful=True`: the history ends after `window` norms,
-      since it must fit into a step (the paper's grows without bound, and becomes inert); non-finite and zero norms are
-      not learnt. Deviations of the default: the percentile is 90; the norm judged is not part of its own history; the
+      arXiv 2007.14469, and the authors' code (1e-6 is added to the norm that is divided by). Deviations of
+      `faithful=True`: the history ends after `window` norms, since it must fit into a step (the paper's grows without
+      bound, and becomes inert; the authors' later package keeps 1000 by default); non-finite and zero norms are not
+      learnt. Deviations of the default: the percentile is 90; the norm judged is not part of its own history; the
       percentile is taken of logarithms, and never among the five largest norms; no 1e-6 in the division.
 
     See Also:
       `clip_by_median_norm`: a multiple of the median instead of a high percentile.
     """
     name = "autoclip"
-    percentile = _validate.scalar(name, "percentile", percentile, low=0, high=100, open_low=True, open_high=True)
-    window = _validate.integer(name, "window", window, low=12, high=_validate.MILLION)
     faithful = _validate.boolean(name, "faithful", faithful)
+    percentile = _setting(percentile, faithful, published=10.0, repaired=90.0)
+    percentile = _validate.scalar(name, "percentile", percentile, low=0, high=100, open_low=True, open_high=True)
+    window = _setting(window, faithful, published=1000, repaired=128)
+    window = _validate.integer(name, "window", window, low=12, high=_validate.MILLION)
     max_norm = validate_scope_and_cap(name, "tree", max_norm)
     _validate.axis_name(name, axis_name)
 
@@ -257,7 +282,7 @@ def autoclip(
         if faithful:
             held = jnp.minimum(new.autoclip_seen, window)
             threshold = _at(sorted_window(new.autoclip_window, held), share * (held - 1).astype(jnp.float32))
-            log_scale = jnp.log(threshold / (x + 1e-6))
+            log_scale = jnp.log(threshold / (x + _EPS))
         else:
             held = jnp.minimum(state.autoclip_seen, window)
             believed = jnp.maximum(held - 1 - DISTRUSTED, 0).astype(jnp.float32)
@@ -273,7 +298,7 @@ def autoclip(
 def adagc(
     ratio: float | None = None,
     *,
-    decay: float = 0.98,
+    decay: float | None = None,
     scope: Scope = "leaf",
     max_norm: float | None = None,
     faithful: bool = False,
@@ -284,7 +309,8 @@ def adagc(
 
     g_i  <- g_i * min(1, ratio * c_i / ||g_i||)
     log c_i <- log c_i + w * min(log ||g_i|| - log c_i, log ratio),        w = max(1 - decay, 1 / (n + 1))
-    (faithful: c_i <- decay * c_i + (1 - decay) * min(||g_i||, ratio * c_i))
+    (faithful: c_i <- decay * c_i + (1 - decay) * min(||g_i||, ratio * c_i), after a warm-up in which the whole gradient
+    is clipped to max_norm and c_i is the smallest norm so far)
 
     Guarantees (repaired form):
       - Law 1: a non-finite step changes no field of any leaf. Alone it gives zeros; under `guard` it is held.
@@ -299,19 +325,19 @@ def adagc(
     Case                     Result
     =======================  ====================================================================================
     first step               passes; `max_norm` bounds it
-    faithful, warm-up        the whole gradient is clipped to `max_norm` (paper: 1), c_i is the smallest norm so far
+    faithful, warm-up        the whole gradient is clipped to `max_norm`, c_i is the smallest norm so far
     zero gradient or leaf    unchanged, changes no field of that leaf
     constant norms           never touched
     NaN or Inf in any leaf   zeros alone in a chain, held under `guard`
     =======================  ====================================================================================
 
     Args:
-      ratio: what passes, in averages, > 1; a number or a 0-d array. Default 4; with `faithful=True` the paper's 1.05.
-      decay: of the moving average, in [0, 1).
-      scope: "leaf" as in the paper, or "tree".
-      max_norm: None, or a bound on the norm (of each leaf, with `scope="leaf"`) at every step, >= 0. With
-        `faithful=True` it is the paper's lambda_abs, the bound on the global norm during the warm-up only.
-      faithful: the published equations.
+      ratio: what passes, in averages, > 1; a number or a 0-d array. None: 4, with `faithful=True` the authors' 1.04.
+      decay: of the moving average, in [0, 1). None: 0.98, with `faithful=True` the authors' 0.99.
+      scope: "leaf" as in the paper, or "tree" (theirs is called AdaGC-Global).
+      max_norm: a bound on the norm (of each leaf, with `scope="leaf"`) at every step, >= 0, inf for none. None: inf.
+        With `faithful=True` it is lambda_abs, the bound on the global norm during the warm-up only; None: 1, as theirs.
+      faithful: the authors' code.
       warmup: steps before the first judgement, >= 1; only with `faithful=True`.
       axis_name: as in `gradient_statistics`.
 
@@ -332,21 +358,24 @@ def adagc(
 
     References:
       Wang, Li, et al., "AdaGC: improving training stability for large language model pretraining", 2025, arXiv
-      2502.11034, algorithm 1; its constants are those of the published ports. Deviations of `faithful=True`: non-finite
-      steps and zero leaves are not learnt (a zero leaf in the warm-up would be clipped to zero for ever). Deviations of
-      the default: ratio 4 instead of 1.05, which touches three steps of four and follows a doubling in 700 steps; the
-      average is one of logarithms; no warm-up, the first norms weigh 1/(n + 1).
+      2502.11034, algorithm 1, and the authors' code, whose settings these are (the first version of the paper and the
+      ports to other libraries have 1.05 and 0.98); 1e-6 is added to the norm that is divided by. Deviations of
+      `faithful=True`: non-finite steps and zero leaves are not learnt (a zero leaf in the warm-up would be clipped to
+      zero for ever), nor counted in the leaf's warm-up. Deviations of the default: ratio 4 instead of 1.04, which
+      touches three steps of four and follows a doubling in 1700 steps; the average is one of logarithms; no
+      1e-6; no warm-up, the first norms weigh 1/(n + 1).
 
     See Also:
       `clip_by_norm_history(scope="leaf")`: its ratio is learnt from the noise of each leaf.
     """
     name = "adagc"
-    decay = _validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
     faithful = _validate.boolean(name, "faithful", faithful)
-    ratio = (1.05 if faithful else 4.0) if ratio is None else ratio
+    decay = _setting(decay, faithful, published=0.99, repaired=0.98)
+    decay = _validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
+    ratio = _setting(ratio, faithful, published=1.04, repaired=4.0)
     ratio = _validate.scalar(name, "ratio", ratio, low=1, open_low=True)
     warmup = _validate.integer(name, "warmup", warmup, low=1)
-    max_norm = validate_scope_and_cap(name, scope, max_norm)
+    max_norm = validate_scope_and_cap(name, scope, _setting(max_norm, faithful, published=1.0, repaired=None))
     _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> AdaGCState:
@@ -358,9 +387,11 @@ def adagc(
     ) -> tuple[Verdict, AdaGCState]:
         del params, extra
         seen = observe(name, statistics, scope, state.adagc_seen)
-        whole = observe(name, statistics, "tree", jnp.zeros(()))
-        step = _adagc_faithful if faithful else _adagc_repaired
-        log_scale, level = step(seen, state, number(ratio), number(1 - decay), warmup, whole, max_norm)
+        if faithful:
+            whole = observe(name, statistics, "tree", jnp.zeros(()))
+            log_scale, level = _adagc_faithful(seen, state, ratio, 1 - decay, warmup, whole, max_norm, scope)
+        else:
+            log_scale, level = _adagc_repaired(seen, state, ratio, 1 - decay)
         scale = bounded_scale(seen, log_scale, None if faithful else max_norm)
         new = AdaGCState(adagc_level=level, adagc_seen=next_step(state.adagc_seen))
         return Verdict(scale=scale, skip=~seen.finite), keep_unless(seen.usable, new, state)
@@ -369,13 +400,13 @@ def adagc(
 
 
 def _zclip_repaired(
-    x: jax.Array, state: ZClipState, limit: jax.Array, mode: str, settled: jax.Array, warmup: int
+    x: jax.Array, state: ZClipState, passes: Any, clip_factor: Any, settled: Any, z_threshold: Any
 ) -> tuple[jax.Array, ZClipState]:
-    del warmup
+    limit, settled = number(z_threshold), number(settled)
     first = state.zclip_seen == 0
     mean = jnp.where(first, x, state.zclip_mean)
     deviation = jnp.maximum(jnp.sqrt(state.zclip_variance), _NARROWEST)
-    passes = _zclip_target(x, mean, deviation, limit, mode)
+    spike, target = passes(x, mean, deviation, (x - mean) / deviation, lambda norm: norm + jnp.log(number(clip_factor)))
     learnt = jnp.clip(x, mean - limit * deviation, mean + limit * deviation)
     weight = jnp.maximum(settled, 1 / (state.zclip_seen.astype(jnp.float32) + 1))
     new_mean = mean + weight * (learnt - mean)
@@ -386,69 +417,93 @@ def _zclip_repaired(
         zclip_variance=jnp.where(first, state.zclip_variance, variance),
         zclip_seen=next_step(state.zclip_seen),
     )
-    return passes - x, new
+    return jnp.where(spike, target - x, 0), new
 
 
 def _zclip_faithful(
-    log_norm: jax.Array, state: ZClipState, limit: jax.Array, mode: str, settled: jax.Array, warmup: int
+    log_norm: jax.Array,
+    state: ZClipState,
+    passes: Any,
+    clip_factor: Any,
+    settled: Any,
+    max_norm: Any,
+    warmup: int,
+    skip_update_on_spike: bool,
 ) -> tuple[jax.Array, ZClipState]:
     x = jnp.minimum(jnp.exp(log_norm), _LARGEST)
-    n = state.zclip_seen
+    n, mean, deviation = state.zclip_seen, state.zclip_mean, jnp.sqrt(state.zclip_variance)
     young = n < warmup
-    passes = _zclip_target(x, state.zclip_mean, jnp.sqrt(state.zclip_variance) + 1e-6, limit, mode)
-    passes = jnp.where(young, x, passes)
+    z = (x - mean) / (deviation + _EPS)
+    spike, target = passes(x, mean, deviation, z, lambda norm: norm * number(clip_factor))
+    spike = spike & ~young
+    clipped = jnp.where(spike, target, x)
     # In the warm-up the mean and population variance of all norms so far, after it moving ones of what passed.
-    weight = jnp.where(young, 1 / (n.astype(jnp.float32) + 1), settled)
-    mean = state.zclip_mean + weight * (passes - state.zclip_mean)
-    square = jnp.where(young, (passes - mean) * (passes - state.zclip_mean), jnp.square(passes - mean))
+    weight = jnp.where(young, 1 / (n.astype(jnp.float32) + 1), number(settled))
+    new_mean = mean + weight * (clipped - mean)
+    square = jnp.where(young, (clipped - new_mean) * (clipped - mean), jnp.square(clipped - new_mean))
     variance = state.zclip_variance + weight * (square - state.zclip_variance)
-    new = ZClipState(zclip_mean=mean, zclip_variance=variance, zclip_seen=next_step(n))
-    return jnp.where(passes < x, jnp.log(passes / (x + 1e-6)), 0), new
+    new = ZClipState(zclip_mean=new_mean, zclip_variance=variance, zclip_seen=next_step(n))
+    if skip_update_on_spike:
+        new = keep_unless(~spike, new, state)
+    cap = jnp.clip(number(max_norm), 0, 3e38)
+    bound = jnp.where(young, cap, jnp.minimum(clipped, cap))
+    scale = jnp.where(young | (bound < x), jnp.minimum(bound, x + _EPS) / (x + _EPS), 1)
+    return jnp.log(jnp.maximum(scale, 1e-37)), new
 
 
-def _zclip_target(x: jax.Array, mean: jax.Array, deviation: jax.Array, limit: jax.Array, mode: str) -> jax.Array:
-    """What passes of x."""
-    z = (x - mean) / deviation
-    above = z > limit
-    if mode == "reciprocal":
-        target = mean + deviation * jnp.square(limit) / jnp.where(above, z, 1)
-    elif mode == "mean":
-        target = mean
-    else:
-        target = mean + deviation * limit
-    return jnp.where(above, target, x)
-
-
-def _adagc_repaired(
-    seen: Observation, state: AdaGCState, ratio: jax.Array, settled: jax.Array, warmup: int, whole: Any, max_norm: Any
+def _zclip_passes(
+    x: jax.Array,
+    mean: jax.Array,
+    deviation: jax.Array,
+    z: jax.Array,
+    times: Any,
+    *,
+    limit: jax.Array,
+    mode: str,
 ) -> tuple[jax.Array, jax.Array]:
-    del warmup, whole, max_norm
+    """Whether x is a spike, and what passes of it if it is; `times` multiplies a norm by the clip factor."""
+    if mode == "percentile":
+        threshold = mean + deviation * limit
+        return x > threshold, threshold
+    spike = z > limit
+    return spike, mean if mode == "mean" else times(mean + deviation * jnp.square(limit) / jnp.where(spike, z, 1))
+
+
+def _adagc_repaired(seen: Observation, state: AdaGCState, ratio: Any, settled: Any) -> tuple[jax.Array, jax.Array]:
     level = jnp.where(state.adagc_seen == 0, seen.log_norm, state.adagc_level)
     residual = seen.log_norm - level
-    weight = jnp.maximum(settled, 1 / (state.adagc_seen.astype(jnp.float32) + 1))
-    return jnp.log(ratio) - residual, level + weight * jnp.minimum(residual, jnp.log(ratio))
+    weight = jnp.maximum(number(settled), 1 / (state.adagc_seen.astype(jnp.float32) + 1))
+    log_ratio = jnp.log(number(ratio))
+    return log_ratio - residual, level + weight * jnp.minimum(residual, log_ratio)
 
 
 def _adagc_faithful(
     seen: Observation,
     state: AdaGCState,
-    ratio: jax.Array,
-    settled: jax.Array,
+    ratio: Any,
+    settled: Any,
     warmup: int,
     whole: Observation,
     max_norm: Any,
+    scope: Scope,
 ) -> tuple[jax.Array, jax.Array]:
-    young = state.adagc_seen < warmup
-    cap = number(jnp.inf if max_norm is None else max_norm)
-    absolute = jnp.clip(jnp.log(jnp.maximum(cap, 0)) - whole.log_norm, _SMALLEST_LOG, 0)
-    clipped = seen.log_norm + absolute
+    """All in logarithms, which neither overflow nor vanish; the 1e-6 is added to the norms under a division alone."""
+    young, log_ratio = state.adagc_seen < warmup, jnp.log(number(ratio))
+    cap = jnp.log(jnp.clip(number(max_norm), 0, 3e38))
+    absolute = jnp.clip(cap - _plus_eps(whole.log_norm), _SMALLEST_LOG, 0)
+    # Their leaves are measured after the clip, the whole gradient is not.
+    clipped = seen.log_norm + (absolute if scope == "leaf" else jnp.clip(cap - whole.log_norm, _SMALLEST_LOG, 0))
     smallest = jnp.where(state.adagc_seen == 0, clipped, jnp.minimum(state.adagc_level, clipped))
     residual = seen.log_norm - state.adagc_level
-    relative = jnp.log(ratio) - residual
-    # c <- decay c + (1 - decay) min(||g||, ratio c), in logarithms, which neither overflow nor vanish.
-    growth = jnp.expm1(jnp.minimum(residual, jnp.log(ratio)))
-    average = state.adagc_level + jnp.log1p(settled * growth)
+    relative = jnp.where(residual > log_ratio, log_ratio + state.adagc_level - _plus_eps(seen.log_norm), 0)
+    # c <- decay c + (1 - decay) min(||g||, ratio c)
+    growth = jnp.expm1(jnp.minimum(residual, log_ratio))
+    average = state.adagc_level + jnp.log1p(number(settled) * growth)
     return jnp.where(young, absolute, relative), jnp.where(young, smallest, average)
+
+
+def _plus_eps(log_norm: jax.Array) -> jax.Array:
+    return jnp.logaddexp(log_norm, jnp.log(number(_EPS)))
 
 
 def _at(ordered: jax.Array, rank: jax.Array) -> jax.Array:
@@ -457,3 +512,8 @@ def _at(ordered: jax.Array, rank: jax.Array) -> jax.Array:
     high = jnp.ceil(rank).astype(jnp.int32)
     part = rank - jnp.floor(rank)
     return ordered[low] + part * (ordered[high] - ordered[low])
+
+
+def _setting(given: Any, faithful: bool, *, published: Any, repaired: Any) -> Any:
+    """What was given, else the default of the form."""
+    return given if given is not None else published if faithful else repaired

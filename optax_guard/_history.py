@@ -88,9 +88,12 @@ def push(series: Series, x: jax.Array, kept: jax.Array, accept: jax.Array, seen:
 
 
 def published_threshold(
-    series: Series, sigmas: float | jax.Array, unbiased: bool, least: float
+    series: Series, sigmas: float | jax.Array, *, unbiased: bool, least: float, counts_itself: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean + sigmas * std of the window, as published, NaN while a non-finite value is in it; and whether to judge."""
+    """Mean + sigmas * std of the window, as published, NaN while a non-finite value is in it; and whether to judge.
+
+    That is from half a window on, in which the value to be judged counts itself or not.
+    """
     window = series.accepted.shape[0]
     n = jnp.minimum(series.accepted_total, window)
     used = jnp.arange(window, dtype=jnp.int32) < n
@@ -99,7 +102,7 @@ def published_threshold(
     mean = jnp.sum(jnp.where(used, values, 0)) / count
     squares = jnp.sum(jnp.where(used, jnp.square(values - mean), 0))
     spread = jnp.sqrt(squares / jnp.maximum(count - (1 if unbiased else 0), 1))
-    return mean + sigmas * jnp.maximum(spread, least), n >= max(2, window // 2)
+    return mean + sigmas * jnp.maximum(spread, least), n + int(counts_itself) >= max(2, window // 2)
 
 
 def push_published(series: Series, x: jax.Array) -> Series:

@@ -30,7 +30,7 @@ from optax_guard import _validate
 from optax_guard._apply import as_transformation
 from optax_guard._second_moment import Reader, reader, responses
 from optax_guard._statistics import accumulator_dtype, direction, multiplied
-from optax_guard._step import next_step
+from optax_guard._step import next_step, value_at
 from optax_guard._tree import (
     cast_like,
     check_arrays,
@@ -39,7 +39,7 @@ from optax_guard._tree import (
     is_gradient,
     positions,
 )
-from optax_guard._typing import PyTree
+from optax_guard._typing import PyTree, ScalarOrSchedule
 
 __all__ = ["SpamState", "StableSpamState", "clip_by_update_rms", "spam_clip", "stable_spam"]
 
@@ -94,7 +94,7 @@ def spam_clip(
 
     with v the second moment that the optimizer kept from the steps before, corrected for its start at zero. At call s
     (from 1), if restart_every divides s, all moments and their counts are set to zero first, and the k-th update from
-    there (k from 0) is multiplied by 1 - 0.99 * (1 + cos(pi * (k + 1) / (warmup + 1))) / 2 for k < warmup.
+    there (k from 0) is multiplied by 1 - 0.99 * (1 + cos(pi * k / (warmup + 1))) / 2 for k < warmup.
 
     Guarantees:
       - A NaN or Inf in the gradient does not reach the optimizer: NaN counts as 0, Inf as the bound.
@@ -140,9 +140,11 @@ def spam_clip(
 
     References:
       Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025, arXiv 2501.06842,
-      algorithm 1, and its code. `faithful=True`: v is not corrected, nothing is clipped in the first 20 steps after a
-      restart, counts go on (so that the bias correction misses the restart), v_j = 0 holds its element at 0, and NaN
-      passes. Deviations of both: no sparse momentum.
+      algorithm 1, and the authors' code. `faithful=True`: v is not corrected, nothing is clipped in the first 20 steps
+      after a restart, counts go on (so that the bias correction misses the restart), v_j = 0 holds its element at 0,
+      and NaN passes. Deviations of both: no sparse momentum; the eps of `inner` is added after the bias correction, as
+      Optax does (theirs, 1e-6, before it: a larger one in the first 1 / (1 - b2) steps); weight decay in `inner` shares
+      the warm-up's factor. Theirs does not: `optax.chain(spam_clip(optax.adam(r)), optax.add_decayed_weights(-r * d))`.
 
     See Also:
       `optax.clip`, one bound for all.
@@ -196,7 +198,7 @@ def spam_clip(
 def stable_spam(
     inner: optax.GradientTransformation,
     *,
-    gamma1: float = 0.7,
+    gamma1: ScalarOrSchedule = 0.7,
     gamma2: float = 0.9,
     gamma3: float = 0.999,
     restart_every: int | None = 1000,
@@ -224,7 +226,7 @@ def stable_spam(
     Case                            Result
     ==============================  ===================================================================================
     first observation               no bound: That is its own largest element; its norm becomes 1
-    zero leaf, or nothing finite    zero, and no observation
+    zero leaf, or nothing finite    zero, and no observation (faithful: zeros are one)
     lasting rise x100               That follows in about 520 steps (ln 100 / 0.009); the norm of the leaf is normalised
                                     meanwhile all the same
     first norm above 1e18           counts as 1e18 in m and n
@@ -232,7 +234,7 @@ def stable_spam(
 
     Args:
       inner: an optimizer. Its moments are restarted if they are in Optax's own states.
-      gamma1: decay of the norm's average, in [0, 1).
+      gamma1: decay of the norm's average, in [0, 1): a number, a 0-d array or a schedule of the calls.
       gamma2: decay of its square's, in [0, 1).
       gamma3: decay of the largest element's, in [0, 1).
       restart_every: steps between restarts (>= 2), or None for none.
@@ -255,10 +257,20 @@ def stable_spam(
 
     References:
       Huang et al., "Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam", 2025, arXiv 2502.17055,
-      algorithm 1. `faithful=True`: T takes M as it comes (one spike of 1e6 raises That by 1e3), and t is the count
-      since the restart (set to 1), so that That, mhat and nhat, which do not restart, are too large after it: That by
-      (1 - gamma3^t) / (1 - gamma3), up to 1000. A leaf that is not finite is left out, where published it is NaN from
-      then on: no state of this library holds one. Deviation of both: no cosine decay of gamma1 and beta1.
+      algorithm 1, and the authors' code, which `faithful=True` follows. T takes M as it comes (one spike of 1e6 raises
+      That by 1e3), and a zero leaf is an observation. At a restart the step is still taken, with the old moments under
+      a count of 1 (around Adam a tenth to two fifths as long as after zeroing them first, as the default does); then
+      the moments are zeroed, so that this gradient is forgotten, and the count goes on with 2. The averages share that
+      count and do not restart: with the defaults That is 316 times too large after the first restart, 500 times after
+      late ones. Deviation: a leaf that is not finite is left out, where theirs is NaN from then on; no state of this
+      library holds one.
+
+      Their usage example also decays gamma1 and Adam's b1 over the whole run of `steps`, by a cosine from 1 to
+      eta_min = 0.5, which changes much. In both forms that is
+
+          scale = lambda step: 0.75 + 0.25 * jnp.cos(jnp.pi * (step + 1) / (steps + 1))
+          adam = optax.inject_hyperparams(optax.adam)(1e-3, b1=lambda step: 0.9 * scale(step))
+          stable_spam(adam, gamma1=lambda step: 0.7 * scale(step))
 
     See Also:
       `spam_clip`; `optax.normalize_by_update_norm`, without a history.
@@ -266,7 +278,7 @@ def stable_spam(
     name = "stable_spam"
     inner = as_transformation(name, inner)
     below_one = {"low": 0, "high": 1, "open_high": True}
-    gamma1 = _validate.scalar(name, "gamma1", gamma1, **below_one)
+    gamma1 = _validate.scalar_or_schedule(name, "gamma1", gamma1, **below_one)
     gamma2 = _validate.scalar(name, "gamma2", gamma2, **below_one)
     gamma3 = _validate.scalar(name, "gamma3", gamma3, **below_one)
     eps = _validate.scalar(name, "eps", eps, low=0)
@@ -294,19 +306,24 @@ def stable_spam(
             check_same_structure(name, "updates", updates, "params", params)
         step = next_step(state.stable_spam_step)
         restart = _restart(step, restart_every, 0)[0]
-        before = _restarted(state.stable_spam_inner_state, restart, counts=True)
-        steps = jnp.where(restart, 0, state.leaf_steps) if faithful else state.leaf_steps
-        old = (state.largest_average, state.norm_average, state.squared_norm_average, steps)
+        before = _restarted(state.stable_spam_inner_state, restart, moments=not faithful)
+        settings = (value_at(gamma1, state.stable_spam_step), gamma2, gamma3, eps)
+        old = (state.largest_average, state.norm_average, state.squared_norm_average, state.leaf_steps)
         results = [
-            _normalised(leaf, tuple(x[i] for x in old), (gamma1, gamma2, gamma3, eps), faithful)
-            for i, leaf in enumerate(positions(updates))
+            _normalised(leaf, tuple(x[i] for x in old), settings, faithful) for i, leaf in enumerate(positions(updates))
         ]
         normal = jax.tree.unflatten(
             jax.tree.structure(updates, is_leaf=lambda leaf: leaf is None), [leaf for leaf, _ in results]
         )
         averages = [jnp.stack(x) for x in zip(*(new for _, new in results), strict=True)] if results else list(old)
         updates, after = update_inner(normal, before, params, **extra)
-        return updates, StableSpamState(cast_like(after, before), step, *averages)
+        new = StableSpamState(cast_like(after, before), step, *averages)
+        if faithful:  # the step of a restart still had the old moments, under a count of 1, which stays
+            new = new._replace(
+                stable_spam_inner_state=_restarted(new.stable_spam_inner_state, restart, counts=False),
+                leaf_steps=jnp.where(restart, 1, new.leaf_steps),
+            )
+        return updates, new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -424,12 +441,12 @@ def _restart(step: jax.Array, every: int | None, warmup: int) -> tuple[jax.Array
     if every is None:
         return jnp.zeros((), bool), jnp.ones((), jnp.float32)
     since = (step % every).astype(jnp.float32)
-    rate = 0.495 * (1 + jnp.cos(jnp.pi * (since + 1) / (warmup + 1)))
+    rate = 0.495 * (1 + jnp.cos(jnp.pi * since / (warmup + 1)))
     return step % every == 0, jnp.where((step >= every) & (since < warmup), 1 - rate, 1)
 
 
-def _restarted(state: PyTree, restart: jax.Array, counts: bool) -> PyTree:
-    """The state with moments (and their counts) zero where `restart`. A select: fused into the read of the moments."""
+def _restarted(state: PyTree, restart: jax.Array, *, counts: bool = True, moments: bool = True) -> PyTree:
+    """The state with moments and their counts zero where `restart`. A select: fused into the read of the moments."""
 
     def zero(leaf: jax.Array) -> jax.Array:
         return jnp.where(restart, jnp.zeros_like(leaf), leaf)
@@ -438,7 +455,7 @@ def _restarted(state: PyTree, restart: jax.Array, counts: bool) -> PyTree:
         if not isinstance(node, _MOMENTS):
             return node
         fields = {
-            name: field if name == "count" and not counts else jax.tree.map(zero, field)
+            name: jax.tree.map(zero, field) if (counts if name == "count" else moments) else field
             for name, field in node._asdict().items()
         }
         return type(node)(**fields)
@@ -468,7 +485,7 @@ def _normalised(
     taken = most if faithful else jnp.where(steps > 0, jnp.minimum(most, _BURST * usual), jnp.minimum(most, _UNSEEN))
     new_largest = gamma3 * largest + (1 - gamma3) * taken
     bound = corrected(new_largest, gamma3, t)
-    seen = (most > 0) & jnp.isfinite(most) & (jnp.all(finite) if faithful else True)
+    seen = jnp.isfinite(most) & (jnp.all(finite) if faithful else most > 0)
     one = jnp.where(most > 0, most, 1)
     # Divided first: elements of 1e30 times a bound would overflow.
     over = finite & (sizes > bound.astype(real))

@@ -257,7 +257,9 @@ def skip_spikes(
         if faithful:
             refused = jnp.zeros((), bool)
             for signal in used:
-                limit, judged = published_threshold(series[signal], sigmas, unbiased=True, least=0.0)
+                limit, judged = published_threshold(
+                    series[signal], sigmas, unbiased=True, least=0.0, counts_itself=True
+                )
                 refused = refused | judged & ~(values[signal] <= limit)
                 series[signal] = push_published(series[signal], values[signal])
             return Verdict(scale=jnp.ones((), root.dtype), skip=refused), _packed(list(series.values()))

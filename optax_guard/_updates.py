@@ -223,7 +223,7 @@ def clip_by_update_norm(
         series = Series(*state)
         if faithful:
             seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
-            limit, judged = published_threshold(series, sigmas, unbiased=False, least=1e-6)
+            limit, judged = published_threshold(series, sigmas, unbiased=False, least=1e-6, counts_itself=False)
             scale = jnp.where(judged & (seen > limit), limit / jnp.maximum(seen, 1e-6), 1).astype(norm.dtype)
             after = push_published(series, lax.stop_gradient(seen))
         else:

@@ -244,6 +244,7 @@ HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 NOISE_STATIC = ("key", "kind", "relative_to", "mask")
 
+ZCLIP_STATIC = ("mode", "faithful", "warmup", "skip_update_on_spike")
 UPDATE_NORM_STATIC = ("window", "follow", "faithful", "axis_name")
 SPIKE_STATIC = ("window", "on", "follow", "faithful", "axis_name")
 LOSS_SCALING_STATIC = ("inner", "axis_name")
@@ -258,12 +259,12 @@ ENTRIES = (
     Entry("clip_by_norm_history", "leaf", og.clip_by_norm_history, {"scope": "leaf"}, HISTORY_STATIC),
     Entry("clip_by_median_norm", "", og.clip_by_median_norm, {}, ("window", *HISTORY_STATIC)),
     Entry("clip_by_median_norm", "leaf", og.clip_by_median_norm, {"scope": "leaf"}, ("window", *HISTORY_STATIC)),
-    Entry("zclip", "", og.zclip, {}, ("mode", "faithful", "warmup")),
-    Entry("zclip", "faithful", og.zclip, {"faithful": True, "max_norm": 1.0}, ("mode", "faithful", "warmup")),
+    Entry("zclip", "", og.zclip, {}, ZCLIP_STATIC),
+    Entry("zclip", "faithful", og.zclip, {"faithful": True}, ZCLIP_STATIC),
     Entry("autoclip", "", og.autoclip, {}, ("window", "faithful")),
-    Entry("autoclip", "faithful", og.autoclip, {"percentile": 10.0, "faithful": True}, ("window", "faithful")),
+    Entry("autoclip", "faithful", og.autoclip, {"window": 16, "faithful": True}, ("window", "faithful")),
     Entry("adagc", "", og.adagc, {}, ("scope", "faithful", "warmup")),
-    Entry("adagc", "faithful", og.adagc, {"faithful": True, "max_norm": 1.0}, ("scope", "faithful", "warmup")),
+    Entry("adagc", "faithful", og.adagc, {"faithful": True}, ("scope", "faithful", "warmup")),
     Entry("skip_nonfinite", "", og.skip_nonfinite),
     Entry("skip_large", "", og.skip_large, {"max_norm": 10.0}),
     Entry("skip_spikes", "", og.skip_spikes, {"window": 8}, SPIKE_STATIC),

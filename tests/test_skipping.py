@@ -45,7 +45,7 @@ def published(values: np.ndarray, window: int = 128, sigmas: float = 6.0) -> np.
     verdicts = []
     for t, x in enumerate(values):
         past = values[max(0, t - window) : t]
-        if len(past) < max(2, window // 2):
+        if len(past) + 1 < max(2, window // 2):
             verdicts.append(False)
             continue
         with np.errstate(invalid="ignore"):
