@@ -11,6 +11,7 @@ AR(1), Student-t with 3 degrees of freedom), and the norms of six real trainings
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -70,10 +71,10 @@ def methods() -> list[Method]:
         Method("autoclip()", og.autoclip()),
         Method("adagc()", og.adagc(scope="tree")),
         Method('skip_spikes(on="norm")', og.skip_spikes(on="norm"), GRID),
-        Method("zclip, published", og.zclip(faithful=True), GRID),
-        Method("zclip percentile, published", og.zclip(mode="percentile", faithful=True)),
-        Method("autoclip p=10, published", og.autoclip(10.0, faithful=True)),
-        Method("adagc, published", og.adagc(scope="tree", faithful=True)),
+        Method("zclip, published", og.zclip(faithful=True, max_norm=math.inf), GRID),
+        Method("zclip percentile, published", og.zclip(mode="percentile", faithful=True, max_norm=math.inf)),
+        Method("autoclip p=10 of 128, published", og.autoclip(window=128, faithful=True)),
+        Method("adagc, published", og.adagc(scope="tree", faithful=True, max_norm=math.inf)),
         Method("skip at 6 sigma of 128, published", og.skip_spikes(on="norm", faithful=True), GRID),
         Method("fixed clip at the usual norm", og.clip_by_global_norm(1.0)),
     ]
