@@ -28,7 +28,7 @@ from optax_guard._recovery import (
 from optax_guard._reset import all_finite, fingerprints, moments, moves_float32, reset_state
 from optax_guard._rule import scale_leaves
 from optax_guard._step import count_if, next_step
-from optax_guard._tree import NO_PARAMS_MSG, cast_like, is_gradient, positions, wider_dtype
+from optax_guard._tree import cast_like, check_has_params, is_gradient, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 from optax_guard._watch import LossWatch, empty_watch, loss_above, watch_loss
 
@@ -168,8 +168,9 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
     """What to do in this step, and the state that follows from what is known before it; None without a ladder."""
     if ladder is None:
         return None
-    if params is None and (ladder.reset is not None or ladder.rewind is not None):
-        raise ValueError(NO_PARAMS_MSG)
+    for rung, option in ((ladder.reset, "reset_moments"), (ladder.rewind, "rewind")):
+        if rung is not None:
+            check_has_params("guard", params, f"`recovery=({option}(...),)`")
     never = jnp.zeros((), bool)
     reasons = dict.fromkeys(RECOVERIES, never)
     bad = ~seen.finite | seen.refused | state.bad_update_before

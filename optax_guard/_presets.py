@@ -23,6 +23,7 @@ from optax_guard._norm_history import clip_by_norm_history
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._skipping import skip_spikes
 from optax_guard._statistics import GradientStatistics
+from optax_guard._tree import check_has_params
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 from optax_guard._updates import limit_step
 
@@ -105,7 +106,7 @@ def stabilize(
     """
     inner = as_transformation("stabilize", optimizer)
     if max_change is not None:
-        inner = optax.chain(inner, limit_step(max_change, axis_name=axis_name))
+        inner = optax.chain(inner, _max_change(max_change, axis_name))
     return guard(
         inner,
         _skip_loss_spikes(axis_name),
@@ -116,6 +117,17 @@ def stabilize(
         history=history,
         axis_name=axis_name,
     )
+
+
+def _max_change(max_change: Any, axis_name: AxisName | None) -> optax.GradientTransformationExtraArgs:
+    """`limit_step`, which names `stabilize` where the parameters are missing."""
+    limit = limit_step(max_change, axis_name=axis_name)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
+        check_has_params("stabilize", params, "`max_change`")
+        return limit.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(limit.init, update)
 
 
 def _skip_loss_spikes(axis_name: AxisName | None) -> Rule:

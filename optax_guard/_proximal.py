@@ -31,7 +31,15 @@ from optax_guard._penalties import penalised
 from optax_guard._second_moment import Reader, Response, injected_learning_rate, reader, responses
 from optax_guard._statistics import accumulator_dtype, multiplied
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import NO_PARAMS_MSG, check_arrays, find_states, is_gradient, leaf_names, positions, wider_dtype
+from optax_guard._tree import (
+    check_arrays,
+    check_has_params,
+    find_states,
+    is_gradient,
+    leaf_names,
+    positions,
+    wider_dtype,
+)
 from optax_guard._typing import Mask, PyTree, ScalarOrSchedule
 
 __all__ = [
@@ -376,8 +384,7 @@ def _proximal(
         extra: dict[str, Any],
         fast: bool,
     ) -> tuple[PyTree, ProximalState]:
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        check_has_params(name, params)
         updates, new_state = update_inner(mean_of(total, factor, like), state.proximal_state, params, **extra)
         step = state.proximal_step
         rate = rate_of(new_state, step)

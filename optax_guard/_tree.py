@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from optax._src.base import NO_PARAMS_MSG  # Optax's own words, which it does not export
 
 from optax_guard._typing import Mask, PyTree
 
 __all__ = [
-    "NO_PARAMS_MSG",
     "cast_like",
     "check_arrays",
+    "check_has_params",
     "check_same_structure",
     "check_with_params",
     "find_states",
@@ -126,10 +125,18 @@ def check_same_structure(function: str, got_name: str, got: PyTree, expected_nam
             )
 
 
+def check_has_params(function: str, params: PyTree | None, option: str = "") -> None:
+    """Raises a ValueError that names who needs the parameters, and the option for which."""
+    if params is None:
+        raise ValueError(
+            f"{function}: {option and option + ' '}needs the parameters: call `update(updates, state, params)`. A "
+            "library that calls it without them can only take what needs none (docs/sharp_edges.md)."
+        )
+
+
 def check_with_params(function: str, updates: PyTree, params: PyTree | None) -> None:
     """What every `update` that needs the parameters asks first."""
-    if params is None:
-        raise ValueError(NO_PARAMS_MSG)
+    check_has_params(function, params)
     check_arrays(function, updates)
     check_same_structure(function, "updates", updates, "params", params)
 

@@ -395,7 +395,7 @@ WRONG = {
     ),
     "params": (
         lambda: guarded(og.rewind()).update(constant(1.0), guarded(og.rewind()).init(PARAMS)),
-        "You are using a transformation that requires params",
+        "guard: `recovery=(rewind(...),)` needs the parameters",
     ),
 }
 
