@@ -735,11 +735,6 @@ def test_a_leaf_that_is_not_an_array_is_named_by_its_path(entry: Entry) -> None:
     assert_raises(update_with(entry.make_strict(), NOT_ARRAY), "`dense/bias` float")
 
 
-@each([entry for entry in ENTRIES if entry.needs_params and not entry.wraps])
-def test_missing_params_are_a_value_error_in_optax_own_words(entry: Entry) -> None:
-    assert_raises(update_with(entry.make(), TREE, None), "You are using a transformation that requires params")
-
-
 NUMERIC = {
     "max_norm": lambda x: og.clip_by_global_norm(x),
     "leaf norm": lambda x: og.clip_by_leaf_norm(x),
