@@ -40,7 +40,7 @@ from optax_guard._recovery import BackOffState, ResetState, RewindState, back_of
 from optax_guard._watch import LossWatch
 
 # Add a guard to a run in flight
-from optax_guard._migration import inner_state, with_guard_state
+from optax_guard._migration import find_inner_state, inner_state, with_guard_state
 
 # See what happened
 from optax_guard._leaf_record import LeafLog, LeafRecordState, leaf_log, record_leaves
@@ -137,6 +137,7 @@ __all__ = [
     "clippy",
     "dense_penalty",
     "elastic_net_penalty",
+    "find_inner_state",
     "flight_log",
     "flush",
     "global_norm",

@@ -43,6 +43,7 @@ NOT_TRANSFORMATIONS = {
     "accumulate_gradients": "makes a gradient function",
     "apply_gradients": "takes a step with a transformation",
     "clear_halt": "edits a state",
+    "find_inner_state": "looks for a state in another",
     "flight_log": "reads a state",
     "flush": "takes a step with what `accumulate` holds",
     "global_norm": "a function of a tree",

@@ -1,6 +1,6 @@
 """States as people have them: of many runs at once, of a part of the parameters, from elsewhere, with a NaN in them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +162,152 @@ def test_a_halt_looks_at_parameters_and_moments() -> None:
     story = halted(state._replace(guarded_state=moments), PARAMS)
     assert "The optimizer's own state holds NaN, the first in `0/mu/a`" in story
     assert "`reset_moments" in story.replace("recovery=(", "`")
+
+
+# Another optimizer's state put under a guard
+
+ADAM = optax.adam(0.1)
+GUARD = og.guard(ADAM, og.clip_by_global_norm(1.0), history=4)
+
+
+def numbered(tree: Any) -> Any:
+    """The tree with numbers that tell its leaves apart."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [jnp.full_like(leaf, i) for i, leaf in enumerate(leaves, 1)])
+
+
+def raw(node: Any) -> Any:
+    """What a restore without a target makes of a state: dicts, lists, NumPy arrays, None for what is empty."""
+    if hasattr(node, "_fields"):
+        return {name: raw(part) for name, part in node._asdict().items()} or None
+    if isinstance(node, dict):
+        return {name: raw(part) for name, part in node.items()}
+    return [raw(part) for part in node] if isinstance(node, (tuple, list)) else np.asarray(node)
+
+
+OLD = numbered(ADAM.init(PARAMS))
+SOURCES = {
+    "the optimizer": (GUARD, OLD, ("(root)",)),
+    "chain(clip, adam)": (GUARD, (optax.EmptyState(), OLD), ("1",)),
+    "apply_if_finite": (GUARD, optax.apply_if_finite(ADAM, 5).init(PARAMS)._replace(inner_state=OLD), ("inner_state",)),
+    "MultiSteps": (
+        GUARD,
+        optax.MultiSteps(ADAM, 4).init(PARAMS)._replace(inner_opt_state=OLD),
+        ("inner_opt_state",),
+    ),
+    "inject_hyperparams": (
+        GUARD,
+        optax.inject_hyperparams(optax.adam)(0.1).init(PARAMS)._replace(inner_state=OLD),
+        ("inner_state",),
+    ),
+    "a flat chain": (GUARD, (optax.EmptyState(), OLD[0], optax.EmptyState()), ("1",)),
+    "a train state": (GUARD, {"step": 1, "params": PARAMS, "opt_state": OLD}, ("opt_state",)),
+    "raw": (GUARD, raw(OLD), ("(root)",)),
+    "raw MultiSteps": (
+        GUARD,
+        raw(optax.MultiSteps(ADAM, 4).init(PARAMS)._replace(inner_opt_state=OLD)),
+        ("inner_opt_state",),
+    ),
+    "raw guard": (GUARD, raw(GUARD.init(PARAMS)._replace(guarded_state=OLD)), ("(root)",)),
+    "another rule": (og.guard(ADAM), GUARD.init(PARAMS)._replace(guarded_state=OLD), ("(root)",)),
+    "recovery": (
+        og.guard(ADAM, og.clip_by_global_norm(1.0), recovery=(og.reset_moments(), og.rewind())),
+        GUARD.init(PARAMS)._replace(guarded_state=OLD),
+        ("(root)",),
+    ),
+    "no more rewind": (
+        GUARD,
+        og.guard(ADAM, recovery=(og.rewind(keep=2),)).init(PARAMS)._replace(guarded_state=OLD),
+        ("(root)",),
+    ),
+    "max_change": (
+        og.stabilize(ADAM, max_change=0.1),
+        og.stabilize(ADAM).init(PARAMS)._replace(guarded_state=OLD),
+        None,
+    ),
+    "no max_change": (
+        og.stabilize(ADAM),
+        og.stabilize(ADAM, max_change=0.1).init(PARAMS)._replace(guarded_state=(OLD, optax.EmptyState())),
+        ("0",),
+    ),
+    "a bound with a memory": (
+        og.guard(optax.chain(ADAM, og.clip_by_update_norm(window=8))),
+        GUARD.init(PARAMS)._replace(guarded_state=OLD),
+        ("(root)",),
+    ),
+    "accumulate for MultiSteps": (
+        og.accumulate(GUARD, 4),
+        optax.MultiSteps(GUARD, 4)
+        .init(PARAMS)
+        ._replace(inner_opt_state=GUARD.init(PARAMS)._replace(guarded_state=OLD)),
+        ("inner_opt_state",),
+    ),
+    "float16": (og.loss_scaling(GUARD), (optax.EmptyState(), OLD), ("1",)),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_optimizers_state_is_found_in_what_people_have(source: str) -> None:
+    tx, old, paths = SOURCES[source]
+    fresh = jax.eval_shape(tx.init, PARAMS)
+    state = og.with_guard_state(tx, PARAMS, old)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [(x.shape, x.dtype) for x in jax.tree.leaves(fresh)]
+    adam = next(each for each in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(each))
+    for a, b in zip(jax.tree.leaves(adam), jax.tree.leaves(OLD), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert isinstance(a, jax.Array)
+    assert int(og.metrics(state)["guard/step"]) == 0
+    assert og.find_inner_state(tx, PARAMS, old) == (paths or ("(root)",))
+
+
+def is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+class Other(NamedTuple):
+    """Another state with the fields of Adam's."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+REFUSED = {
+    "twice": (GUARD, {"one": OLD, "two": OLD}, "holds the optimizer's state 2 times, at `one`, `two`: pass the one"),
+    "its own": (GUARD, GUARD.init(PARAMS), "`inner_state` already holds a guard"),
+    "another optimizer": (GUARD, optax.lion(0.1).init(PARAMS), "it lacks leaf `0/nu/a`"),
+    "alike by name only": (GUARD, Other(*OLD[0]), "it lacks leaf `0/count`"),
+    "other parameters": (
+        GUARD,
+        (ADAM.init({"a": jnp.ones((4, 3)), "b": PARAMS["b"]}),),
+        r"float32\[4, 3\]; .*\[2, 3\]",
+    ),
+    "nothing to take": (og.guard(optax.sgd(0.1)), OLD, "keeps no state"),
+    "NaN in a moment": (GUARD, jax.tree.map(lambda x: x * jnp.nan if x.ndim else x, OLD), "holds NaN, .* in `0/mu/a`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_with_guard_state_says_why_it_refuses(case: str) -> None:
+    tx, old, message = REFUSED[case]
+    with pytest.raises(ValueError, match=f"with_guard_state: .*{message}"):
+        og.with_guard_state(tx, PARAMS, old)
+
+
+def test_with_guard_state_refuses_parameters_that_hold_nan() -> None:
+    with pytest.raises(ValueError, match="the parameters themselves hold NaN, the first in `b`: restore an earlier"):
+        og.with_guard_state(GUARD, {"a": PARAMS["a"], "b": jnp.full(3, jnp.nan)}, OLD)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_reset_moments_starts_moments_anew_that_came_in_bad(bad: float) -> None:
+    tx = og.guard(ADAM, history=4, recovery=(og.reset_moments(),))
+    old = jax.tree.map(lambda x: jnp.full_like(x, bad) if x.ndim else x, OLD)
+    state = og.with_guard_state(tx, PARAMS, old)
+    step = step_of(tx)
+    params, state = step(GRADS, state, PARAMS)
+    assert og.flight_log(state)["recovery"].tolist() == ["reset_nonfinite"]
+    np.testing.assert_array_equal(params["a"], PARAMS["a"])
+    params, state = step(GRADS, state, params)
+    np.testing.assert_allclose(params["a"], PARAMS["a"] - 0.1, rtol=1e-5)  # Adam's first step
