@@ -329,8 +329,11 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
 def clear_halt(state: optax.OptState) -> optax.OptState:
     """The same state with every guard's `halted` cleared and its counts of non-finite steps and of rewinds at 0.
 
+    Of an `nnx.Optimizer` take `optax_guard.flax.clear_halt(optimizer)`, which writes into its Variables: a step under
+    `nnx.cached_partial` never sees others put in their place.
+
     Args:
-      state: any optimizer state.
+      state: any optimizer state; of many runs at once (`jax.vmap`, `jax.pmap`) all are cleared.
 
     Returns:
       A state of the same structure; everything else in it is unchanged.

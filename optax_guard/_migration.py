@@ -27,7 +27,7 @@ from optax_guard._recovery import ResetState
 from optax_guard._tree import check_arrays, find_states, path_name, unwrapped
 from optax_guard._typing import PyTree
 
-__all__ = ["find_inner_state", "inner_state", "with_guard_state"]
+__all__ = ["find_inner_state", "inner_state", "with_guard_state", "without_guards"]
 
 _GUARD_FIELDS = {"guarded_state", "guard_step", "recorder"}
 
@@ -140,7 +140,8 @@ def inner_state(state: optax.OptState) -> optax.OptState:
     """The same state with every guard taken out, for the transformation without them.
 
     Guarantees:
-      - Every array of what the guards wrap is in the result as it is.
+      - Every array of what the guards wrap is in the result as it is. Of an `nnx.Optimizer` its Variables are copies:
+        to write into the optimizer's own take `optax_guard.flax.inner_state(optimizer)`.
       - `inner_state(with_guard_state(tx, params, old))` is `old`, for an `old` that fits the whole of `tx`.
 
     ===========================  =======================================================================
@@ -171,7 +172,7 @@ def inner_state(state: optax.OptState) -> optax.OptState:
     """
     if not find_states(state, GuardState):
         raise ValueError("inner_state: there is no guard in this state.")
-    return _without_guards(state)
+    return without_guards(state)
 
 
 def _is_guard(node: Any) -> bool:
@@ -183,13 +184,15 @@ def _is_any_guard(node: Any) -> bool:
     return _is_guard(node) or (isinstance(node, dict) and node.keys() >= _GUARD_FIELDS)
 
 
-def _without_guards(state: PyTree) -> PyTree:
+def without_guards(state: PyTree, keep: type | tuple[()] = ()) -> PyTree:
+    """The state with what guards wrap in their place; nodes of the type `keep` stay the same objects."""
+
     def open_up(node: Any) -> Any:
         if not _is_any_guard(node):
             return node
-        return _without_guards(node.guarded_state if _is_guard(node) else node["guarded_state"])
+        return without_guards(node.guarded_state if _is_guard(node) else node["guarded_state"], keep)
 
-    return jax.tree.map(open_up, state, is_leaf=_is_any_guard)
+    return jax.tree.map(open_up, state, is_leaf=lambda node: isinstance(node, keep) or _is_any_guard(node))
 
 
 def _pieces(name: str, fresh: PyTree, given: PyTree) -> tuple[bool, list[_Piece]]:
@@ -202,13 +205,13 @@ def _pieces(name: str, fresh: PyTree, given: PyTree) -> tuple[bool, list[_Piece]
             f"{name}: `inner_state` already holds a guard, this `tx`'s: go on with it, or take the guard out with "
             "`inner_state(state)`."
         )
-    given = _without_guards(given)
+    given = without_guards(given)
     outermost = [node for node in jax.tree.leaves(fresh, is_leaf=_is_guard) if _is_guard(node)]
-    whole = _without_guards(fresh)
+    whole = without_guards(fresh)
     places = _places(whole, given) if jax.tree.leaves(whole) else []
     if places:
         return True, [_the_only(name, places)]
-    inside = _without_guards(outermost[0].guarded_state)
+    inside = without_guards(outermost[0].guarded_state)
     if len(outermost) > 1:
         raise ValueError(_fits_nowhere(name, whole, given))
     if not jax.tree.leaves(inside):
@@ -296,7 +299,7 @@ def _array(leaf: Any) -> Any:
 
 def _looked_at(name: str, node: GuardState, params: PyTree) -> GuardState:
     """The guard's state, with word to `reset_moments` if the moments that came along are not finite."""
-    bad = nonfinite_moment(_without_guards(node.guarded_state), params)
+    bad = nonfinite_moment(without_guards(node.guarded_state), params)
     if bad is None:
         return node
     ladder = node.recovery_state

@@ -1,4 +1,4 @@
-"""Flax training states that pass the loss on and take the step the fast way.
+"""Flax training states that pass the loss on and take the step the fast way, and a guard's state in nnx, in place.
 
 ====================  ================================================================================================
 Class                 In place of
@@ -6,6 +6,15 @@ Class                 In place of
 `TrainState`          `flax.training.train_state.TrainState`, for linen: `apply_gradients(grads=..., value=loss)`
 `Optimizer`           `flax.nnx.Optimizer`, for nnx: `update(model, grads, value=loss)`
 ====================  ================================================================================================
+
+=====================================  ===============================================================================
+Function of an nnx optimizer           Take it
+=====================================  ===============================================================================
+`clear_halt(optimizer)`                to go on after a halt; also under `nnx.cached_partial`
+`add_guard(optimizer, model, tx)`      to put a run in flight under a guard
+`remove_guard(optimizer, model, tx)`   to take the guard out again
+`inner_state(optimizer)`               to read or set the optimizer's own Variables, past the guards
+=====================================  ===============================================================================
 
 Flax's own classes work with everything in this library. These two differ in one thing each: linen's keeps the loss to
 itself, so that rules which judge by the loss never see it; and both write out the updates, which costs a guarded step a
@@ -17,8 +26,15 @@ either direction. Equinox and plain JAX need nothing: `optax_guard.apply_gradien
 
 from typing import Any
 
+import jax
+import numpy as np
+import optax
+
+from optax_guard import _guard, _migration
 from optax_guard._apply import apply_gradients
+from optax_guard._guard import GuardState
 from optax_guard._held import last_step_held, select_old
+from optax_guard._tree import find_states
 from optax_guard._typing import PyTree
 
 try:
@@ -28,7 +44,7 @@ try:
 except ImportError as error:
     raise ImportError("optax_guard.flax needs Flax: pip install 'optax-guard[flax]'") from error
 
-__all__ = ["Optimizer", "TrainState"]
+__all__ = ["Optimizer", "TrainState", "add_guard", "clear_halt", "inner_state", "remove_guard"]
 
 
 class TrainState(train_state.TrainState):
@@ -159,3 +175,132 @@ class Optimizer(nnx.Optimizer):
         nnx.update(model, params)
         nnx.update(self.opt_state, nnx.state(state, graph=self.graph))
         self.step[...] += 1
+
+
+def clear_halt(optimizer: nnx.Optimizer) -> None:
+    """`optax_guard.clear_halt`, written into the optimizer's Variables.
+
+    `optimizer.opt_state = og.clear_halt(optimizer.opt_state)` would put new Variables in their place. A step under
+    `nnx.cached_partial` keeps the old ones: it would go on holding every step, while the optimizer reads as healthy.
+
+    Args:
+      optimizer: an `nnx.Optimizer`, Flax's or the one here.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_guard as og
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = Optimizer(model, og.guard(optax.sgd(0.1), halt_after=1), wrt=nnx.Param)
+      >>> optimizer.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model)))
+      >>> clear_halt(optimizer)
+      >>> og.raise_if_halted(optimizer.opt_state)
+    """
+    cleared = _guard.clear_halt(nnx.as_pure(optimizer.opt_state))
+    nnx.update(optimizer.opt_state, nnx.state(cleared, graph=optimizer.graph))
+
+
+def add_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation) -> None:
+    """Puts a guard around the optimizer of a run in flight, as `optax_guard.with_guard_state` does.
+
+    Guarantees:
+      - The optimizer's Variables (moments, counters) stay the same objects with the same bits.
+      - What is the guard's own starts anew.
+
+    The graph of the optimizer changes: make a step under `nnx.cached_partial` anew afterwards. The old one would go on
+    without the guard.
+
+    Args:
+      optimizer: an `nnx.Optimizer`, Flax's or the one here.
+      model: the module that it trains.
+      tx: a transformation with a `guard` in it; it becomes `optimizer.tx`.
+
+    Raises:
+      ValueError: as `optax_guard.with_guard_state`.
+
+    Example:
+      >>> import optax_guard as og
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+      >>> add_guard(optimizer, model, og.guard(optax.adam(0.1)))
+      >>> int(og.metrics(optimizer.opt_state)["guard/step"])
+      0
+    """
+    params = nnx.as_pure(nnx.state(model, optimizer.wrt, graph=optimizer.graph))
+    _put(optimizer, model, tx, _migration.with_guard_state(tx, params, nnx.as_pure(optimizer.opt_state)))
+
+
+def remove_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation) -> None:
+    """Takes every guard out of the optimizer, as `optax_guard.inner_state` does.
+
+    Guarantees:
+      - The optimizer's Variables (moments, counters) stay the same objects with the same bits.
+
+    The graph of the optimizer changes: make a step under `nnx.cached_partial` anew afterwards. The old one would go on
+    with the guard.
+
+    Args:
+      optimizer: an `nnx.Optimizer` with a guard, Flax's or the one here.
+      model: the module that it trains.
+      tx: the same transformation without guards; it becomes `optimizer.tx`.
+
+    Raises:
+      ValueError: there is no guard in the optimizer, or `tx` is another transformation.
+
+    Example:
+      >>> import optax_guard as og
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = Optimizer(model, og.guard(optax.adam(0.1)), wrt=nnx.Param)
+      >>> remove_guard(optimizer, model, optax.adam(0.1))
+      >>> og.metrics(optimizer.opt_state)
+      {}
+    """
+    _put(optimizer, model, tx, _migration.inner_state(nnx.as_pure(optimizer.opt_state)))
+
+
+def inner_state(optimizer: nnx.Optimizer) -> Any:
+    """The optimizer's state without guards, in its own Variables: what is written into them counts.
+
+    `optax_guard.inner_state(optimizer.opt_state)` gives a copy.
+
+    Args:
+      optimizer: an `nnx.Optimizer` with a guard, Flax's or the one here.
+
+    Returns:
+      The state of the transformation without guards.
+
+    Raises:
+      ValueError: there is no guard in the optimizer.
+
+    Example:
+      >>> import optax_guard as og
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> tx = og.guard(optax.inject_hyperparams(optax.sgd)(0.1))
+      >>> optimizer = Optimizer(model, tx, wrt=nnx.Param)
+      >>> inner_state(optimizer).hyperparams["learning_rate"][...] = 0.01
+      >>> round(float(optimizer.opt_state.guarded_state.hyperparams["learning_rate"]), 3)
+      0.01
+    """
+    if not find_states(optimizer.opt_state, GuardState):
+        raise ValueError("inner_state: there is no guard in this optimizer.")
+    return _migration.without_guards(optimizer.opt_state, keep=nnx.Variable)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _put(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation, state: Any) -> None:
+    """Gives the optimizer another `tx` and `state`, whose arrays stay in the Variables they are in."""
+    fresh = nnx.Optimizer(model, tx, wrt=optimizer.wrt, graph=optimizer.graph).opt_state
+    wanted, got = (
+        [(path, np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (nnx.as_pure(fresh), state)
+    )
+    if wanted != got:
+        raise ValueError(f"remove_guard: `tx` keeps another state than the optimizer has: {wanted} for {got}.")
+    owners = {id(each.get_raw_value()): each for each in jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)}
+    nnx.update(fresh, nnx.state(state, graph=optimizer.graph))
+    optimizer.tx = tx
+    optimizer.opt_state = nnx.data(
+        jax.tree.map(lambda new, leaf: owners.get(id(leaf), new), fresh, state, is_leaf=_is_variable)
+    )

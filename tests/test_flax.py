@@ -17,7 +17,7 @@ from flax import nnx
 from flax.training import train_state
 
 import optax_guard as og
-from optax_guard.flax import Optimizer, TrainState
+from optax_guard.flax import Optimizer, TrainState, add_guard, clear_halt, inner_state, remove_guard
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # Flax itself does not work under the strict one
 
@@ -215,3 +215,78 @@ def test_without_flax_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "optax_guard.flax")
     with pytest.raises(ImportError, match=r"pip install 'optax-guard\[flax\]'"):
         importlib.import_module("optax_guard.flax")
+
+
+# A guard's state in nnx, in place
+
+
+def nnx_run(tx: Any, kind: Any = nnx.Optimizer) -> tuple[Any, Any, Any]:
+    """Model, optimizer, and a step as Tunix takes it: cached, with the optimizer donated."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = kind(model, tx, wrt=nnx.Param)
+    return model, optimizer, cached(model, optimizer)
+
+
+def cached(model: Any, optimizer: Any) -> Any:
+    return nnx.cached_partial(nnx.jit(nnx_step, donate_argnames=("optimizer",)), model, optimizer)
+
+
+def nnx_step(model: Any, optimizer: Any, x: jax.Array) -> None:
+    loss, grads = nnx.value_and_grad(loss_of)(model, x)
+    optimizer.update(model, grads, value=loss)
+
+
+@pytest.mark.parametrize("kind", [nnx.Optimizer, Optimizer])
+def test_a_halt_is_cleared_in_place_also_for_a_cached_step(kind: Any) -> None:
+    model, optimizer, step = nnx_run(og.guard(optax.sgd(0.1), halt_after=1, history=4), kind)
+    step(BATCHES[1])
+    with pytest.raises(og.TrainingHalted, match=r"the gradient of `bias.*`optax_guard.flax.clear_halt\(optimizer\)`"):
+        og.raise_if_halted(optimizer.opt_state, model)
+    clear_halt(optimizer)
+    og.raise_if_halted(optimizer.opt_state)
+    before = np.array(model.kernel[...])
+    step(BATCHES[0])
+    assert (np.array(model.kernel[...]) != before).any()
+    assert og.flight_log(optimizer.opt_state)["event"].tolist() == ["nonfinite", "applied"]
+
+
+def test_a_guard_is_put_in_and_taken_out_in_place() -> None:
+    plain = optax.inject_hyperparams(optax.adam)(0.05)
+    tx = og.guard(plain, og.clip_by_global_norm(0.5), history=4)
+    model, optimizer, step = nnx_run(plain)
+    step(BATCHES[0])
+    moment = optimizer.opt_state.inner_state[0].mu["kernel"]
+    old = jax.tree.map(np.array, nnx.as_pure(optimizer.opt_state))
+
+    add_guard(optimizer, model, tx)
+    assert inner_state(optimizer).inner_state[0].mu["kernel"] is moment
+    same(jax.tree.map(np.array, nnx.as_pure(inner_state(optimizer))), old)
+    inner_state(optimizer).hyperparams["learning_rate"][...] = jnp.float32(0.01)
+    step = cached(model, optimizer)
+    for x in BATCHES[:2]:
+        step(x)
+    assert int(og.metrics(optimizer.opt_state)["guard/nonfinite_total"]) == 1
+    assert float(optimizer.opt_state.guarded_state.hyperparams["learning_rate"][...]) == np.float32(0.01)
+
+    remove_guard(optimizer, model, plain)
+    assert optimizer.opt_state.inner_state[0].mu["kernel"] is moment
+    assert int(optimizer.opt_state.inner_state[0].count[...]) == 2  # the step that was held has left no trace
+    cached(model, optimizer)(BATCHES[0])
+    assert int(optimizer.opt_state.inner_state[0].count[...]) == 3
+    with pytest.raises(ValueError, match="inner_state: there is no guard"):
+        inner_state(optimizer)
+    add_guard(optimizer, model, tx)
+    with pytest.raises(ValueError, match="remove_guard: `tx` keeps another state"):
+        remove_guard(optimizer, model, optax.sgd(0.1))
+
+
+def test_an_optimizer_that_trains_some_variables_has_them_named() -> None:
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.LoRA(2, 2, 2, rngs=nnx.Rngs(1)))
+    optimizer = Optimizer(model, og.guard(optax.sgd(0.1), halt_after=1, history=4), wrt=nnx.LoRAParam)
+    grads = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.LoRAParam))
+    last = grads["layers"][1]["lora_b"]
+    last[...] = last[...] * jnp.nan
+    optimizer.update(model, grads)
+    for params in (model, nnx.state(model), nnx.state(model, nnx.LoRAParam)):
+        with pytest.raises(og.TrainingHalted, match="the gradient of `layers/1/lora_b"):
+            og.raise_if_halted(optimizer.opt_state, params)
