@@ -301,7 +301,8 @@ def finish(
         )
     return RecoveryState(
         trouble_in_row=state.trouble_in_row,
-        bad_update_before=jnp.where(seen.alive, bad_update, state.bad_update_before),
+        # What Adam makes of zeros in float16 (0 / 0) is held; moments and parameters have nothing to do with it.
+        bad_update_before=jnp.where(seen.alive, bad_update & jnp.any(seen.has_gradient), state.bad_update_before),
         reset_state=reset,
         back_off_state=back_off,
         rewind_state=rewind,

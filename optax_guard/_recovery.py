@@ -132,15 +132,23 @@ def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
 
       - a moment that is not finite;
       - frozen parameters: at least half of the leaves that had moved and have a gradient stood still since the last
-        look, though steps were applied: their sum and their sum of squares kept every bit, which means a change below
-        1e-7 of the leaf. A leaf that never moved (a frozen layer) does not count, and one that stood still counts again
-        only after it has moved again.
+        look, though this step was applied: their sum and their sum of squares kept every bit, which means a change
+        below 1e-7 of the leaf. A leaf that never moved (a frozen layer) does not count, and one that was frozen counts
+        again only after it has moved again.
+
+    A parameter of 16 bits stands still long before its moments are dead: at the end of a decaying schedule updates fall
+    below half a unit in its last place. Such a leaf is frozen only if the update could not move it in float32 either,
+    that is, below 2^-24 of every element; else it is counted as `guard/standing_still`, and nothing is reset. To see
+    which, the update is made once more, at that look. A leaf for which that number stays above 0 has stopped training:
+    keep a float32 copy of the parameters, or raise the learning rate.
 
     Guarantees:
       - Parameters, schedules' counters, keys, flags and injected hyperparameters keep their bits.
       - After a reset the moments are those of a new optimizer, and so is Adam's bias correction.
       - Dead moments are found within `check_every` (not finite) or twice that (frozen) steps, reset, and told by
-        `metrics` (`guard/silent_death_total`, `guard/frozen_leaves`, `guard/moments_finite`) and the flight log.
+        `metrics` (`guard/silent_death_total`, `guard/frozen_leaves`, `guard/moments_finite`) and the flight log. If
+        the step of a look is held, the next one judges.
+      - `apply_gradients` and `update` with `optax.apply_updates` come to the same verdict.
 
     What is a moment: a floating-point array with a dimension, or a 0-d one whose path ends in that of a 0-d parameter.
     A counter beside moments in the same state (Adam's and Adafactor's `count`) is their age and starts anew with them:
@@ -154,6 +162,9 @@ def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
     an optimizer without moments (plain SGD)    nothing changes; counted
     exponential averages of *parameters* inside a moment like any other: keep them outside of the guard
     the learning rate falls to 0                one reset, since all leaves stop: harmless, as nothing moves
+    zero gradients                              no verdict, and no trouble, whatever the optimizer makes of them
+    16-bit leaves, `optax.apply_every(k)`       the look sees one update: take a multiple of k for `check_every`
+    no `params`                                 ValueError: it looks whether they move
     ==========================================  ====================================================================
 
     Args:
@@ -313,7 +324,10 @@ def rewind(
 
     Guarantees:
       - Through `apply_gradients`, parameters and inner state after a rewind equal the snapshot bit for bit
-        (`dtype=None`): moments, counters, schedules, keys. Rules, counters of the guard and the data are not rewound.
+        (`dtype=None`): moments, counters, schedules, keys. Rules, counters of the guard and the data are not rewound,
+        nor are the hyperparameters in the state of `optax.inject_hyperparams`: a learning rate lowered by hand stays
+        lowered, and one that follows a schedule is set anew from its counter.
+      - Snapshots carry no name of a field: `optax.tree.get(state, "learning_rate")` finds the one that counts.
       - A second rewind before another snapshot was taken goes to the snapshot before, if there is one.
       - After `attempts` rewinds without a new snapshot there are no more; if the loss is still diverged, the guard
         halts: the batches were not the cause. `clear_halt` goes on and takes the loss as it then is for the new level.
@@ -328,6 +342,10 @@ def rewind(
     no `value=`                                 only steps of trouble in a row lead back
     no snapshot yet                             nothing to go back to: the guard goes on
     the loss is NaN, the gradient finite        not taken into the average
+    a loss of exactly 0 (an empty batch)        not taken into the average
+    no `params`                                 ValueError: there is nothing to keep
+    16-bit parameters in `loss_scaling`         kept in float32, as it shows them to the guard: exact, twice the memory
+    `memory="host"` under `vmap`                right, but every snapshot is moved to the device and back at every step
     through `update` instead of the fast way    the update leads back to the snapshot to rounding
     `dtype=jnp.bfloat16`                        restored to 3 digits: half the memory, not bit for bit
     ==========================================  =====================================================================

@@ -6,7 +6,8 @@ diverged:  s - b > (factor - 1) * max(|b|, |first loss| / 100)
 
 One loss moves s by at most 3 c / 50, so five spikes in a row, of any size, move it by a third; a lasting level of
 eight times the best is seen after 12 steps, one of three times after 35 (with factor 2). The floor keeps the noise of a
-loss near zero from counting; the absolute values give the rule a meaning for losses that are negative.
+loss near zero from counting; the absolute values give the rule a meaning for losses that are negative. A loss of
+exactly 0 is passed over: it is that of a batch with nothing in it, and as a level it would make any other a rise.
 """
 
 from typing import Any, NamedTuple
@@ -55,10 +56,10 @@ def empty_watch() -> LossWatch:
 
 
 def watch_loss(watch: LossWatch, value: jax.Array, learns: jax.Array) -> LossWatch:
-    """Takes in one loss, if it is finite and `learns`."""
+    """Takes in one loss, if it is finite, not 0 and `learns`."""
     value = jnp.asarray(value).astype(jnp.float32)
     # Sums and multiples of larger losses could overflow, and no state may hold Inf.
-    learns = learns & (jnp.abs(value) < 1e37)
+    learns = learns & (jnp.abs(value) < 1e37) & (value != 0)
     value = jnp.where(learns, value, 0)
     seen = watch.losses_seen
     fresh = seen == 0

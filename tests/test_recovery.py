@@ -356,8 +356,23 @@ def test_a_halted_guard_climbs_no_further() -> None:
 def test_an_update_that_is_not_finite_is_trouble_at_the_next_step() -> None:
     half = {"w": jnp.ones(3, jnp.float16)}
     tx = og.guard(optax.adam(1e-3), check_updates=True, recovery=(og.back_off(), og.reset_moments(after=2)))
-    run = Run(tx, half).go(0.0, 0.0, 0.0)  # float16 Adam turns a zero gradient into NaN
+    run = Run(tx, half).go(1e-6, 1e-6, 1e-6)  # its square is 0 in float16, and Adam divides by it
+    assert list(run.log["event"]) == ["nonfinite_update"] * 2 + ["recovery"]
     assert list(run.log["recovery"]) == ["", "back_off", "reset_refused"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_and_losses_of_zero_are_no_trouble(dtype: str) -> None:
+    """Batches with nothing in them; float16 Adam makes NaN of their zeros, which is held and calls for no rung."""
+    rungs = og.reset_moments(after=5, check_every=4), og.back_off(diverged=1.5), og.rewind(every=8, diverged=1.5)
+    rules = og.skip_spikes(window=8), og.clip_by_norm_history()
+    tx = og.guard(optax.adam(0.01), *rules, recovery=rungs, check_updates=True)
+    run = Run(tx, jax.tree.map(lambda x: x.astype(dtype), PARAMS))
+    for losses in (0.0, 1.0, 0.0, 1.0):
+        run.go(*[losses] * 25, loss=losses)
+    assert set(run.log["recovery"]) == {""}
+    assert run.metrics["guard/trouble_in_row"] == 0
+    assert set(run.log["event"]) <= {"applied", "nonfinite_update"}
 
 
 def test_without_recovery_there_is_no_state_and_with_it_the_step_copies_nothing() -> None:
