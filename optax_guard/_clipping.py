@@ -199,7 +199,7 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
         def clip(leaf: jax.Array) -> jax.Array:
             limit = bound.astype(accumulator_dtype(leaf.dtype))
             # A finite bound beyond the dtype's range is its largest number, or Inf would be within it.
-            limit = jnp.where(jnp.isfinite(limit), jnp.minimum(limit, jnp.finfo(leaf.dtype).max), limit)
+            limit = jnp.where(jnp.isfinite(limit), jnp.minimum(limit, float(jnp.finfo(leaf.dtype).max)), limit)
             if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 limit = limit.astype(leaf.dtype)
             # Selected, since `jnp.clip` flushes subnormals on CPU; written so that a NaN stays.
