@@ -108,7 +108,10 @@ def guard(
       - n rules read the gradient once; their result equals the rules chained before `inner` (for finite sums of
         squares; a stateful rule after one that skips sees the gradient here, zeros in a chain).
       - No NaN or Inf enters any state, the flight recorder included.
-      - With all rules silent the result equals `inner` alone.
+      - With all rules silent the result equals `inner` alone: without rules and through `apply_gradients` bit for bit;
+        with rules, or through `update` and `optax.apply_updates` in one `jit`, up to the rounding of single operations,
+        since a product with 1 or the end of a branch takes a multiply-add apart that the compiler had fused
+        (`optax.apply_if_finite` does so too; docs/sharp_edges.md).
 
     =======================================  ==========================================================================
     Case                                     Result

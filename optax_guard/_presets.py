@@ -55,7 +55,8 @@ def stabilize(
 
     Guarantees:
       - Those of `guard`: nothing non-finite is ever applied, a held step leaves no trace, a flight recorder runs along.
-      - Until a rule acts, and while steps are within `max_change`, the updates equal those of `optimizer`.
+      - Until a rule acts, and while steps are within `max_change`, the result equals that of `optimizer` up to the
+        rounding of single operations, as under `guard`.
 
     ===========================================  ===================================================================
     Case                                         Result
