@@ -24,6 +24,7 @@ from jax import lax
 
 from optax_guard import _validate
 from optax_guard._apply import (
+    FastStep,
     FastTransformation,
     as_transformation,
     fast_transformation,
@@ -33,6 +34,7 @@ from optax_guard._apply import (
     take_step,
 )
 from optax_guard._axes import mean_over
+from optax_guard._parts import part_of
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, widest_accumulator
 from optax_guard._step import count_if
 from optax_guard._sums import REDUCTIONS, MicroBatch, check_reduction, check_shapes, labels, with_passengers
@@ -171,9 +173,10 @@ def accumulate(
         _validate.one_of(name, "reduction", reduction, REDUCTIONS)
     accumulator_dtype = _validate.floating_dtype(name, "accumulator_dtype", accumulator_dtype)
     _validate.axis_name(name, axis_name)
-    judges = isinstance(inner, FastTransformation) and inner.judges
-    if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
-        raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inner.axis_name!r}: must agree.")
+    inside = part_of(inner, FastStep)
+    judges = inside is not None and inside.judges
+    if inside is not None and judges and inside.axis_name != axis_name:
+        raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inside.axis_name!r}: must agree.")
 
     def buffer(leaf: Any) -> jax.Array:
         if not is_gradient(leaf):
@@ -366,7 +369,8 @@ def flush(
       >>> params, int(state.emitted_total)
       (Array([-2.], dtype=float32), 2)
     """
-    if not isinstance(tx, FastTransformation) or tx.flush is None or not isinstance(state, AccumulateState):
+    step = part_of(tx, FastStep)
+    if step is None or step.flush is None or not isinstance(state, AccumulateState):
         raise ValueError(
             "flush: `tx` and `state` must be those of `accumulate`, outermost; got "
             f"{type(tx).__name__} and {type(state).__name__}."
@@ -374,7 +378,7 @@ def flush(
     if like is None:
         like = jax.tree.map(lambda x: x if is_gradient(x) else np.zeros(x.shape, jax.dtypes.float0), params)
     check_same_structure("flush", "like", like, "params", params)
-    return tx.flush(state, params, like, extra)
+    return step.flush(state, params, like, extra)
 
 
 def has_updated(state: optax.OptState) -> jax.Array:

@@ -6,18 +6,23 @@ copy of the parameters and the moments. A transformation that is given the param
 `update`.
 """
 
-from typing import Any, Protocol
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_guard._eager import compiled_once
+from optax_guard._parts import part_of, with_part
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import GradientStatistics
 from optax_guard._tree import cast_like, check_arrays, check_same_structure, is_gradient, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = [
+    "FastStep",
     "FastTransformation",
     "add_updates",
     "apply_gradients",
@@ -52,35 +57,22 @@ class RunFn(Protocol):
         ...
 
 
-class FastTransformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation `(init, update)` that can also take the step itself."""
+class FastStep(NamedTuple):
+    """What makes a transformation fast; kept on its `update`, so that it outlasts the tuple.
+
+    One that `judges` holds a step whose gradient is not finite. Who wraps it may hand it the `statistics` of `total`
+    that it has, which saves a read, and may tell it of a step without a gradient by statistics that are not finite,
+    which it then counts and holds.
+    """
 
     run: RunFn
     judges: bool
     axis_name: AxisName | None
     flush: Any
 
-    def __new__(
-        cls,
-        init: Any,
-        update: Any,
-        run: RunFn,
-        judges: bool = False,
-        axis_name: AxisName | None = None,
-        flush: Any = None,
-    ) -> "FastTransformation":
-        """What is more than a pair stays outside the tuple, since Optax unpacks transformations in pairs.
 
-        One that `judges` holds a step whose gradient is not finite. Who wraps it may hand it the `statistics` of
-        `total` that it has, which saves a read, and may tell it of a step without a gradient by statistics that are not
-        finite, which it then counts and holds.
-        """
-        self = super().__new__(cls, init, update)
-        self.run = run
-        self.judges = judges
-        self.axis_name = axis_name
-        self.flush = flush
-        return self
+class FastTransformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation `(init, update)` that can also take the step itself: see `apply_gradients`."""
 
 
 def fast_transformation(
@@ -93,6 +85,7 @@ def fast_transformation(
     flush: Any = None,
 ) -> FastTransformation:
     """Both ways to take a step, Optax's and the fast one, from one function."""
+    once: RunFn = compiled_once(run)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
@@ -100,18 +93,50 @@ def fast_transformation(
         check_arrays(function, updates)
         if params is not None:
             check_same_structure(function, "updates", updates, "params", params)
-        return run(updates, state, params, None, updates, extra, fast=False)
+        return once(updates, state, params, None, updates, extra, fast=False)
 
-    return FastTransformation(init, update, run, judges, axis_name, flush)
+    flush = None if flush is None else compiled_once(flush)
+    return FastTransformation(init, with_part(update, FastStep(once, judges, axis_name, flush)))
 
 
-def as_transformation(function: str, inner: Any) -> optax.GradientTransformation:
-    """`inner` itself, or a pair made of an object that has `init` and `update`, as `optax.MultiSteps` does."""
+def as_transformation(function: str, inner: Any, argument: str = "inner") -> optax.GradientTransformationExtraArgs:
+    """`inner` as a pair whose `update` takes params and extra arguments, from whatever has `init` and `update`."""
+    init: Any = getattr(inner, "init", None)
+    update: Any = getattr(inner, "update", None)
+    if isinstance(inner, type) or not (callable(init) and callable(update)):
+        raise ValueError(f"{function}: `{argument}` must be an optax.GradientTransformation; got {inner!r}.")
+    if part_of(inner, object) is not None:
+        return optax.GradientTransformationExtraArgs(init, update)
     if isinstance(inner, optax.GradientTransformation):
-        return inner
-    if callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None)):
-        return optax.GradientTransformationExtraArgs(inner.init, inner.update)
-    raise ValueError(f"{function}: `inner` must be an optax.GradientTransformation; got {inner!r}.")
+        return optax.with_extra_args_support(inner)
+    return optax.GradientTransformationExtraArgs(init, _with_what_it_takes(update))
+
+
+def _with_what_it_takes(update: Callable[..., Any]) -> Callable[..., Any]:
+    """An `update` that is given parameters and extra arguments only if its signature has them.
+
+    As Optax asks of a pair: `params` may be the third argument or a keyword; all extra arguments, or those it names.
+    """
+    try:
+        parameters = list(inspect.signature(update).parameters.values())
+    except (TypeError, ValueError):  # a function of C code: nothing to ask
+        return update
+    kinds = {parameter.kind for parameter in parameters}
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_place = len(places) >= 3 or inspect.Parameter.VAR_POSITIONAL in kinds
+    every = inspect.Parameter.VAR_KEYWORD in kinds
+    named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    named -= {p.name for p in places[:3]}
+
+    def call(updates: optax.Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        given = {name: x for name, x in extra.items() if every or name in named}
+        if by_place:
+            return update(updates, state, params, **given)
+        if "params" in named or every:
+            given["params"] = params
+        return update(updates, state, **given)
+
+    return call
 
 
 def apply_gradients(
@@ -170,11 +195,12 @@ def take_step(
     statistics: GradientStatistics | None = None,
 ) -> tuple[PyTree, Any]:
     """`RunFn` for any transformation; `statistics` are those of `total`, for one that judges."""
-    if isinstance(tx, FastTransformation):
-        known = {"statistics": statistics} if tx.judges else {}
-        return tx.run(total, state, params, factor, like, extra, fast=fast, **known)
+    step = part_of(tx, FastStep)
+    if step is not None:
+        known = {"statistics": statistics} if step.judges else {}
+        return step.run(total, state, params, factor, like, extra, fast=fast, **known)
     updates = mean_of(total, factor, like)
-    updates, state = optax.with_extra_args_support(tx).update(updates, state, params, **extra)
+    updates, state = as_transformation("apply_gradients", tx, "tx").update(updates, state, params, **extra)
     return add_updates(params, updates) if fast else updates, state
 
 

@@ -29,6 +29,7 @@ from optax_guard._apply import (
     take_step,
 )
 from optax_guard._axes import on_any_device
+from optax_guard._parts import part_of
 from optax_guard._reading import (
     SeenLeaves,
     member,
@@ -39,7 +40,7 @@ from optax_guard._reading import (
     seen_names,
 )
 from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
-from optax_guard._rule import Rule
+from optax_guard._rule import Judgement, Rule
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
 from optax_guard._step import count_if, next_step
 from optax_guard._tree import cast_like, check_arrays, find_states, is_gradient, positions, unwrapped
@@ -170,20 +171,24 @@ def guard(
     _validate.axis_name(name, axis_name)
     check_updates = _validate.boolean(name, "check_updates", check_updates)
     inner = as_transformation(name, inner)
+    judges: list[Judgement] = []
     for position, each in enumerate(rules):
-        if not isinstance(each, Rule):
+        judgement = part_of(each, Judgement)
+        if judgement is None:
             raise ValueError(
                 f"{name}: rule {position} must be made by `rule` (as `clip_by_global_norm` is); got "
                 f"{_validate.shown(each)}. Other transformations are no `rules` and go inside: "
                 "guard(optax.chain(transformation, optimizer))."
             )
-        if each.axis_name is not None and each.axis_name != axis_name:
+        if judgement.axis_name is not None and judgement.axis_name != axis_name:
             raise ValueError(
-                f"{name}: rule {position} has axis_name={each.axis_name!r}, the guard {axis_name!r}: they must agree."
+                f"{name}: rule {position} has axis_name={judgement.axis_name!r}, the guard {axis_name!r}: they must "
+                "agree."
             )
+        judges.append(judgement)
     ladder = _ladder.as_ladder(recovery, inner, halt_after, axis_name)
     scales_updates = ladder is not None and ladder.back_off is not None
-    update_inner = optax.with_extra_args_support(inner).update
+    update_inner = inner.update
 
     def init(params: optax.Params) -> GuardState:
         check_arrays(name, params)
@@ -218,7 +223,7 @@ def guard(
         extra = _checked_value(extra, axis_name)
         if statistics is None:
             statistics = first_look(total, axis_name)
-        judged = _judge(statistics, factor, rules, state, params, extra)
+        judged = _judge(statistics, factor, judges, state, params, extra)
         scale = judged.scale if factor is None else judged.scale * factor.astype(judged.scale.dtype)
         seen = _ladder.Seen(
             step=state.guard_step,
@@ -366,7 +371,7 @@ def clear_halt(state: optax.OptState) -> optax.OptState:
 def _judge(
     statistics: GradientStatistics,
     factor: jax.Array | None,
-    rules: tuple[Rule, ...],
+    rules: list[Judgement],
     state: GuardState,
     params: PyTree | None,
     extra: dict[str, Any],

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from optax_guard._parts import part_of
 from optax_guard._record import RECOVERIES
 from optax_guard._recovery import (
     BackOff,
@@ -103,26 +104,31 @@ def as_ladder(
     recovery: Any, inner: optax.GradientTransformation, halt_after: int, axis_name: AxisName | None
 ) -> Ladder | None:
     """Sorts the rungs; None if there are none."""
-    kinds = {"reset_moments": Reset, "back_off": BackOff, "rewind": Rewind}
+    names = {Reset: "reset_moments", BackOff: "back_off", Rewind: "rewind"}
     wanted = "a tuple of `reset_moments(...)`, `back_off(...)`, `rewind(...)`"
-    if isinstance(recovery, tuple(kinds.values())) or not isinstance(recovery, (tuple, list)):
+    if _rung(recovery) is not None or not isinstance(recovery, (tuple, list)):
         raise ValueError(f"guard: `recovery` must be {wanted}; got {recovery!r}.")
     found: dict[str, Any] = {}
     for each in recovery:
-        name = next((name for name, kind in kinds.items() if isinstance(each, kind)), None)
-        if name is None:
+        rung = _rung(each)
+        if rung is None:
             raise ValueError(f"guard: `recovery` must be {wanted}; it holds {each!r}.")
+        name = names[type(rung)]
         if name in found:
             raise ValueError(f"guard: `recovery` holds `{name}` twice; each rung may be there once.")
-        if name != "back_off" and each.after > halt_after:
+        if name != "back_off" and rung.after > halt_after:
             raise ValueError(
-                f"guard: `{name}(after={each.after})` would never act on non-finite steps, since `halt_after` is "
+                f"guard: `{name}(after={rung.after})` would never act on non-finite steps, since `halt_after` is "
                 f"{halt_after}; `after` must be in [1, halt_after]."
             )
-        found[name] = each
+        found[name] = rung
     if not found:
         return None
     return Ladder(found.get("reset_moments"), found.get("back_off"), found.get("rewind"), inner, axis_name)
+
+
+def _rung(each: Any) -> Reset | BackOff | Rewind | None:
+    return each if isinstance(each, (Reset, Rewind)) else part_of(each, BackOff)
 
 
 def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> RecoveryState | tuple[()]:

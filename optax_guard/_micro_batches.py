@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from optax_guard import _validate
+from optax_guard._eager import compiled_once
 from optax_guard._tree import check_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._typing import PyTree
 
@@ -151,7 +152,7 @@ def accumulate_gradients(
             )(params, batch, args, key)
         return ((value, aux) if has_aux else value), grads
 
-    return value_and_grads
+    return compiled_once(value_and_grads)
 
 
 def _returning(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -160,7 +160,7 @@ def spam_clip(
     )  # with 0 it corrects nothing
     if restart_every is not None:
         restart_every = _validate.integer(name, "restart_every", restart_every, low=2)
-    update_inner = optax.with_extra_args_support(inner).update
+    update_inner = inner.update
 
     def init(params: optax.Params) -> SpamState:
         return SpamState(spam_inner_state=inner.init(params), spam_step=jnp.zeros((), jnp.int32))
@@ -285,7 +285,7 @@ def stable_spam(
     faithful = _validate.boolean(name, "faithful", faithful)
     if restart_every is not None:
         restart_every = _validate.integer(name, "restart_every", restart_every, low=2)
-    update_inner = optax.with_extra_args_support(inner).update
+    update_inner = inner.update
 
     def init(params: optax.Params) -> StableSpamState:
         leaves = len(positions(params))
@@ -387,7 +387,7 @@ def clip_by_update_rms(
     max_rms = _validate.scalar(name, "max_rms", max_rms, low=0, open_low=True)
     eps = _validate.scalar(name, "eps", eps, low=0)
     read = reader(name, "second_moment", 0.0, b2, 0.0)
-    update_inner = optax.with_extra_args_support(inner).update
+    update_inner = inner.update
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any

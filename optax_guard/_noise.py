@@ -26,6 +26,7 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
+from optax_guard._eager import compiled_once
 from optax_guard._prng import Words, bits, leaf_words, normal, raw_key, salt, step_words, uniform
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, gradient_statistics
@@ -396,7 +397,7 @@ def _noise(
         noisy = perturb(updates, state)
         return noisy, NoiseState(noise_key=state.noise_key, noise_step=next_step(state.noise_step))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
 
 
 def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: jax.Array) -> _Draw:

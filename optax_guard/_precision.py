@@ -21,6 +21,7 @@ from jax import lax
 
 from optax_guard import _validate
 from optax_guard._apply import (
+    FastStep,
     FastTransformation,
     as_transformation,
     fast_transformation,
@@ -28,6 +29,7 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
+from optax_guard._parts import part_of
 from optax_guard._statistics import GradientStatistics, first_look
 from optax_guard._step import count_if
 from optax_guard._tree import check_arrays, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
@@ -130,9 +132,10 @@ def loss_scaling(
         name, "init", init, low=min_scale, high=max_scale, static=True, reason="`min_scale` to `max_scale`"
     )
     _validate.axis_name(name, axis_name)
-    judges = isinstance(inner, FastTransformation) and inner.judges
-    if isinstance(inner, FastTransformation) and judges and inner.axis_name != axis_name:
-        raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inner.axis_name!r}: they must agree.")
+    inside = part_of(inner, FastStep)
+    judges = inside is not None and inside.judges
+    if inside is not None and judges and inside.axis_name != axis_name:
+        raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inside.axis_name!r}: they must agree.")
 
     def init_state(params: optax.Params) -> LossScalingState:
         check_arrays(name, params)

@@ -356,7 +356,7 @@ def _proximal(
     inner = as_transformation(name, inner)
     if learning_rate is not None:
         learning_rate = _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
-    update_inner = optax.with_extra_args_support(inner).update
+    update_inner = inner.update
 
     def rate_of(state: Any, step: jax.Array) -> jax.Array:
         return injected_learning_rate(name, state) if learning_rate is None else value_at(learning_rate, step)

@@ -27,6 +27,7 @@ import optax
 
 from optax_guard import _validate
 from optax_guard._axes import mean_over
+from optax_guard._parts import with_part
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import first_look
 from optax_guard._step import count_if
@@ -103,20 +104,14 @@ class Rewind(NamedTuple):
     memory: str
 
 
-class BackOff(optax.GradientTransformationExtraArgs):
-    """An Optax transformation `(init, update)` that a guard can also use as a rung of its ladder."""
+class BackOff(NamedTuple):
+    """The settings of `back_off`, kept on its `update`."""
 
     factor: float
     recover_after: int
     after: int
     most_owed: int
     diverged: float | None
-
-    def __new__(cls, init: Any, update: Any, **settings: Any) -> "BackOff":
-        """Made by `back_off`. The settings stay outside the tuple, since Optax unpacks transformations in pairs."""
-        self = super().__new__(cls, init, update)
-        self.__dict__.update(settings)
-        return self
 
 
 def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
@@ -206,7 +201,7 @@ def back_off(
     lowest: float = 0.01,
     diverged: float | None = None,
     axis_name: AxisName | None = None,
-) -> BackOff:
+) -> optax.GradientTransformationExtraArgs:
     """Scale the finished updates down after trouble, and back to 1 over healthy steps.
 
     owed <- min(owed + recover_after, most)      at trouble
@@ -299,9 +294,8 @@ def back_off(
         scaled = scale_leaves(updates, state.update_scale, ~finite)
         return scaled, step_up(state, ~trouble, watch)
 
-    settings = {"factor": factor, "recover_after": recover_after, "after": after}
-    rung = BackOff(init, update, **settings, most_owed=most_owed, diverged=diverged)
-    return rung
+    rung = BackOff(factor, recover_after, after, most_owed, diverged)
+    return optax.GradientTransformationExtraArgs(init, with_part(update, rung))
 
 
 def rewind(

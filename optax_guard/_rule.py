@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard import _validate
+from optax_guard._parts import part_of, with_part
 from optax_guard._statistics import GradientStatistics, gradient_statistics, multiplied
 from optax_guard._tree import is_gradient
 from optax_guard._typing import AxisName, PyTree
 
-__all__ = ["Judge", "Rule", "Verdict", "rule"]
+__all__ = ["Judge", "Judgement", "Rule", "Verdict", "rule"]
 
 
 class Verdict(NamedTuple):
@@ -43,22 +44,23 @@ class Judge(Protocol):
         ...
 
 
-class Rule(optax.GradientTransformationExtraArgs):
-    """An Optax transformation `(init, update)` that also carries the `judge` it was made from."""
+class Judgement(NamedTuple):
+    """What makes a rule of a transformation; kept on its `update`, so that it outlasts the tuple."""
 
     judge: Judge
     axis_name: AxisName | None
     sees_nonfinite: bool
 
-    def __new__(
-        cls, init: Any, update: Any, judge: Judge, axis_name: AxisName | None, sees_nonfinite: bool = False
-    ) -> "Rule":
-        """Made by `rule`. `judge` stays outside the tuple, since Optax unpacks transformations in pairs."""
-        self = super().__new__(cls, init, update)
-        self.judge = judge
-        self.axis_name = axis_name
-        self.sees_nonfinite = sees_nonfinite
-        return self
+
+class Rule(optax.GradientTransformationExtraArgs):
+    """An Optax transformation `(init, update)` that also carries the `judge` it was made from."""
+
+    @property
+    def judge(self) -> Judge:
+        """The judgement alone, as `guard` calls it."""
+        found = part_of(self, Judgement)
+        assert found is not None, "made by `rule` alone"
+        return found.judge
 
 
 def rule(
@@ -109,7 +111,7 @@ def rule(
         verdict, state = judge(statistics, state, params, **extra)
         return scale_leaves(updates, verdict.scale, verdict.skip), state
 
-    return Rule(init, update, judge, axis_name, sees_nonfinite)
+    return Rule(init, with_part(update, Judgement(judge, axis_name, sees_nonfinite)))
 
 
 def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_guard._apply import as_transformation
 from optax_guard._loss import Problem
 from optax_guard._second_moment import reader, responses
 from optax_guard._statistics import global_norm
@@ -115,7 +116,7 @@ def dynamics(
     moving average goes from (1 - b) g to (1 - b^2) g, a trace from g to (1 + b) g, so that the ratio of the two is
     1 + b whatever clips or scales the gradient before. The factor is None for an optimizer of which neither is known.
     """
-    update = optax.with_extra_args_support(optimizer).update
+    update = as_transformation("preflight", optimizer, "optimizer").update
     params = problem.tree(problem.leaves)
 
     @jax.jit
