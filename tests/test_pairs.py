@@ -69,7 +69,7 @@ REBUILT: dict[str, Callable[[Any], Any]] = {
 
 PICKLED: dict[str, Callable[[Any], Any]] = {
     "cloudpickle": lambda tx: pickle.loads(cloudpickle.dumps(tx)),
-    "dill": lambda tx: dill.loads(dill.dumps(tx, recurse=True)),
+    "dill": lambda tx: dill.loads(dill.dumps(tx)),
 }
 
 
