@@ -46,6 +46,7 @@ class LossScalingState(NamedTuple):
     unscaled_state: Any  # the inner optimizer's state, of float32 parameters
     loss_scale: jax.Array  # f32[]: what `scale_loss` multiplies by, and the next gradients are divided by
     clean_in_row: jax.Array  # i32[]: finite steps since the scale last changed
+    overflows_left: jax.Array  # i32[]: overflows until the scale falls; 0 or 1: at the next
     overflowed: jax.Array  # bool[]: whether the last step's scaled gradient was not finite
     overflow_total: jax.Array  # i32[]: steps whose scaled gradient was not finite
 
@@ -54,17 +55,22 @@ def loss_scaling(
     inner: optax.GradientTransformation,
     init: float = 2.0**15,
     growth_interval: int = 2000,
-    factor: float = 2.0,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
     min_scale: float = 1.0,
     max_scale: float = 2.0**24,
     *,
+    hysteresis: int = 1,
     axis_name: AxisName | None = None,
 ) -> FastTransformation:
     """Dynamic loss scaling: the optimizer for gradients of `scale_loss(state, loss)`.
 
     g = float32(scaled gradient) / scale
-    finite:      one step of `inner` with g;  scale <- min(scale * factor, max_scale) after `growth_interval` in a row
-    not finite:  held;                        scale <- max(scale / factor, min_scale)
+    finite:      one step of `inner` with g;  scale <- min(scale * growth_factor, max_scale) after `growth_interval`
+                                              in a row
+    not finite:  held;                        scale <- max(scale * backoff_factor, min_scale)
+
+    With `hysteresis` h > 1 the first h - 1 overflows since the scale last grew leave it as it is.
 
     Guarantees:
       - Gradients are divided by the scale they were made with; a new scale is used from the next step on.
@@ -89,9 +95,12 @@ def loss_scaling(
       inner: any Optax transformation; `accumulate` and `guard` go inside.
       init: the first scale, in [min_scale, max_scale].
       growth_interval: finite steps in a row until the scale grows (>= 1).
-      factor: by which it grows and shrinks, in (1, inf). Powers of two round nothing.
+      growth_factor: by which it grows, in (1, inf). Powers of two round nothing.
+      backoff_factor: by which it falls, in (0, 1).
       min_scale: the least scale, in [2^-126, 2^126].
       max_scale: the greatest, in [min_scale, 2^126]: its inverse is a normal float32.
+      hysteresis: overflows since the scale last grew (or since the start) at which it begins to fall, >= 1. With 2, as
+        Megatron-LM has it, a lone bad batch does not cost a halving.
       axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`.
 
     Returns:
@@ -113,7 +122,8 @@ def loss_scaling(
 
     References:
       Micikevicius et al., Mixed Precision Training, 2018, arXiv 1710.03740, section 3.2. The schedule (double after
-      2000 clean steps, halve on overflow) is the one in use since; the bounds are ours.
+      2000 clean steps, halve on overflow) is the one in use since, that of PyTorch's `GradScaler`; the bounds are ours,
+      the hysteresis is that of Megatron-LM's `DynamicGradScaler`.
 
     See Also:
       `flax.training.dynamic_scale.DynamicScale` and `jmp.DynamicLossScale`, which scale outside the optimizer.
@@ -127,7 +137,11 @@ def loss_scaling(
     max_scale = _validate.scalar(
         name, "max_scale", max_scale, low=min_scale, high=_LARGEST_SCALE, static=True, reason="`min_scale` to 2^126"
     )
-    growth = _validate.scalar(name, "factor", factor, low=1, open_low=True)
+    growth_factor = _validate.scalar(name, "growth_factor", growth_factor, low=1, open_low=True)
+    backoff_factor = _validate.scalar(
+        name, "backoff_factor", backoff_factor, low=0, high=1, open_low=True, open_high=True
+    )
+    hysteresis = _validate.integer(name, "hysteresis", hysteresis, low=1)
     first_scale = _validate.scalar(
         name, "init", init, low=min_scale, high=max_scale, static=True, reason="`min_scale` to `max_scale`"
     )
@@ -143,6 +157,7 @@ def loss_scaling(
             unscaled_state=inner.init(jax.tree.map(_widened, params)),
             loss_scale=jnp.full((), first_scale, jnp.float32),
             clean_in_row=jnp.zeros((), jnp.int32),
+            overflows_left=jnp.full((), hysteresis, jnp.int32),
             overflowed=jnp.zeros((), bool),
             overflow_total=jnp.zeros((), jnp.int32),
         )
@@ -185,12 +200,14 @@ def loss_scaling(
             result, inner_state = lax.cond(finite, step, lambda: (untouched, state.unscaled_state))
         clean = jnp.where(finite, state.clean_in_row + 1, 0)
         grows = clean >= growth_interval
-        grown = jnp.minimum(state.loss_scale * growth, max_scale)
-        shrunk = jnp.maximum(state.loss_scale / growth, min_scale)
+        grown = jnp.minimum(state.loss_scale * growth_factor, max_scale)
+        left = jnp.where(finite, state.overflows_left, jnp.maximum(state.overflows_left - 1, 0))
+        shrunk = jnp.where(left > 0, state.loss_scale, jnp.maximum(state.loss_scale * backoff_factor, min_scale))
         return result, LossScalingState(
             unscaled_state=inner_state,
             loss_scale=jnp.where(finite, jnp.where(grows, grown, state.loss_scale), shrunk),
             clean_in_row=jnp.where(grows, 0, clean),
+            overflows_left=jnp.where(grows, hysteresis, left),
             overflowed=~finite,
             overflow_total=count_if(~finite, state.overflow_total),
         )

@@ -211,12 +211,13 @@ def skip_spikes(
 
     References:
       OLMo-core, `SkipStepOptimizer`, 2024; Levanter, `skip_bad_steps`; MaxText, `skip_step_on_spikes`. `faithful=True`
-      is OLMo-core's: unbiased standard deviation of raw values, refused ones included, from half a window on.
-      Deviations: a skip selects instead of multiplying with 0, which writes NaN; NaN is kept as a code, so that the
-      state stays finite (the window is blind to it no longer and no shorter). Levanter takes the population's
-      standard deviation, at least 1e-6, of a window one longer. Deviations of the default: quantiles instead of mean
-      and standard deviation, the logarithm of the norm, refused values kept out, `follow`, and judging from step 15
-      instead of 64. Published, one NaN refuses the next `window` steps, and after a lone spike A everything below
+      is OLMo-core's and MaxText's: unbiased standard deviation of raw values, refused ones included, once the value to
+      be judged is the (window / 2)-th, so from 63 before it. Deviations: a skip selects instead of multiplying with 0,
+      which writes NaN; NaN is kept as a code, so that the state stays finite (the window is blind to it no longer and
+      no shorter). Levanter judges from 64 values on, by the population's standard deviation, at least 1e-6, of the last
+      `window` + 1; on 2200 healthy histories that differs in 1 verdict of 19 000. Deviations of the default: quantiles
+      instead of mean and standard deviation, the logarithm of the norm, refused values kept out, `follow`, and judging
+      from 15 values on instead of 63. Published, one NaN refuses the next `window` steps, and after a lone spike A everything below
       0.54 A passes for `window` steps.
 
     See Also:

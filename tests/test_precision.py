@@ -15,26 +15,45 @@ import optax_guard as og
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PARAMS = {"w": jnp.zeros(3)}
+SLOW = (
+    16.0,
+    2,
+    4.0,
+    0.5,
+    1.0,
+    256.0,
+    3,
+)  # grows by another factor than it falls by, and only from the third overflow on
 
 
-def oracle(finite: list[bool], init: float, interval: int, factor: float, low: float, high: float) -> list[float]:
-    """The scale after each step."""
-    scale, clean, scales = init, 0, []
+def oracle(
+    finite: list[bool],
+    init: float,
+    interval: int,
+    growth: float,
+    backoff: float,
+    low: float,
+    high: float,
+    hysteresis: int,
+) -> list[float]:
+    """The scale after each step: `GradScaler`, with bounds, and the hysteresis of Megatron-LM."""
+    scale, clean, left, scales = init, 0, hysteresis, []
     for good in finite:
         clean = clean + 1 if good else 0
-        if not good:
-            scale = max(scale / factor, low)
+        left = left if good else left - 1
+        if not good and left <= 0:
+            scale = max(scale * backoff, low)
         elif clean == interval:
-            scale, clean = min(scale * factor, high), 0
+            scale, clean, left = min(scale * growth, high), 0, hysteresis
         scales.append(scale)
     return scales
 
 
-@pytest.mark.parametrize("settings", [(8.0, 3, 2.0, 1.0, 64.0), (16.0, 1, 4.0, 2.0, 64.0)])
+@pytest.mark.parametrize("settings", [(8.0, 3, 2.0, 0.5, 1.0, 64.0, 1), (16.0, 1, 4.0, 0.25, 2.0, 64.0, 1), SLOW])
 @pytest.mark.parametrize("inner", [optax.sgd(1.0), og.guard(optax.sgd(1.0))], ids=["plain", "guard"])
 def test_the_schedule_of_the_scale_and_unscaling_with_the_scale_used(settings: Any, inner: Any) -> None:
     """Growth exactly at the interval (flax grows one late), from the next step on (mpx unscales with the new one)."""
-    tx = og.loss_scaling(inner, *settings)
+    tx = og.loss_scaling(inner, *settings[:-1], hysteresis=settings[-1])
     rng = np.random.default_rng(0)
     finite = list(rng.random(40) < 0.8) + [True] * 20 + [False] * 10
     step = quick_jit(
@@ -165,7 +184,9 @@ def test_scale_loss_works_in_float32_and_counts_in_the_derivative() -> None:
         ({"init": 0.5}, r"`init` must be a number in \[1, 1.67772e\+07\] \(`min_scale` to `max_scale`\); got 0.5"),
         ({"init": 2.0**25}, "`init` must be"),
         ({"growth_interval": 0}, "`growth_interval` must be a whole number >= 1; got 0"),
-        ({"factor": 1.0}, r"`factor` must be a number in \(1, inf\); got 1.0"),
+        ({"growth_factor": 1.0}, r"`growth_factor` must be a number in \(1, inf\); got 1.0"),
+        ({"backoff_factor": 1.0}, r"`backoff_factor` must be a number in \(0, 1\); got 1.0"),
+        ({"hysteresis": 0}, "`hysteresis` must be a whole number >= 1; got 0"),
         (
             {"min_scale": 0.0},
             r"`min_scale` must be a number in \[1.17549e-38, 8.50706e\+37\] \(2\^-126 to 2\^126\); got 0.0",
