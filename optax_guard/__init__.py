@@ -79,7 +79,14 @@ from optax_guard._statistics import GradientStatistics, global_norm, gradient_st
 from optax_guard._reading import leaf_names
 
 # Bound the finished update
-from optax_guard._updates import UpdateNormState, clip_by_update_norm, clippy, limit_step
+from optax_guard._updates import (
+    ClippyState,
+    LimitStepState,
+    UpdateNormState,
+    clip_by_update_norm,
+    clippy,
+    limit_step,
+)
 
 try:
     __version__ = version("optax-guard")
@@ -92,6 +99,7 @@ __all__ = [
     "AutoClipState",
     "BackOffState",
     "ClipState",
+    "ClippyState",
     "FastTransformation",
     "FlightRecorder",
     "GradientStatistics",
@@ -99,6 +107,7 @@ __all__ = [
     "LeafAxes",
     "LeafLog",
     "LeafRecordState",
+    "LimitStepState",
     "LossScalingState",
     "LossWatch",
     "MedianNormState",

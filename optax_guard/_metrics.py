@@ -25,6 +25,7 @@ from optax_guard._reading import axes_in_front, member, members
 from optax_guard._record import EVENTS, HELD, last_row, read_rows
 from optax_guard._recovery import RewindState
 from optax_guard._tree import find_states, unwrapped
+from optax_guard._updates import ClippyState, LimitStepState, UpdateNormState
 
 __all__ = ["flight_log", "metrics"]
 
@@ -64,6 +65,10 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     norm_history/touched_in_row   i32: steps it scaled in a row; a long run is a lasting rise, or an explosion
     norm_history/leaf             i32: with `scope="leaf"` the two are those of the leaf with the longest run: its index
                                   into `leaf_names(params)`; -1 with `scope="tree"`
+    limit_step/step               i32: updates that `limit_step` has seen
+    limit_step/bound_total        i32: those that it scaled down: how often it binds
+    limit_step/scale              f32: the smallest factor of a leaf of the last one
+    clippy/..., update_norm/...   the same of `clippy`, and of `clip_by_update_norm` (without `step`)
     accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated
     loss_scaling/...              scale (f32), clean_in_row, overflow_total
     ============================  ====================================================================================
@@ -90,6 +95,9 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     readers = (
         (GuardState, "guard", _guard_metrics),
         (NormHistoryState, "norm_history", _norm_history),
+        (LimitStepState, "limit_step", _bound("limit_step", "step", "bound_total", "scale")),
+        (ClippyState, "clippy", _bound("clippy", "step", "bound_total", "scale")),
+        (UpdateNormState, "update_norm", _bound("update_norm", "bound_total", "scale")),
         (AccumulateState, "accumulate", _accumulate),
         (LossScalingState, "loss_scaling", _loss_scaling),
     )
@@ -149,7 +157,14 @@ def flight_log(state: optax.OptState) -> np.ndarray:
 
 def _member_axes(state: optax.OptState) -> int:
     """The axes in front of every leaf, told by a field that is a scalar by itself."""
-    scalars = ((GuardState, "guard_step"), (AccumulateState, "micro_step"), (LossScalingState, "loss_scale"))
+    scalars = (
+        (GuardState, "guard_step"),
+        (AccumulateState, "micro_step"),
+        (LossScalingState, "loss_scale"),
+        (LimitStepState, "limit_step_scale"),
+        (ClippyState, "clippy_scale"),
+        (UpdateNormState, "update_norm_scale"),
+    )
     found = [axes_in_front(getattr(each, field)) for kind, field in scalars for each in find_states(state, kind)]
     return found[0] if found else 0
 
@@ -235,6 +250,11 @@ def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
         leaf = jnp.argmax(in_row).astype(jnp.int32)
         threshold, in_row = threshold[leaf], in_row[leaf]
     return {"threshold": threshold, "touched_in_row": in_row, "leaf": leaf}
+
+
+def _bound(prefix: str, *names: str) -> Callable[[Any], dict[str, jax.Array]]:
+    """A reader of fields that are called `prefix` and what they are."""
+    return lambda state: {name: unwrapped(getattr(state, f"{prefix}_{name}")) for name in names}
 
 
 def _loss_scaling(state: LossScalingState) -> dict[str, jax.Array]:

@@ -217,8 +217,8 @@ def skip_spikes(
       no shorter). Levanter judges from 64 values on, by the population's standard deviation, at least 1e-6, of the last
       `window` + 1; on 2200 healthy histories that differs in 1 verdict of 19 000. Deviations of the default: quantiles
       instead of mean and standard deviation, the logarithm of the norm, refused values kept out, `follow`, and judging
-      from 15 values on instead of 63. Published, one NaN refuses the next `window` steps, and after a lone spike A everything below
-      0.54 A passes for `window` steps.
+      from 15 values on instead of 63. Published, one NaN refuses the next `window` steps, and after a lone spike A
+      everything below 0.54 A passes for `window` steps.
 
     See Also:
       `skip_large`, for a bound known beforehand.

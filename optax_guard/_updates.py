@@ -9,7 +9,7 @@ Function                    Bounds the update by                                
 ==========================  ===========================================================  ==============================
 
 They go last, inside `guard`: `guard(optax.chain(optax.adamw(3e-4), limit_step(0.01)), ...)`. None is a rule, since a
-rule of `guard` judges the gradient.
+rule of `guard` judges the gradient. How often each takes hold is in `metrics`: `limit_step/bound_total` and its kin.
 """
 
 from typing import Any, NamedTuple
@@ -21,16 +21,32 @@ from jax import lax
 
 from optax_guard import _validate
 from optax_guard._axes import min_over, sharding_of
-from optax_guard._clipping import bound_and_state, init_for
 from optax_guard._history import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, first_look, multiplied, safe_sqrt
+from optax_guard._step import count_if, next_step, value_at
 from optax_guard._tree import check_arrays, check_with_params, is_gradient, positions
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
-__all__ = ["UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
+__all__ = ["ClippyState", "LimitStepState", "UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
 
 _LEAST_LOG_NORM = 0.6931472  # an update within x2 of its level is never touched
+
+
+class LimitStepState(NamedTuple):
+    """What `limit_step` counts."""
+
+    limit_step_step: jax.Array  # i32[]: updates seen, the argument of a schedule
+    limit_step_bound_total: jax.Array  # i32[]: those that were scaled down
+    limit_step_scale: jax.Array  # f32[]: the smallest factor of the last one; 0 if it was NaN
+
+
+class ClippyState(NamedTuple):
+    """What `clippy` counts."""
+
+    clippy_step: jax.Array  # i32[]: updates seen, the argument of a schedule
+    clippy_bound_total: jax.Array  # i32[]: those of which a leaf was scaled down
+    clippy_scale: jax.Array  # f32[]: the smallest factor of a leaf of the last one; 0 if it was NaN
 
 
 class UpdateNormState(NamedTuple):
@@ -40,6 +56,8 @@ class UpdateNormState(NamedTuple):
     update_norms_recent: jax.Array  # f32[2 * follow - 1]: before the clip, a ring
     update_norms_kept_total: jax.Array  # i32[]: how many were kept; a place in the ring once it is full
     update_norms_recent_total: jax.Array  # i32[]
+    update_norm_bound_total: jax.Array  # i32[]: updates that were scaled down
+    update_norm_scale: jax.Array  # f32[]: the factor of the last one
 
 
 def limit_step(
@@ -111,12 +129,16 @@ def limit_step(
     floor = _validate.scalar(name, "floor", floor, low=0, open_low=True)
     _validate.axis_name(name, axis_name)
 
+    def init(params: optax.Params) -> LimitStepState:
+        del params
+        return LimitStepState(*_uncounted())
+
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, LimitStepState]:
         del extra
         check_with_params(name, updates, params)
-        ratio, state = bound_and_state(max_change, state)
+        ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
         moved = _squares(updates, axis_name)
         weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
         weights = jnp.where(jnp.isfinite(weights), weights, 0)
@@ -126,9 +148,10 @@ def limit_step(
             weights, sizes = jnp.sum(weights), jnp.sum(sizes)
         smallest = jnp.asarray(floor, moved.dtype) * jnp.sqrt(sizes)
         bound = ratio.astype(moved.dtype) * jnp.maximum(safe_sqrt(weights), smallest)
-        return scale_leaves(updates, _scale(bound, safe_sqrt(moved)), jnp.zeros((), bool)), state
+        scale = _scale(bound, safe_sqrt(moved))
+        return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(*_counted(state, scale))
 
-    return optax.GradientTransformationExtraArgs(init_for(max_change), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_update_norm(
@@ -210,7 +233,7 @@ def clip_by_update_norm(
 
     def init(params: optax.Params) -> UpdateNormState:
         del params
-        return UpdateNormState(*empty_series(window, follow))
+        return UpdateNormState(*empty_series(window, follow), *_uncounted()[1:])
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -220,7 +243,7 @@ def clip_by_update_norm(
         squares = _squares(updates, axis_name)
         norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
         finite = jnp.all(jnp.isfinite(squares))
-        series = Series(*state)
+        series = Series(*state[:4])
         if faithful:
             seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
             limit, judged = published_threshold(series, sigmas, unbiased=False, least=1e-6, counts_itself=False)
@@ -231,7 +254,8 @@ def clip_by_update_norm(
             limit = threshold(series, sigmas, _LEAST_LOG_NORM, relative=False)
             scale = _scale(jnp.exp(limit).astype(norm.dtype), norm)
             after = push(series, x, jnp.minimum(x, limit), jnp.ones((), bool), finite & (norm > 0))
-        return scale_leaves(updates, scale, jnp.zeros((), bool)), UpdateNormState(*after)
+        new = UpdateNormState(*after, *_counted((0, *state[4:]), scale)[1:])
+        return scale_leaves(updates, scale, jnp.zeros((), bool)), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -289,12 +313,16 @@ def clippy(
     absolute = _validate.scalar(name, "absolute", absolute, low=0, open_low=True)
     _validate.axis_name(name, axis_name)
 
+    def init(params: optax.Params) -> ClippyState:
+        del params
+        return ClippyState(*_uncounted())
+
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, ClippyState]:
         del extra
         check_with_params(name, updates, params)
-        ratio, state = bound_and_state(relative, state)
+        ratio = jnp.maximum(value_at(relative, state.clippy_step), 0)
 
         def share_of(leaf: Any, weight: Any) -> jax.Array:
             if not is_gradient(leaf):
@@ -315,9 +343,24 @@ def clippy(
         weights = structure.flatten_up_to(params)
         shares = [share_of(*pair) for pair in zip(leaves, weights, strict=True)]
         shares = min_over(shares, sharding_of(updates, axis_name).names)
-        return structure.unflatten(clip(*pair) for pair in zip(leaves, shares, strict=True)), state
+        clipped = structure.unflatten(clip(*pair) for pair in zip(leaves, shares, strict=True))
+        least = jnp.array([share.astype(jnp.float32) for share in shares], jnp.float32)
+        return clipped, ClippyState(*_counted(state, least))
 
-    return optax.GradientTransformationExtraArgs(init_for(relative), update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _uncounted() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Updates seen, those that were scaled down, the smallest factor of the last one."""
+    return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+
+
+def _counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same after one more, of one factor or one a leaf."""
+    step, total, _ = counts
+    least = lax.stop_gradient(jnp.min(scale.astype(jnp.float32), initial=1))
+    least = jnp.where(jnp.isnan(least), 0, least)
+    return next_step(step), count_if(least < 1, total), least
 
 
 def _squares(updates: PyTree, axis_name: AxisName | None) -> jax.Array:

@@ -181,6 +181,35 @@ def test_clippy_with_zeros_and_numbers_that_are_none() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("limit_step", lambda: og.limit_step(lambda step: 0.1 + 0.0 * step.astype(jnp.float32))),
+        ("clippy", lambda: og.clippy(0.1, absolute=1e-3)),
+        ("update_norm", lambda: og.clip_by_update_norm(8, follow=2)),
+    ],
+)
+def test_metrics_tell_how_often_a_bound_takes_hold(name: str, make: Any) -> None:
+    tx = og.guard(optax.chain(optax.sgd(1.0), make()))
+    params = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+    state, scales = tx.init(params), []
+    step = quick_jit(lambda g, s: tx.update(jax.tree.map(lambda x: x * g, params), s, params)[1])
+    for size in (0.05, 0.05, 0.05, 0.05, 1.0, 0.05, np.nan, 0.05, 2.0):
+        state = step(size, state)
+        scales.append(float(og.metrics(state)[f"{name}/scale"]))
+    seen = og.metrics(state)
+    assert [scale < 1 for scale in scales] == [False] * 4 + [True, False, False, False, True]
+    assert (seen[f"{name}/bound_total"], seen.get(f"{name}/step", 8)) == (2, 8)  # held steps are not seen
+    if name == "limit_step":
+        np.testing.assert_allclose(scales[-1], 0.1 / 2.0, rtol=1e-5)
+
+
+def test_the_factor_of_a_bound_that_is_nan_counts_as_0_in_the_state() -> None:
+    tx = og.limit_step(lambda _: np.nan)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert (state.limit_step_scale, state.limit_step_bound_total) == (0, 1)
+
+
+@pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: og.limit_step(-0.1), "limit_step: `max_change` must be a number in .0, inf.; got -0.1"),
