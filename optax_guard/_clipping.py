@@ -223,6 +223,9 @@ def adaptive_grad_clip(
     one unit. Where a kernel differs, say so with `axis`: a stack of layers (layers, in, out) has its units along
     `axis=-2`, an attention query kernel (in, heads, head_dim) along `axis=0`.
 
+    It is no rule of `guard`, since rules scale whole leaves: it goes inside, in front of the optimizer,
+    `guard(optax.chain(adaptive_grad_clip(0.01), optimizer))`.
+
     Guarantees:
       - ||G_u|| <= clipping * max(||W_u||, eps) (1 + 4 eps of the dtype) for every unit.
       - A unit within its bound is returned bit for bit.
@@ -263,10 +266,13 @@ def adaptive_grad_clip(
 
     References:
       Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization", 2021, arXiv
-      2102.06171, equation 3. Deviation: no 1e-6 under ||G_u||, since a zero gradient needs no clip.
+      2102.06171, equation 3. Deviation: no 1e-6 under ||G_u||, since a zero gradient needs no clip. The units are those
+      of the paper's text and of timm. The authors' code, and Optax's after it, has other ones in two cases: an array of
+      rank 3 is reduced over its first axis alone (`axis=0`), and one with a single axis longer than 1, such as (1, n),
+      is one unit there (`axis=(0, 1)`) and n units here.
 
     See Also:
-      `optax.adaptive_grad_clip`: one `axis` for all leaves; takes rank 3 along axis 0.
+      `optax.adaptive_grad_clip`: one `axis` for all leaves, and the units of the authors' code.
     """
     name = "adaptive_grad_clip"
     clipping = _validate.scalar_or_schedule(name, "clipping", clipping, low=0)

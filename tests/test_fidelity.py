@@ -348,3 +348,16 @@ def test_what_a_restart_of_stable_spam_does_as_published() -> None:
         bound = states.largest_average[:, 0] / (1 - 0.999 ** np.asarray(states.leaf_steps[:, 0], np.float64))
         assert bound[1000] / bound[998] == pytest.approx(316, abs=2)
         assert low < norm_of(updates[999]) / norm_of(ours(gradients)[0][999]) < high
+
+
+def test_the_units_of_agc_are_optax_units_but_for_rank_3_and_one_long_axis() -> None:
+    shapes = {"bias": (4,), "dense": (3, 4), "conv": (2, 2, 3, 4), "heads": (3, 2, 4), "row": (1, 4), "column": (4, 1)}
+    rng = np.random.default_rng(0)
+    params, gradients = ({k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()} for _ in range(2))
+    theirs = optax.adaptive_grad_clip(0.1)
+    expected = theirs.update(gradients, theirs.init(params), params)[0]
+    axis = {**dict.fromkeys(shapes), "heads": 0, "row": (0, 1)}
+    for asked, differ in ((None, {"heads", "row"}), (axis, set())):
+        ours = og.adaptive_grad_clip(0.1, axis=asked)
+        got = ours.update(gradients, ours.init(params), params)[0]
+        assert {k for k in shapes if not np.allclose(got[k], expected[k], rtol=1e-5)} == differ
