@@ -227,7 +227,7 @@ SOURCES = {
     ),
     "no max_change": (
         og.stabilize(ADAM),
-        og.stabilize(ADAM, max_change=0.1).init(PARAMS)._replace(guarded_state=(OLD, optax.EmptyState())),
+        og.stabilize(ADAM, max_change=0.1).init(PARAMS)._replace(guarded_state=(OLD, og.limit_step(0.1).init(PARAMS))),
         ("0",),
     ),
     "a bound with a memory": (
