@@ -73,6 +73,9 @@ from optax_guard._record import FlightRecorder
 # Write a rule of one's own
 from optax_guard._rule import Rule, Verdict, rule
 
+# Judge some leaves and not others
+from optax_guard._masked import MaskedRuleState, masked_rule
+
 # Hold a step
 from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_spikes
 from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
@@ -110,6 +113,7 @@ __all__ = [
     "LimitStepState",
     "LossScalingState",
     "LossWatch",
+    "MaskedRuleState",
     "MedianNormState",
     "NoiseState",
     "NormHistoryState",
@@ -162,6 +166,7 @@ __all__ = [
     "leaf_names",
     "limit_step",
     "loss_scaling",
+    "masked_rule",
     "metrics",
     "noise_injection",
     "perturb_weights",

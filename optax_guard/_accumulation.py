@@ -34,6 +34,7 @@ from optax_guard._apply import (
     take_step,
 )
 from optax_guard._axes import mean_over
+from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._parts import part_of
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, widest_accumulator
 from optax_guard._step import count_if
@@ -47,7 +48,7 @@ from optax_guard._tree import (
     unwrapped,
     wider_dtype,
 )
-from optax_guard._typing import AxisName, PyTree
+from optax_guard._typing import AxisName, Mask, PyTree
 
 __all__ = ["AccumulateState", "accumulate", "flush", "has_updated"]
 
@@ -114,6 +115,7 @@ def accumulate(
     `weight` times gradient above 1.8e19       the same as a gradient that is not finite: it could not be squared
     nothing left at the end of a cycle         a held step: `inner` does not run; counted in `empty_total`
     all weights of a cycle are zero            the same; nothing was bad, so a guard inside does not count it
+    a leaf outside the `mask` of a guard       neither read nor summed: it can drop no micro-batch
     a leaf is an integer, `float0` or `None`   passed to `inner` as the emitting call brought it
     the last, unfilled cycle of an epoch       `flush` steps with it; else it goes on with the next call
     =========================================  =======================================================================
@@ -177,6 +179,7 @@ def accumulate(
     judges = inside is not None and inside.judges
     if inside is not None and judges and inside.axis_name != axis_name:
         raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inside.axis_name!r}: must agree.")
+    mask = None if inside is None else inside.mask
 
     def buffer(leaf: Any) -> jax.Array:
         if not is_gradient(leaf):
@@ -213,18 +216,19 @@ def accumulate(
         fast: bool,
         statistics: GradientStatistics | None = None,
     ) -> tuple[PyTree, AccumulateState]:
-        updates = mean_of(total, factor, like)
+        updates = mean_of(zeros_elsewhere(name, mask, total), factor, like)
         check_shapes(state.gradient_sum, updates)
         if statistics is not None and factor is not None:
             statistics = scale_statistics(statistics, factor)
-        call = MicroBatch(state, updates, extra, reduction, alone=every == 1)
+        judged = only_chosen(name, mask, updates)
+        call = MicroBatch(state, judged, extra, reduction, alone=every == 1)
         length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
         full = state.micro_step + 1 >= length
         loss = _loss(extra, axis_name)
         if on_nonfinite == "propagate":
             good, seen = call.usable, None
         else:
-            seen = call.look(updates, axis_name) if statistics is None else statistics
+            seen = call.look(judged, axis_name) if statistics is None else _selected(statistics, mask, updates)
             good = call.usable & call.fits(seen)
             if loss is not None:
                 good = good & jnp.isfinite(loss)
@@ -303,7 +307,7 @@ def accumulate(
         total = with_passengers(positions(state.gradient_sum), like)
         holds = state.micro_step > 0
         weight = jnp.where(state.added == 0, 0, state.accumulated_weight)
-        look = first_look(total, axis_name) if judges else None
+        look = first_look(only_chosen(name, mask, total), axis_name) if judges else None
         end = _Sum(total, weight, state.dropped_in_cycle, look, None)
         params, inner_state, emit = close(end, holds, state, params, like, extra, fast=True)
         nothing = jnp.zeros((), jnp.int32)
@@ -323,7 +327,7 @@ def accumulate(
             empty_total=count_if(holds & ~emit, state.empty_total),
         )
 
-    return fast_transformation(name, init, run, judges=True, axis_name=axis_name, flush=flush_cycle)
+    return fast_transformation(name, init, run, judges=True, axis_name=axis_name, flush=flush_cycle, mask=mask)
 
 
 def flush(
@@ -413,6 +417,10 @@ def has_updated(state: optax.OptState) -> jax.Array:
 
 def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _selected(statistics: GradientStatistics, mask: Mask | None, updates: PyTree) -> GradientStatistics:
+    return statistics if mask is None else select_statistics(statistics, chosen("accumulate", mask, updates))
 
 
 def _never_finite(statistics: GradientStatistics, seen: GradientStatistics | None) -> GradientStatistics:

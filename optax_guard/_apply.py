@@ -19,7 +19,7 @@ from optax_guard._parts import part_of, with_part
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import GradientStatistics
 from optax_guard._tree import cast_like, check_arrays, check_same_structure, is_gradient, wider_dtype
-from optax_guard._typing import AxisName, PyTree
+from optax_guard._typing import AxisName, Mask, PyTree
 
 __all__ = [
     "FastStep",
@@ -62,13 +62,14 @@ class FastStep(NamedTuple):
 
     One that `judges` holds a step whose gradient is not finite. Who wraps it may hand it the `statistics` of `total`
     that it has, which saves a read, and may tell it of a step without a gradient by statistics that are not finite,
-    which it then counts and holds.
+    which it then counts and holds. Leaves outside its `mask` it does not judge, nor may who wraps it.
     """
 
     run: RunFn
     judges: bool
     axis_name: AxisName | None
     flush: Any
+    mask: Mask | None
 
 
 class FastTransformation(optax.GradientTransformationExtraArgs):
@@ -83,6 +84,7 @@ def fast_transformation(
     judges: bool = False,
     axis_name: AxisName | None = None,
     flush: Any = None,
+    mask: Mask | None = None,
 ) -> FastTransformation:
     """Both ways to take a step, Optax's and the fast one, from one function."""
     once: RunFn = compiled_once(run)
@@ -96,7 +98,7 @@ def fast_transformation(
         return once(updates, state, params, None, updates, extra, fast=False)
 
     flush = None if flush is None else compiled_once(flush)
-    return FastTransformation(init, with_part(update, FastStep(once, judges, axis_name, flush)))
+    return FastTransformation(init, with_part(update, FastStep(once, judges, axis_name, flush, mask)))
 
 
 def as_transformation(function: str, inner: Any, argument: str = "inner") -> optax.GradientTransformationExtraArgs:

@@ -29,6 +29,7 @@ from optax_guard._apply import (
     take_step,
 )
 from optax_guard._axes import on_any_device
+from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._parts import part_of
 from optax_guard._reading import (
     SeenLeaves,
@@ -44,7 +45,7 @@ from optax_guard._rule import Judgement, Rule
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
 from optax_guard._step import count_if, next_step
 from optax_guard._tree import cast_like, check_arrays, find_states, is_gradient, positions, unwrapped
-from optax_guard._typing import AxisName, PyTree
+from optax_guard._typing import AxisName, Mask, PyTree
 from optax_guard._watch import scalar_loss
 
 __all__ = ["GuardState", "TrainingHalted", "clear_halt", "guard", "raise_if_halted"]
@@ -96,6 +97,7 @@ def guard(
     halt_after: int = 50,
     history: int = 256,
     check_updates: bool = False,
+    mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> FastTransformation:
     """Wraps an optimizer so that a bad gradient cannot harm it.
@@ -123,6 +125,7 @@ def guard(
     `halt_after` non-finite steps in a row   `halted`: all later steps are held until `clear_halt`
     a rule answers with a NaN scale          held and counted as non-finite
     steps of trouble in a row, the loss up   nothing more, or what `recovery` says: reset, back off, rewind
+    NaN, Inf, anything outside `mask`        not seen: neither held nor counted, and `inner` gets zeros there
     zero gradient, empty tree                the inner optimizer steps as it would alone
     float16, update not finite               applied by `check_updates=False`; held and counted by True
     =======================================  ==========================================================================
@@ -138,6 +141,10 @@ def guard(
       history: rows of the flight recorder (>= 1); each takes 36 bytes.
       check_updates: also hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a zero
         float16 gradient into NaN. Costs a second copy of parameters and inner state while it runs.
+      mask: which leaves are trained: booleans in the structure of (a prefix of) the parameters, a function from the
+        parameters (or gradients) to these, or a pattern of paths such as `"*lora*"`. The gradients of all others are
+        never read: rules, norms and the flight log do not see them, and `inner` gets zeros in their place. Freeze the
+        leaves themselves inside (docs/frozen_leaves.md). Default: all.
       axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`: all devices reach
         the same verdict, and the loss is averaged over the axis.
 
@@ -186,12 +193,13 @@ def guard(
                 "agree."
             )
         judges.append(judgement)
-    ladder = _ladder.as_ladder(recovery, inner, halt_after, axis_name)
+    ladder = _ladder.as_ladder(recovery, inner, halt_after, axis_name, mask)
     scales_updates = ladder is not None and ladder.back_off is not None
     update_inner = inner.update
 
     def init(params: optax.Params) -> GuardState:
         check_arrays(name, params)
+        only_chosen(name, mask, params)  # a mask that does not match is told here
         inner_state = inner.init(params)
         return GuardState(
             guarded_state=inner_state,
@@ -222,7 +230,10 @@ def guard(
         """One step; `fast` returns new parameters, otherwise updates."""
         extra = _checked_value(extra, axis_name)
         if statistics is None:
-            statistics = first_look(total, axis_name)
+            statistics = first_look(only_chosen(name, mask, total), axis_name)
+        elif mask is not None:
+            statistics = select_statistics(statistics, chosen(name, mask, total))
+        total = zeros_elsewhere(name, mask, total)
         judged = _judge(statistics, factor, judges, state, params, extra)
         scale = judged.scale if factor is None else judged.scale * factor.astype(judged.scale.dtype)
         seen = _ladder.Seen(
@@ -282,7 +293,7 @@ def guard(
         )
         return result, _advance(state, judged, new_state, applied, bad_leaf, halt_after, seen, plan, recovery_state)
 
-    return fast_transformation(name, init, run, judges=True, axis_name=axis_name)
+    return fast_transformation(name, init, run, judges=True, axis_name=axis_name, mask=mask)
 
 
 def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:

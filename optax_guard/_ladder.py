@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from optax_guard._masked import only_chosen
 from optax_guard._parts import part_of
 from optax_guard._record import RECOVERIES
 from optax_guard._recovery import (
@@ -30,7 +31,7 @@ from optax_guard._reset import all_finite, fingerprints, moments, moves_float32,
 from optax_guard._rule import scale_leaves
 from optax_guard._step import count_if, next_step
 from optax_guard._tree import cast_like, check_has_params, is_gradient, positions, wider_dtype
-from optax_guard._typing import AxisName, PyTree
+from optax_guard._typing import AxisName, Mask, PyTree
 from optax_guard._watch import LossWatch, empty_watch, loss_above, watch_loss
 
 __all__ = [
@@ -70,6 +71,7 @@ class Ladder(NamedTuple):
     rewind: Rewind | None
     inner: optax.GradientTransformation
     axis_name: AxisName | None
+    mask: Mask | None
 
 
 class Seen(NamedTuple):
@@ -101,7 +103,11 @@ class Plan(NamedTuple):
 
 
 def as_ladder(
-    recovery: Any, inner: optax.GradientTransformation, halt_after: int, axis_name: AxisName | None
+    recovery: Any,
+    inner: optax.GradientTransformation,
+    halt_after: int,
+    axis_name: AxisName | None,
+    mask: Mask | None = None,
 ) -> Ladder | None:
     """Sorts the rungs; None if there are none."""
     names = {Reset: "reset_moments", BackOff: "back_off", Rewind: "rewind"}
@@ -124,7 +130,7 @@ def as_ladder(
         found[name] = rung
     if not found:
         return None
-    return Ladder(found.get("reset_moments"), found.get("back_off"), found.get("rewind"), inner, axis_name)
+    return Ladder(found.get("reset_moments"), found.get("back_off"), found.get("rewind"), inner, axis_name, mask)
 
 
 def _rung(each: Any) -> Reset | BackOff | Rewind | None:
@@ -303,7 +309,7 @@ def finish(
     if ladder.rewind is not None:
         low = ~_diverged(state.loss_watch, (1 + ladder.rewind.diverged) / 2, seen)
         rewind = _take_snapshot(
-            ladder.rewind, ladder.axis_name, rewind, healthy & low, seen.step, state.loss_watch, params, inner_state
+            ladder.rewind, ladder, rewind, healthy & low, seen.step, state.loss_watch, params, inner_state
         )
     return RecoveryState(
         trouble_in_row=state.trouble_in_row,
@@ -452,7 +458,7 @@ def _rounded(
 
 def _take_snapshot(
     rung: Rewind,
-    axis_name: AxisName | None,
+    ladder: Ladder,
     state: RewindState,
     healthy: jax.Array,
     step: jax.Array,
@@ -465,7 +471,8 @@ def _take_snapshot(
 
     def clean() -> jax.Array:
         now = params()
-        return all_finite([*positions(now), *moments(inner_state, now)], axis_name)
+        trained = only_chosen("guard", ladder.mask, now)
+        return all_finite([*positions(trained), *moments(inner_state, now)], ladder.axis_name)
 
     takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
     target = (state.newest_snapshot + 1) % rung.keep

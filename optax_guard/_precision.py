@@ -29,6 +29,7 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
+from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._parts import part_of
 from optax_guard._statistics import GradientStatistics, first_look
 from optax_guard._step import count_if
@@ -150,6 +151,7 @@ def loss_scaling(
     judges = inside is not None and inside.judges
     if inside is not None and judges and inside.axis_name != axis_name:
         raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inside.axis_name!r}: they must agree.")
+    mask = None if inside is None else inside.mask
 
     def init_state(params: optax.Params) -> LossScalingState:
         check_arrays(name, params)
@@ -173,7 +175,10 @@ def loss_scaling(
         statistics: GradientStatistics | None = None,
     ) -> tuple[PyTree, LossScalingState]:
         if statistics is None:
-            statistics = first_look(total, axis_name)
+            statistics = first_look(only_chosen(name, mask, total), axis_name)
+        elif mask is not None:
+            statistics = select_statistics(statistics, chosen(name, mask, total))
+        total = zeros_elsewhere(name, mask, total)
         finite = jnp.all(statistics.finite)
         inverse = 1 / state.loss_scale
         whole = inverse if factor is None else factor * inverse.astype(factor.dtype)
@@ -212,7 +217,7 @@ def loss_scaling(
             overflow_total=count_if(~finite, state.overflow_total),
         )
 
-    return fast_transformation(name, init_state, run, judges=True, axis_name=axis_name)
+    return fast_transformation(name, init_state, run, judges=True, axis_name=axis_name, mask=mask)
 
 
 def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:

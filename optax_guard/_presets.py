@@ -23,8 +23,8 @@ from optax_guard._norm_history import clip_by_norm_history
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._skipping import skip_spikes
 from optax_guard._statistics import GradientStatistics
-from optax_guard._tree import check_has_params
-from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
+from optax_guard._tree import check_has_params, resolve_mask
+from optax_guard._typing import AxisName, Mask, PyTree, ScalarOrSchedule
 from optax_guard._updates import limit_step
 
 __all__ = ["stabilize"]
@@ -40,6 +40,7 @@ def stabilize(
     patience: int = 10,
     halt_after: int = 50,
     history: int = 256,
+    mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> FastTransformation:
     """Guards an optimizer against the three ways in which a run blows up: faults, spikes, steps that are too long.
@@ -84,6 +85,7 @@ def stabilize(
       patience: as for `guard`.
       halt_after: as for `guard`.
       history: rows of the flight recorder.
+      mask: which leaves are trained, as for `guard`; `max_change` is relative to these alone.
       axis_name: as in `gradient_statistics`.
 
     Returns:
@@ -107,7 +109,12 @@ def stabilize(
     """
     inner = as_transformation("stabilize", optimizer)
     if max_change is not None:
-        inner = optax.chain(inner, _max_change(max_change, axis_name))
+        limit = _max_change(max_change, axis_name)
+        if isinstance(mask, str):
+            limit = optax.masked(limit, lambda tree: resolve_mask("stabilize", mask, tree))
+        elif mask is not None:
+            limit = optax.masked(limit, mask)
+        inner = optax.chain(inner, limit)
     return guard(
         inner,
         _skip_loss_spikes(axis_name),
@@ -116,6 +123,7 @@ def stabilize(
         patience=patience,
         halt_after=halt_after,
         history=history,
+        mask=mask,
         axis_name=axis_name,
     )
 

@@ -26,6 +26,7 @@ NOT_TRANSFORMATIONS = {
     "LeafAxes": "what `leaf_axes` gives",
     "LeafLog": "what `leaf_log` gives",
     "LeafRecordState": "a state",
+    "MaskedRuleState": "a state",
     "MedianNormState": "a state",
     "LimitStepState": "a state",
     "LossScalingState": "a state",
@@ -199,6 +200,15 @@ def halving_rule(threshold=1.0, axis_name=None):
     return og.rule(init, judge, axis_name=axis_name)
 
 
+def masked_clip(max_norm=1.0, axis_name=None):
+    """A clip of all leaves that are no vectors."""
+
+    def no_vectors(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: len(leaf.shape) != 1, params)
+
+    return og.masked_rule(og.clip_by_global_norm(max_norm, axis_name=axis_name), no_vectors)
+
+
 def second_moment() -> optax.GradientTransformation:
     """Divides by the root of a second moment that is kept like RMSProp's, in every dtype; leaves without one pass."""
 
@@ -274,6 +284,7 @@ ENTRIES = (
     Entry("skip_spikes", "faithful", og.skip_spikes, {"window": 4, "faithful": True}, SPIKE_STATIC),
     Entry("record_leaves", "", og.record_leaves, {"window": 4}, ("window",)),
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
+    Entry("masked_rule", "", masked_clip, {"max_norm": 1.0}),
     Entry("limit_step", "", og.limit_step, {"max_change": 0.1}, ("scope", "axis_name"), needs_params=True),
     Entry(
         "limit_step",
