@@ -40,10 +40,10 @@ MOST_ALIVE = 0.05
 # The modules under attack, by path in the package, and the test files that own each, the quickest first.
 OWNERS = {
     "_guard.py": ("test_control_logic.py", "test_guard.py"),
-    "_ladder.py": ("test_control_logic.py", "test_recovery.py"),
-    "_recovery.py": ("test_control_logic.py", "test_recovery.py"),
-    "_reset.py": ("test_control_logic.py", "test_recovery.py"),
-    "_watch.py": ("test_control_logic.py", "test_recovery.py"),
+    "_ladder.py": ("test_ladder_decisions.py", "test_control_logic.py", "test_recovery.py", "test_ladder.py"),
+    "_recovery.py": ("test_ladder_decisions.py", "test_control_logic.py", "test_recovery.py", "test_ladder.py"),
+    "_reset.py": ("test_ladder_decisions.py", "test_control_logic.py", "test_recovery.py", "test_ladder.py"),
+    "_watch.py": ("test_ladder_decisions.py", "test_recovery.py"),
     "_accumulation.py": ("test_control_logic.py", "test_accumulation.py"),
     "_sums.py": ("test_accumulation.py", "test_micro_batches.py"),
     "_precision.py": ("test_precision.py",),
@@ -98,7 +98,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Invert, ast.Not)):
         yield node.operand
     elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-        yield ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
+        yield ast.Constant(_other(node.value))
     elif isinstance(node, ast.IfExp):
         yield node.body
         yield node.orelse
@@ -111,6 +111,12 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Call(node.func, [node.args[0], node.args[2], node.args[1]], node.keywords)
         elif name in FUNCTIONS:
             yield ast.Call(ast.Attribute(node.func.value, FUNCTIONS[name], ast.Load()), node.args, node.keywords)
+
+
+def _other(value: bool | float) -> bool | float:
+    if isinstance(value, bool):
+        return not value
+    return 2 * value if isinstance(value, float) and value else value + 1
 
 
 class Places(ast.NodeVisitor):
@@ -197,7 +203,7 @@ def _run_tests(folder: str, module: str) -> None:
             os.dup2(file.fileno(), 2)
         tests = [str(ROOT / "tests" / name) for name in OWNERS[module]]
         early = "ignore::pytest.PytestAssertRewriteWarning"  # the parent has imported plugins
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", early, *tests])
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-W", early, *tests])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,0 +1,241 @@
+"""What the ladder decides, before a step and after it, against its rules in plain Python, over random states.
+
+One compilation each: all cases at once, under `vmap`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiling import quick_jit
+
+import optax_guard as og
+from optax_guard import _ladder
+from optax_guard._record import RECOVERIES
+
+CASES = 800
+KEEP, RESET_AFTER, DOWN_AFTER, BACK_AFTER, ATTEMPTS, OWES, EVERY, LOOKS = 3, 3, 2, 4, 2, 4, 5, 4
+RUNGS = (
+    og.reset_moments(RESET_AFTER, check_every=LOOKS),
+    og.back_off(0.5, OWES, after=DOWN_AFTER, lowest=0.3, diverged=2.0),
+    og.rewind(EVERY, keep=KEEP, after=BACK_AFTER, attempts=ATTEMPTS, diverged=3.0),
+)
+LADDER = _ladder.as_ladder(RUNGS, optax.sgd(0.1, momentum=0.5), 50, None)
+PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}
+MOST_OWED = math.floor(OWES * math.log(0.3) / math.log(0.5))
+
+
+def ints(rng: Any, low: int, high: int, *shape: int) -> Any:
+    return rng.integers(low, high + 1, (CASES, *shape)).astype(np.int32)
+
+
+def flags(rng: Any, share: float, *shape: int) -> Any:
+    return rng.random((CASES, *shape)) < share
+
+
+def levels(rng: Any, *shape: int) -> Any:
+    return (rng.choice([1.0, -1.0], (CASES, *shape), p=[0.8, 0.2]) * rng.uniform(0.2, 5, (CASES, *shape))).astype("f")
+
+
+def random_cases(seed: int) -> tuple[Any, _ladder.Seen]:
+    """States of the ladder, and what is seen of a step, with a leading axis of cases."""
+    rng = np.random.default_rng(seed)
+    one = _ladder.init_ladder(LADDER, PARAMS, LADDER.inner.init(PARAMS))
+    state = jax.tree.map(lambda x: np.broadcast_to(x, (CASES, *x.shape)), one)
+    reset = state.reset_state._replace(
+        parameter_sums=rng.choice([2.0, 4.0, 5.0], (CASES, 2, 2), p=[0.45, 0.45, 0.1]).astype("f"),
+        leaf_moved=flags(rng, 0.7, 2),
+        moments_finite=flags(rng, 0.9),
+        parameters_frozen=flags(rng, 0.1),
+        frozen_leaves=ints(rng, 0, 2),
+        standing_still=ints(rng, 3, 4),
+        reset_total=ints(rng, 0, 9),
+        silent_death_total=ints(rng, 0, 9),
+    )
+    back = state.back_off_state._replace(healthy_steps_owed=ints(rng, 0, MOST_OWED), back_off_total=ints(rng, 0, 9))
+    rewind = state.rewind_state._replace(
+        snapshot_steps=ints(rng, 0, 99, KEEP),
+        snapshot_losses=levels(rng, KEEP),
+        newest_snapshot=ints(rng, 0, KEEP - 1),
+        snapshots_held=ints(rng, 0, KEEP),
+        snapshot_due_in=ints(rng, 0, 2),
+        rewinds_in_row=ints(rng, 0, ATTEMPTS + 1),
+        rewind_total=ints(rng, 0, 9),
+    )
+    watch = state.loss_watch._replace(
+        smoothed_loss=levels(rng), best_loss=levels(rng), first_loss=levels(rng), losses_seen=ints(rng, 0, 60)
+    )
+    state = state._replace(
+        trouble_in_row=ints(rng, 0, 8),
+        bad_update_before=flags(rng, 0.1),
+        reset_state=reset,
+        back_off_state=back,
+        rewind_state=rewind,
+        loss_watch=watch,
+    )
+    value = np.where(flags(rng, 0.1), np.float32(rng.choice([0.0, np.nan, np.inf, 3e37])), levels(rng))
+    return state, _ladder.Seen(
+        step=ints(rng, 0, 12),
+        finite=flags(rng, 0.7),
+        refused=flags(rng, 0.3),
+        alive=flags(rng, 0.9),
+        has_gradient=flags(rng, 0.8, 2),
+        value=value.astype("f"),
+    )
+
+
+def case(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def fields(state: Any) -> dict[str, Any]:
+    """Every number in the ladder's state by its name."""
+    found: dict[str, Any] = {}
+    for part in (state, state.reset_state, state.back_off_state, state.rewind_state, state.loss_watch):
+        found |= {name: x for name, x in part._asdict().items() if isinstance(x, np.ndarray)}
+    return found
+
+
+def watched(w: Any, value: float, learns: bool) -> dict[str, float]:
+    s, b, first, n = float(w.smoothed_loss), float(w.best_loss), float(w.first_loss), int(w.losses_seen)
+    if learns and abs(value) < 1e37 and value != 0:
+        first = value if n == 0 else first
+        capped = value if n == 0 else min(value, s + 3 * max(abs(s), abs(first) / 100))
+        s += max(1 / (n + 1), 1 / 50) * (capped - s)
+        b, n = (s if n < 10 else min(b, s)), n + 1
+    return {"smoothed_loss": s, "best_loss": b, "first_loss": first, "losses_seen": n}
+
+
+def above(w: dict[str, float], factor: float) -> bool:
+    size = max(abs(w["best_loss"]), abs(w["first_loss"]) / 100)
+    return w["losses_seen"] >= 25 and w["smoothed_loss"] - w["best_loss"] > (factor - 1) * size
+
+
+def planned(state: Any, seen: Any) -> dict[str, Any]:
+    """The rules of docs/recovery.md."""
+    reset, back, rewind, alive = state.reset_state, state.back_off_state, state.rewind_state, bool(seen.alive)
+    bad = not seen.finite or seen.refused or state.bad_update_before
+    row = int(state.trouble_in_row)
+    row = (row + 1 if bad else 0) if alive else row
+    bad = bad and alive
+    before = {name: float(x) for name, x in state.loss_watch._asdict().items()}
+    watch = watched(state.loss_watch, float(seen.value), alive and bool(seen.finite))
+    may = rewind.rewinds_in_row < ATTEMPTS and rewind.snapshots_held > 0
+    diverged = alive and bool(seen.finite) and above(watch, 3.0)
+    reason = {
+        "reset_refused": bad and row == RESET_AFTER,
+        "reset_nonfinite": alive and not reset.moments_finite,
+        "reset_frozen": alive and bool(reset.parameters_frozen),
+        "rewind_refused": bad and row % BACK_AFTER == 0 and may,
+        "rewind_diverged": diverged and may,
+        "gave_up": diverged and rewind.rewinds_in_row >= ATTEMPTS,
+    }
+    rewinds = reason["rewind_refused"] or reason["rewind_diverged"]
+    if rewinds or reason["gave_up"]:
+        reason.update(reset_refused=False, reset_nonfinite=False, reset_frozen=False)
+    dead = reason["reset_nonfinite"] or reason["reset_frozen"]
+    resets = dead or reason["reset_refused"]
+    rises = alive and above(watch, 2.0) and not above(before, 2.0)
+    down = dead or rewinds or (bad and row == DOWN_AFTER) or rises
+    owed = min(int(back.healthy_steps_owed) + OWES * down, MOST_OWED)
+    one_before = rewind.rewinds_in_row > 0 and rewind.snapshots_held > 1
+    place = (int(rewind.newest_snapshot) - one_before) % KEEP
+    if rewinds:
+        watch.update(smoothed_loss=rewind.snapshot_losses[place], best_loss=rewind.snapshot_losses[place])
+    return {
+        "reason": {name for name, on in {**reason, "back_off": down}.items() if on},
+        "replaces": resets or rewinds or reason["gave_up"],
+        "trouble_in_row": row,
+        "moments_finite": bool(reset.moments_finite) or resets,
+        "parameters_frozen": bool(reset.parameters_frozen) and not resets,
+        "reset_total": int(reset.reset_total) + resets,
+        "silent_death_total": int(reset.silent_death_total) + dead,
+        "healthy_steps_owed": owed,
+        "back_off_total": int(back.back_off_total) + down,
+        "update_scale": 0.5 ** (owed / OWES),
+        "newest_snapshot": place if rewinds else int(rewind.newest_snapshot),
+        "snapshots_held": int(rewind.snapshots_held) - (rewinds and one_before),
+        "snapshot_due_in": EVERY - 1 if rewinds else int(rewind.snapshot_due_in),
+        "rewinds_in_row": int(rewind.rewinds_in_row) + rewinds,
+        "rewind_total": int(rewind.rewind_total) + rewinds,
+        **watch,
+    }
+
+
+def test_before_a_step_the_ladder_decides_by_its_rules() -> None:
+    states, seen = random_cases(0)
+    plan = quick_jit(jax.vmap(lambda state, seen: _ladder.plan(LADDER, state, seen, PARAMS)._asdict()))
+    got = jax.device_get(plan(states, seen))
+    numbers, happened = fields(got["state"]), dict.fromkeys(RECOVERIES, 0)
+    for i in range(CASES):
+        expected = planned(case(states, i), case(seen, i))
+        reason = {name for position, name in enumerate(RECOVERIES) if got["reason"][i] >> position & 1}
+        assert reason == expected.pop("reason"), i
+        assert (got["resets"] | got["rewinds"] | got["gives_up"])[i] == expected.pop("replaces"), i
+        for name, number in expected.items():
+            assert numbers[name][i] == pytest.approx(number, rel=1e-5, abs=1e-6), (i, name)
+        for name in reason:
+            happened[name] += 1
+    assert min(happened.values()) > CASES // 100
+
+
+def finished(state: Any, seen: Any, applied: bool, bad_update: bool, finite: bool, sums: Any) -> dict[str, Any]:
+    reset, back, rewind, alive = state.reset_state, state.back_off_state, state.rewind_state, bool(seen.alive)
+    due = alive and seen.step % LOOKS == 0
+    moved = np.array([any(a != b) for a, b in zip(sums, reset.parameter_sums, strict=True)]) & (seen.step > 0)
+    expected: dict[str, Any] = {"bad_update_before": bad_update and seen.has_gradient.any()}
+    if not alive:
+        expected["bad_update_before"] = state.bad_update_before
+    if due:
+        expected |= {"moments_finite": finite, "parameter_sums": sums}
+    if due and applied:
+        eligible = reset.leaf_moved & seen.has_gradient
+        frozen = int((eligible & ~moved).sum())
+        expected |= {"leaf_moved": moved, "frozen_leaves": frozen, "standing_still": 0}
+        expected["parameters_frozen"] = frozen > 0 and 2 * frozen >= eligible.sum()
+    elif due:
+        expected["leaf_moved"] = reset.leaf_moved | moved
+    healthy = applied and not seen.refused
+    expected["healthy_steps_owed"] = max(int(back.healthy_steps_owed) - healthy, 0)
+    watch = {name: float(x) for name, x in state.loss_watch._asdict().items()}
+    healthy = healthy and not above(watch, 2.0)  # half of the way to 3
+    wait = int(rewind.snapshot_due_in)
+    takes = healthy and wait <= 0 and finite
+    expected["snapshot_due_in"] = EVERY - 1 if takes else max(wait - healthy, 0)
+    place = (int(rewind.newest_snapshot) + 1) % KEEP
+    if takes:
+        steps, losses = rewind.snapshot_steps.copy(), rewind.snapshot_losses.copy()
+        steps[place], losses[place] = seen.step + 1, watch["smoothed_loss"]
+        expected |= {"newest_snapshot": place, "snapshot_steps": steps, "snapshot_losses": losses, "rewinds_in_row": 0}
+        expected["snapshots_held"] = min(int(rewind.snapshots_held) + 1, KEEP)
+    kept = [place == i and takes for i in range(KEEP)]
+    return {**expected, "snapshots": kept}
+
+
+def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
+    states, seen = random_cases(1)
+    rng = np.random.default_rng(2)
+    applied, bad_update, finite = flags(rng, 0.6), flags(rng, 0.2), flags(rng, 0.8)
+    inner = LADDER.inner.init(PARAMS)
+    sums = np.array([[2.0, 2.0], [4.0, 4.0]])
+
+    def finish(state: Any, seen: Any, applied: Any, bad_update: Any, finite: Any) -> Any:
+        moments = jax.tree.map(lambda x: jnp.where(finite, x + 2, jnp.inf), inner)
+        plan = _ladder.plan(LADDER, state, seen, PARAMS)._replace(state=state)
+        return _ladder.finish(LADDER, plan, seen, applied, bad_update, lambda: PARAMS, moments, lambda *_: PARAMS)
+
+    got = jax.device_get(quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite))
+    before, after = fields(states), fields(got)
+    for i in range(CASES):
+        expected = finished(case(states, i), case(seen, i), applied[i], bad_update[i], bool(finite[i]), sums)
+        for snapshot, written in zip(got.rewind_state.snapshots, expected.pop("snapshots"), strict=True):
+            numbers = {
+                float(x) for leaf in snapshot for x in np.concatenate([np.ravel(y[i]) for y in jax.tree.leaves(leaf)])
+            }
+            assert numbers == ({1.0, 2.0} if written else {0.0}), i
+        for name, numbers in after.items():
+            assert np.array_equal(numbers[i], expected.get(name, before[name][i])), (i, name)
