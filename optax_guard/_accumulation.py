@@ -33,12 +33,12 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
-from optax_guard._axes import mean_over
+from optax_guard._extra import loss_in
 from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._parts import part_of
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, widest_accumulator
 from optax_guard._step import count_if
-from optax_guard._sums import REDUCTIONS, MicroBatch, check_reduction, check_shapes, labels, with_passengers
+from optax_guard._sums import REDUCTIONS, MicroBatch, check_reduction, check_shapes, labels, too_large, with_passengers
 from optax_guard._tree import (
     check_arrays,
     check_same_structure,
@@ -59,7 +59,7 @@ class AccumulateState(NamedTuple):
     accumulated_state: Any  # the inner optimizer's state
     gradient_sum: PyTree  # f32 (or wider) in the parameters' shapes: weighted sum; stale while `added` is 0
     accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): sum of the weights in `gradient_sum`
-    value_sum: jax.Array  # f32[] (f64[]): weighted sum of the losses of those micro-batches that came with `value=`
+    value_mean: jax.Array  # f32[] (f64[]): weighted mean of the losses of those micro-batches that came with `value=`
     value_weight: jax.Array  # f32[] (f64[]): the sum of their weights
     added: jax.Array  # i32[]: micro-batches in `gradient_sum`
     micro_step: jax.Array  # i32[]: calls in this cycle, dropped ones included
@@ -79,6 +79,7 @@ class _Sum(NamedTuple):
     dropped: jax.Array  # i32[]
     statistics: GradientStatistics | None  # of `total`, if the inner optimizer judges
     seen: GradientStatistics | None  # of the last micro-batch
+    loss: jax.Array | None = None  # of the last micro-batch
 
 
 def accumulate(
@@ -113,6 +114,7 @@ def accumulate(
     NaN or Inf in a micro-batch                as `on_nonfinite` says, below; its loss (`value=`) counts as part of it
     `weight` negative or not finite            that micro-batch is dropped and counted, whatever `on_nonfinite` says
     `weight` times gradient above 1.8e19       the same as a gradient that is not finite: it could not be squared
+    a "sum" of float16 gradients above 65504   the cycle is lost: a held step, which a guard inside counts
     nothing left at the end of a cycle         a held step: `inner` does not run; counted in `empty_total`
     all weights of a cycle are zero            the same; nothing was bad, so a guard inside does not count it
     a leaf outside the `mask` of a guard       neither read nor summed: it can drop no micro-batch
@@ -194,7 +196,7 @@ def accumulate(
             accumulated_state=inner.init(params),
             gradient_sum=jax.tree.map(buffer, params),
             accumulated_weight=jnp.zeros((), widest_accumulator(params)),
-            value_sum=jnp.zeros((), widest_accumulator(params)),
+            value_mean=jnp.zeros((), widest_accumulator(params)),
             value_weight=jnp.zeros((), widest_accumulator(params)),
             added=jnp.zeros((), jnp.int32),
             micro_step=jnp.zeros((), jnp.int32),
@@ -224,12 +226,12 @@ def accumulate(
         call = MicroBatch(state, judged, extra, reduction, alone=every == 1)
         length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
         full = state.micro_step + 1 >= length
-        loss = _loss(extra, axis_name)
+        loss = loss_in(name, extra, axis_name)
         if on_nonfinite == "propagate":
             good, seen = call.usable, None
         else:
             seen = call.look(judged, axis_name) if statistics is None else _selected(statistics, mask, updates)
-            good = call.usable & call.fits(seen)
+            good = call.usable & call.fits(seen, scaled=factor is not None)
             if loss is not None:
                 good = good & jnp.isfinite(loss)
         adds = good & (call.weight > 0)
@@ -240,11 +242,10 @@ def accumulate(
             finished = seen if known else call.look_if(full, sums, axis_name)
         dropped = state.dropped_in_cycle + (~good).astype(jnp.int32)
         weight_sum = jnp.where(state.added == 0, 0, state.accumulated_weight) + jnp.where(adds, call.weight, 0)
-        value_sum, value_weight = _with_loss(state, loss, call.weight, adds)
+        value_mean, value_weight = _with_loss(state, loss, call.weight, adds)
         if loss is not None:
-            mean = value_sum / jnp.where(value_weight > 0, value_weight, 1)
-            extra = {**extra, "value": jnp.where(value_weight > 0, mean, loss).astype(loss.dtype)}
-        end = _Sum(with_passengers(sums, updates), weight_sum, dropped, finished, seen)
+            extra = {**extra, "value": jnp.where(value_weight > 0, value_mean.astype(loss.dtype), loss)}
+        end = _Sum(with_passengers(sums, updates), weight_sum, dropped, finished, seen, loss)
         whole = call.alone and not call.weighted  # its mean is itself: a product with 1 changes what XLA fuses
         result, inner_state, emit = close(end, full, state, params, updates, extra, fast, divides=not whole)
         added = state.added + adds.astype(jnp.int32)
@@ -252,7 +253,7 @@ def accumulate(
             accumulated_state=inner_state,
             gradient_sum=call.stored(sums),
             accumulated_weight=jnp.where(full, 0, weight_sum),
-            value_sum=jnp.where(full, 0, value_sum),
+            value_mean=jnp.where(full, 0, value_mean),
             value_weight=jnp.where(full, 0, value_weight),
             added=jnp.where(full, 0, added),
             micro_step=jnp.where(full, 0, state.micro_step + 1),
@@ -278,13 +279,19 @@ def accumulate(
         emit = closing & (end.weight >= jnp.finfo(end.weight.dtype).tiny)
         if on_nonfinite == "drop_cycle":
             emit = emit & (end.dropped == 0)
+        kinds = labels(reduction, state.gradient_sum)
+        lost = end.dropped > 0
+        overflow = too_large(emit, end.total, like, kinds, axis_name)
+        if overflow is not None:
+            emit, lost = emit & ~overflow, lost | overflow
         active, statistics = emit, None
         if end.statistics is not None:
             # A cycle lost to bad numbers is told to the guard as what it is, a step that was not finite.
-            active = emit | (closing & (end.dropped > 0))
-            bad = _never_finite(end.statistics, end.seen)
+            active = emit | (closing & lost)
+            bad = _never_finite(end.statistics, end.seen, end.loss)
             statistics = _where(emit, end.statistics, bad)
-        kinds = labels(reduction, state.gradient_sum)
+        if end.loss is not None:
+            extra = {**extra, "value": jnp.where(emit, extra["value"], end.loss)}
         inverse = 1 / jnp.where(emit, end.weight, 1)
         factor = None
         if "mean" in kinds and divides:
@@ -315,7 +322,7 @@ def accumulate(
             accumulated_state=inner_state,
             gradient_sum=state.gradient_sum,
             accumulated_weight=jnp.zeros_like(state.accumulated_weight),
-            value_sum=jnp.zeros_like(state.value_sum),
+            value_mean=jnp.zeros_like(state.value_mean),
             value_weight=jnp.zeros_like(state.value_weight),
             added=nothing,
             micro_step=nothing,
@@ -423,31 +430,32 @@ def _selected(statistics: GradientStatistics, mask: Mask | None, updates: PyTree
     return statistics if mask is None else select_statistics(statistics, chosen("accumulate", mask, updates))
 
 
-def _never_finite(statistics: GradientStatistics, seen: GradientStatistics | None) -> GradientStatistics:
-    """Statistics that are not finite: those of the last micro-batch if it was bad, which names its leaf."""
-    nan = jnp.full_like(statistics.sum_squares, jnp.nan)
-    if seen is not None:
-        nan = jnp.where(jnp.all(seen.finite), nan, seen.sum_squares.astype(nan.dtype))
-    return GradientStatistics(sum_squares=nan, magnitude=jnp.ones_like(nan))
+def _never_finite(
+    statistics: GradientStatistics, seen: GradientStatistics | None, loss: jax.Array | None
+) -> GradientStatistics:
+    """Statistics that are not finite: those of the last micro-batch if its gradient is bad, which names the leaf.
 
-
-def _loss(extra: dict[str, Any], axis_name: AxisName | None) -> jax.Array | None:
-    """The call's `value=` as a scalar that all devices agree on."""
-    if extra.get("value") is None:
-        return None
-    loss = jnp.asarray(extra["value"])
-    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise ValueError(f"accumulate: `value` must be the scalar loss; got an array {loss.dtype}{list(loss.shape)}.")
-    return mean_over(loss, axis_name)
+    If only its loss is, which is handed on beside them, they are its own too.
+    """
+    nan, one = jnp.full_like(statistics.sum_squares, jnp.nan), jnp.ones_like(statistics.magnitude)
+    if seen is None:
+        return GradientStatistics(sum_squares=nan, magnitude=one)
+    tells = ~jnp.all(seen.finite) if loss is None else ~(jnp.all(seen.finite) & jnp.isfinite(loss))
+    seen = jax.tree.map(lambda x: x.astype(nan.dtype), seen)
+    return _where(tells, seen, GradientStatistics(sum_squares=nan, magnitude=one))
 
 
 def _with_loss(
     state: AccumulateState, loss: jax.Array | None, weight: jax.Array, adds: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The cycle's weighted sum of losses, and of their weights, with this call's in it."""
+    """The cycle's weighted mean of losses, and the sum of their weights, with this call's in it.
+
+    A running mean, since weight times loss may overflow where the mean does not.
+    """
     first = state.added == 0
-    total, weights = jnp.where(first, 0, state.value_sum), jnp.where(first, 0, state.value_weight)
+    mean, weights = jnp.where(first, 0, state.value_mean), jnp.where(first, 0, state.value_weight)
     if loss is None:
-        return total, weights
-    weight = weight.astype(total.dtype)
-    return jnp.where(adds, total + weight * loss.astype(total.dtype), total), jnp.where(adds, weights + weight, weights)
+        return mean, weights
+    after = jnp.where(adds, weights + weight.astype(weights.dtype), weights)
+    share = weight.astype(weights.dtype) / jnp.where(after > 0, after, 1)
+    return jnp.where(adds, mean * (1 - share) + loss.astype(mean.dtype) * share, mean), after

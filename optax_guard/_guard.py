@@ -18,19 +18,25 @@ import optax
 from jax import lax
 
 from optax_guard import _ladder, _validate
+from optax_guard._accumulation import AccumulateState
 from optax_guard._apply import (
+    FastStep,
     FastTransformation,
     add_updates,
     as_transformation,
+    bad_updates,
     fast_transformation,
     mean_of,
     no_updates,
+    refuse_inside,
     settle,
     take_step,
 )
 from optax_guard._axes import on_any_device
+from optax_guard._extra import loss_in, warn_of_misspellings, with_value
 from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._parts import part_of
+from optax_guard._precision import LossScalingState
 from optax_guard._reading import (
     SeenLeaves,
     member,
@@ -40,15 +46,14 @@ from optax_guard._reading import (
     saw_leaves,
     seen_names,
 )
-from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, read_rows
+from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_recorder, losses_given, read_rows
 from optax_guard._rule import Judgement, Rule
-from optax_guard._statistics import GradientStatistics, first_look, scale_statistics
+from optax_guard._statistics import GradientStatistics, first_look, overflows, scale_statistics, squarable
 from optax_guard._step import count_if, next_step
-from optax_guard._tree import cast_like, check_arrays, find_states, is_gradient, positions, unwrapped
+from optax_guard._tree import cast_like, check_arrays, find_states, unwrapped
 from optax_guard._typing import AxisName, Mask, PyTree
-from optax_guard._watch import scalar_loss
 
-__all__ = ["GuardState", "TrainingHalted", "clear_halt", "guard", "raise_if_halted"]
+__all__ = ["HOLDING", "GuardState", "TrainingHalted", "clear_halt", "guard", "guarded", "raise_if_halted"]
 
 _CODE = {name: code for code, name in enumerate(EVENTS)}
 _EVENT_ORDER = ("halted", "nonfinite", "nonfinite_update", "skipped", "recovery", "let_through", "clipped")
@@ -70,6 +75,15 @@ class GuardState(NamedTuple):
     recorder: FlightRecorder
     recovery_state: Any  # RecoveryState; () without `recovery`
     seen_leaves: SeenLeaves  # which leaves `worst_leaf` and the rules' states count
+
+
+HOLDING: dict[type, str] = {  # the states of what holds steps back, and its name
+    GuardState: "guard",
+    AccumulateState: "accumulate",
+    LossScalingState: "loss_scaling",
+    optax.MultiStepsState: "optax.MultiSteps",
+    optax.ApplyIfFiniteState: "optax.apply_if_finite",
+}
 
 
 class TrainingHalted(RuntimeError):  # noqa: N818 (named after what happened, as StopIteration is)
@@ -106,7 +120,8 @@ def guard(
     params, inner <- inner step with g'   if g is finite and no rule skips,   else the very same bits as before
 
     Guarantees:
-      - Non-finite gradients are never applied, however many come in a row, with or without rules.
+      - Non-finite gradients are never applied, however many come in a row, with or without rules; nor is a gradient
+        whose loss (`value=`, or `loss=`) is not finite.
       - A held step leaves no trace: parameters, moments, counters, schedules, weight decay and keys keep their bits.
       - n rules read the gradient once; their result equals the rules chained before `inner` (for finite sums of
         squares; a stateful rule after one that skips sees the gradient here, zeros in a chain).
@@ -120,14 +135,19 @@ def guard(
     Case                                     Result
     =======================================  ==========================================================================
     NaN or Inf in any leaf                   held, counted, recorded with the leaf; rules' histories untouched
+    loss NaN or Inf, gradient finite         held and counted as non-finite; the log's `value` shows it
     finite, but its squares overflow f32     held and counted like a non-finite one (elements above 1.8e19)
     a rule skips a finite step               held; after `patience` in a row one is let through, as the rules scale it
     `halt_after` non-finite steps in a row   `halted`: all later steps are held until `clear_halt`
     a rule answers with a NaN scale          held and counted as non-finite
+    a rule scales up, beyond what the        the same: the norm of a leaf must stay below 1.8e19, and in float16 below
+    leaf's dtype can hold or square          65504 if the scale exceeds 1
     steps of trouble in a row, the loss up   nothing more, or what `recovery` says: reset, back off, rewind
     NaN, Inf, anything outside `mask`        not seen: neither held nor counted, and `inner` gets zeros there
     zero gradient, empty tree                the inner optimizer steps as it would alone
     float16, update not finite               applied by `check_updates=False`; held and counted by True
+    parameter + update beyond the dtype      both finite: the largest number of the dtype; held and counted with
+                                             `check_updates=True`. Through `optax.apply_updates`: Inf, unless checked
     =======================================  ==========================================================================
 
     Args:
@@ -140,7 +160,8 @@ def guard(
       halt_after: non-finite steps in a row until the guard halts (>= 1). A finite step resets the count.
       history: rows of the flight recorder (>= 1); each takes 36 bytes.
       check_updates: also hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a zero
-        float16 gradient into NaN. Costs a second copy of parameters and inner state while it runs.
+        float16 gradient into NaN, or would take a finite parameter beyond its dtype. Costs a second copy of parameters
+        and inner state while it runs.
       mask: which leaves are trained: booleans in the structure of (a prefix of) the parameters, a function from the
         parameters (or gradients) to these, or a pattern of paths such as `"*lora*"`. The gradients of all others are
         never read: rules, norms and the flight log do not see them, and `inner` gets zeros in their place. Freeze the
@@ -153,7 +174,8 @@ def guard(
       `inner` returns, and -0.0 for a held step, which `optax.apply_updates` adds without changing a bit.
 
     Raises:
-      ValueError: wrong static arguments; trees that do not match, with the first differing path.
+      ValueError: wrong static arguments; `loss_scaling` or `accumulate` inside `inner`, which go around the guard;
+        trees that do not match, with the first differing path.
 
     Example:
       >>> import optax_guard as og
@@ -171,13 +193,42 @@ def guard(
       `optax.apply_if_finite`: no rules, lets a non-finite gradient in after a number of them, and copies parameters
       and moments at every step.
     """
-    name = "guard"
+    return guarded(
+        "guard",
+        "inner",
+        inner,
+        rules,
+        recovery=recovery,
+        patience=patience,
+        halt_after=halt_after,
+        history=history,
+        check_updates=check_updates,
+        mask=mask,
+        axis_name=axis_name,
+    )
+
+
+def guarded(
+    name: str,
+    argument: str,
+    inner: Any,
+    rules: tuple[Rule, ...],
+    *,
+    recovery: tuple[Any, ...],
+    patience: int,
+    halt_after: int,
+    history: int,
+    check_updates: bool,
+    mask: Mask | None,
+    axis_name: AxisName | None,
+) -> FastTransformation:
+    """`guard`, whose messages speak of the function that was called and of its argument for the optimizer."""
     patience = _validate.integer(name, "patience", patience, low=0)
     halt_after = _validate.integer(name, "halt_after", halt_after, low=1)
     history = _validate.integer(name, "history", history, low=1, high=_validate.MILLION)
     _validate.axis_name(name, axis_name)
     check_updates = _validate.boolean(name, "check_updates", check_updates)
-    inner = as_transformation(name, inner)
+    inner = as_transformation(name, inner, argument)
     judges: list[Judgement] = []
     for position, each in enumerate(rules):
         judgement = part_of(each, Judgement)
@@ -193,7 +244,7 @@ def guard(
                 "agree."
             )
         judges.append(judgement)
-    ladder = _ladder.as_ladder(recovery, inner, halt_after, axis_name, mask)
+    ladder = _ladder.as_ladder(name, recovery, inner, halt_after, axis_name, mask)
     scales_updates = ladder is not None and ladder.back_off is not None
     update_inner = inner.update
 
@@ -201,6 +252,7 @@ def guard(
         check_arrays(name, params)
         only_chosen(name, mask, params)  # a mask that does not match is told here
         inner_state = inner.init(params)
+        refuse_inside(name, argument, inner_state, {LossScalingState: "loss_scaling", AccumulateState: "accumulate"})
         return GuardState(
             guarded_state=inner_state,
             rule_states=tuple(each.init(params) for each in rules),
@@ -228,13 +280,17 @@ def guard(
         statistics: GradientStatistics | None = None,
     ) -> tuple[PyTree, GuardState]:
         """One step; `fast` returns new parameters, otherwise updates."""
-        extra = _checked_value(extra, axis_name)
+        if part_of(inner, FastStep) is None:  # which asks by itself what goes into it
+            warn_of_misspellings(extra, inner)
+        extra, loss = with_value(extra), loss_in(name, extra, axis_name)
+        if axis_name is not None and loss is not None:
+            extra = {**extra, "value": loss}
         if statistics is None:
             statistics = first_look(only_chosen(name, mask, total), axis_name)
         elif mask is not None:
             statistics = select_statistics(statistics, chosen(name, mask, total))
         total = zeros_elsewhere(name, mask, total)
-        judged = _judge(statistics, factor, judges, state, params, extra)
+        judged = _judge(statistics, factor, like, judges, state, params, extra, loss)
         scale = judged.scale if factor is None else judged.scale * factor.astype(judged.scale.dtype)
         seen = _ladder.Seen(
             step=state.guard_step,
@@ -242,7 +298,7 @@ def guard(
             refused=judged.refused,
             alive=~state.halted,
             has_gradient=judged.has_gradient,
-            value=extra.get("value"),
+            value=loss,
         )
         plan, before = _ladder.plan(ladder, state.recovery_state, seen, params), params
         params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, params, state.guarded_state)
@@ -262,7 +318,7 @@ def guard(
             updates, new_state = propose()
             if not check_updates:
                 return add_updates(params, updates) if fast else updates, new_state, nothing_bad
-            bad_leaf = _first_nonfinite(updates, axis_name)
+            bad_leaf = _first(bad_updates(params, updates), axis_name)
             result, new_state = lax.cond(
                 bad_leaf < 0,
                 lambda: (add_updates(params, updates) if fast else updates, new_state),
@@ -382,17 +438,22 @@ def clear_halt(state: optax.OptState) -> optax.OptState:
 def _judge(
     statistics: GradientStatistics,
     factor: jax.Array | None,
+    like: PyTree,
     rules: list[Judgement],
     state: GuardState,
     params: PyTree | None,
     extra: dict[str, Any],
+    loss: jax.Array | None,
 ) -> _Judgement:
-    """Every rule on one look at the gradient."""
+    """Every rule on one look at the gradient, and on the loss, which must be finite like it."""
     if factor is not None:
         statistics = scale_statistics(statistics, factor)
     before = statistics
     scale = jnp.ones((), statistics.sum_squares.dtype)
     finite = jnp.all(statistics.finite)
+    if loss is not None:
+        finite = finite & jnp.isfinite(loss)
+        extra = {**extra, "value": loss}
     refused = jnp.zeros((), bool)
     acted = jnp.full((), -1, jnp.int32)
     new_states = []
@@ -401,11 +462,14 @@ def _judge(
         statistics = scale_statistics(statistics, verdict.scale)
         scale = scale * verdict.scale.astype(scale.dtype)
         # A rule that answers NaN knows nothing: the step is held like a non-finite one.
-        finite = finite & jnp.all(jnp.isfinite(verdict.scale))
+        # Nor is there a gradient to judge further once it has overflowed, though a later rule may scale it down again.
+        finite = finite & jnp.all(jnp.isfinite(verdict.scale)) & jnp.all(jnp.isfinite(statistics.leaf_norms))
         acts = verdict.skip | jnp.any(verdict.scale != 1)
         acted = jnp.where((acted < 0) & acts & ~refused | verdict.skip & ~refused, position, acted)
         refused = refused | verdict.skip
         new_states.append((new, old, each.sees_nonfinite))
+    if rules or factor is not None:
+        finite = finite & jnp.all(squarable(statistics, like) & ~overflows(statistics, scale, like))
     learns = finite & ~state.halted
     return _Judgement(
         rule_states=tuple(
@@ -485,21 +549,12 @@ def _advance(
     )
 
 
-def _first_nonfinite(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
-    """The position of the first leaf that is not finite, -1 if all are."""
-    bad = [jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) if is_gradient(x) else jnp.int32(0) for x in positions(updates)]
+def _first(bad: list[jax.Array], axis_name: AxisName | None) -> jax.Array:
+    """The position of the first that is bad, -1 if none is."""
     if not bad:
         return jnp.full((), -1, jnp.int32)
-    bad = on_any_device(jnp.stack(bad) > 0, axis_name)
-    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
-
-
-def _checked_value(extra: dict[str, Any], axis_name: AxisName | None) -> dict[str, Any]:
-    """The extra arguments, the loss made a scalar all devices agree on."""
-    if extra.get("value") is None:
-        return extra
-    loss = scalar_loss("guard", extra["value"], axis_name)
-    return extra if axis_name is None else {**extra, "value": loss}
+    here = on_any_device(jnp.stack(bad), axis_name)
+    return jnp.where(jnp.any(here), jnp.argmax(here), -1).astype(jnp.int32)
 
 
 def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, params: PyTree | None) -> str:
@@ -515,31 +570,35 @@ def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, param
             f"were not the cause. Lower the learning rate or look at the data, and go on with {clear}: it "
             "takes the loss as it is for the new level."
         )
-    bad = rows[(rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update")]
+    bad = np.flatnonzero((rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update"))
     if len(bad) == 0:
         return "halted; the flight recorder no longer reaches back to the cause."
-    last = bad[-1]
+    last, loss_given = rows[bad[-1]], bool(losses_given(recorder)[bad[-1]])
     count = int(unwrapped(in_row))
     steps = "step" if count == 1 else "steps"
+    seen = _what_was_seen(last, loss_given, guard_state, params)
     return (
-        f"halted at step {int(last['step'])} after {count} non-finite {steps} in a row: "
-        f"{_what_was_seen(last, guard_state, params)}. {_what_to_do(guard_state, index, state, params, clear)}"
+        f"halted at step {int(last['step'])} after {count} non-finite {steps} in a row: {seen}. "
+        f"{_what_to_do(guard_state, index, state, params, clear)}"
     )
 
 
-def _what_was_seen(row: np.void, guard_state: GuardState, params: PyTree | None) -> str:
+def _what_was_seen(row: np.void, loss_given: bool, guard_state: GuardState, params: PyTree | None) -> str:
     leaf = int(row["worst_leaf"])
     where = "the gradient"
     if leaf >= 0:
         name = seen_names(guard_state.seen_leaves, params)[leaf]
         where += f" of {name}" if params is None or name.startswith("leaf ") else f" of `{name}`"
     if row["event"] == "nonfinite_update":
-        return f"the gradient was finite, but the update of {where.removeprefix('the gradient of ')} was not"
+        leaf_name = where.removeprefix("the gradient of ")
+        return f"the gradient was finite, but the update of {leaf_name} was not (or its sum with the parameter)"
     if np.isnan(row["grad_norm"]):
         return f"{where} held NaN"
-    if np.isfinite(row["grad_norm"]):
-        return "the gradient was finite, but a rule answered with a scale that was not"
-    return f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
+    if np.isinf(row["grad_norm"]):
+        return f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
+    if loss_given and not np.isfinite(row["value"]):
+        return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
+    return "the gradient was finite, but a rule answered with a scale that was not, or that made it overflow"
 
 
 def _what_to_do(

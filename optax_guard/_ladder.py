@@ -103,6 +103,7 @@ class Plan(NamedTuple):
 
 
 def as_ladder(
+    function: str,
     recovery: Any,
     inner: optax.GradientTransformation,
     halt_after: int,
@@ -113,18 +114,18 @@ def as_ladder(
     names = {Reset: "reset_moments", BackOff: "back_off", Rewind: "rewind"}
     wanted = "a tuple of `reset_moments(...)`, `back_off(...)`, `rewind(...)`"
     if _rung(recovery) is not None or not isinstance(recovery, (tuple, list)):
-        raise ValueError(f"guard: `recovery` must be {wanted}; got {recovery!r}.")
+        raise ValueError(f"{function}: `recovery` must be {wanted}; got {recovery!r}.")
     found: dict[str, Any] = {}
     for each in recovery:
         rung = _rung(each)
         if rung is None:
-            raise ValueError(f"guard: `recovery` must be {wanted}; it holds {each!r}.")
+            raise ValueError(f"{function}: `recovery` must be {wanted}; it holds {each!r}.")
         name = names[type(rung)]
         if name in found:
-            raise ValueError(f"guard: `recovery` holds `{name}` twice; each rung may be there once.")
+            raise ValueError(f"{function}: `recovery` holds `{name}` twice; each rung may be there once.")
         if name != "back_off" and rung.after > halt_after:
             raise ValueError(
-                f"guard: `{name}(after={rung.after})` would never act on non-finite steps, since `halt_after` is "
+                f"{function}: `{name}(after={rung.after})` would never act on non-finite steps, since `halt_after` is "
                 f"{halt_after}; `after` must be in [1, halt_after]."
             )
         found[name] = rung

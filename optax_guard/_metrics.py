@@ -120,11 +120,11 @@ def flight_log(state: optax.OptState) -> np.ndarray:
     Returns:
       A NumPy structured array with columns `step`, `value` (the loss; NaN if none was passed), `grad_norm` (NaN or Inf
       as they were), `clipped_norm`, `scale`, `event` (applied, clipped, skipped, let_through, nonfinite,
-      nonfinite_update, halted, recovery), `rule` (position of the first rule that acted; -1), `worst_leaf` (index into
-      `leaf_names(params, state)`) and `recovery` (what the ladder did: reset_refused, reset_nonfinite, reset_frozen,
-      back_off, rewind_refused, rewind_diverged, gave_up; several are joined by `+`). At most `history` rows. Of a state
-      of many runs at once (`jax.vmap`, `jax.pmap`) the array has the axes of the members before that of the rows; a
-      member with fewer rows than another begins with rows of step -1 and no event.
+      nonfinite_update, halted, recovery), `rule` (of the rule that refused, else of the first that scaled; -1),
+      `worst_leaf` (index into `leaf_names(params, state)`) and `recovery` (what the ladder did: reset_refused,
+      reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up; several are joined by `+`). At
+      most `history` rows. Of a state of many runs at once (`jax.vmap`, `jax.pmap`) the array has the axes of the
+      members before that of the rows; a member with fewer rows than another begins with rows of step -1 and no event.
 
     Raises:
       ValueError: there is no guard in `state`, or more than one.

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from optax_guard import _validate
 from optax_guard._eager import compiled_once
+from optax_guard._statistics import first_look, scale_statistics, squarable
 from optax_guard._tree import check_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._typing import PyTree
 
@@ -32,6 +33,7 @@ def accumulate_gradients(
     *,
     has_aux: bool = False,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    on_nonfinite: str = "drop_micro",
     remainder: str = "error",
     axis_name: str | None = None,
     mesh: Mesh | None = None,
@@ -40,22 +42,36 @@ def accumulate_gradients(
 
     value = sum_i w_i loss(params, batch_i) / sum_i w_i          grads = sum_i w_i grad_i / sum_i w_i
 
+    over the micro-batches i whose loss and gradient are finite.
+
     Guarantees:
       - Equals the gradient of the whole batch, if `loss_fn` is a mean and `weight_fn` says of how many.
       - Sums are held in float32 or wider, divided once, and given back in the parameters' dtypes.
-      - With `axis_name`, one all-reduce of all sums at the end, and none in the loop.
-      - A micro-batch of weight 0 is selected away: its NaN (a mean over no token) does not count.
+      - With `axis_name`, one all-reduce of all sums at the end, and none in the loop: each device drops its own.
+      - A micro-batch of weight 0, or one that is dropped, is selected away: its NaN does not come back as 0 * NaN.
+      - A stream that stays bad is not lost in silence: with no micro-batch left, value and gradient are NaN, so that a
+        `guard` holds the step, counts it, and halts in the end.
       - Micro-batch i draws from `fold_in(key, i)`: the same numbers in a scan, a loop, or a resumed run.
 
     ============================================  ====================================================================
     Case                                          Result
     ============================================  ====================================================================
-    NaN or Inf in a micro-gradient                the gradient is NaN or Inf: `guard` holds and counts the step
-    weight negative or not finite                 value and gradient are NaN: the same
+    NaN or Inf in a micro-batch                   as `on_nonfinite` says, below; its loss counts as part of it
+    weight negative or not finite                 the same
+    weight times gradient above 1.8e19            the same: it could not be squared
+    all micro-batches dropped                     value and gradient are NaN: `guard` holds and counts the step
     all weights zero                              value 0, gradient 0
     batch not divisible                           an error, or zero rows by `remainder="pad"`
     more micro-batches than rows                  an error
     ============================================  ====================================================================
+
+    ================  ================================================================================================
+    `on_nonfinite`    A micro-batch (of one device) with a NaN or an Inf
+    ================  ================================================================================================
+    "drop_micro"      is left out with its weight: the means are over the others
+    "drop_cycle"      spoils the whole: value and gradient are NaN
+    "propagate"       goes into the sums, unread: the cheapest. The gradient is NaN or Inf; a NaN weight makes all NaN
+    ================  ================================================================================================
 
     Args:
       loss_fn: (params, micro_batch, *args) -> mean loss, or (loss, aux) with `has_aux`; takes `key=` if one is given.
@@ -63,6 +79,8 @@ def accumulate_gradients(
         on their devices.
       has_aux: as in `jax.value_and_grad`.
       weight_fn: micro_batch -> its weight, for instance the number of tokens that its mask leaves. None: equal weights.
+      on_nonfinite: "drop_micro", "drop_cycle" or "propagate", as for `accumulate`. The first two read each
+        micro-gradient once more. Nothing counts what was dropped: return `jnp.isfinite(loss)` as `aux` to see it.
       remainder: "error" refuses a batch that is not divisible; "pad" appends rows of zeros, which `weight_fn`
         (required) and `loss_fn` must count as nothing, as a mask in the batch does.
       axis_name: the mesh axis over which the batch is split (axis 0 of every leaf) and the parameters are not. Inside
@@ -74,7 +92,7 @@ def accumulate_gradients(
 
     Returns:
       (params, batch, *args, key=None) -> (value, grads), or ((value, aux), grads). Each leaf of `aux` has a new first
-      axis: one entry per micro-batch (and device, under `jit` with `axis_name`).
+      axis: one entry per micro-batch (and device, under `jit` with `axis_name`), dropped ones included, as it came.
 
     Raises:
       ValueError: wrong arguments; leaves of the batch that disagree in their first axis, by path.
@@ -96,6 +114,7 @@ def accumulate_gradients(
     name = "accumulate_gradients"
     n = _validate.integer(name, "num_micro_batches", num_micro_batches, low=1)
     has_aux = _validate.boolean(name, "has_aux", has_aux)
+    _validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
     _validate.one_of(name, "remainder", remainder, ("error", "pad"))
     if remainder == "pad" and weight_fn is None:
         raise ValueError(f"{name}: remainder='pad' needs a `weight_fn` that counts rows of zeros as nothing; got None.")
@@ -122,16 +141,27 @@ def accumulate_gradients(
             keys = {} if key is None else {"key": _fold_in(key, index, axis_name)}
             (value, aux), grads = _with_aux(gradient(params, micro_batch, *args, **keys), has_aux)
             weight = jnp.ones(()) if weight_fn is None else _checked(weight_fn(micro_batch))
-            return jax.tree.map(lambda s, x: _plus(s, x, weight), sums, (value, grads, jnp.ones(()))), aux
+            bad = jnp.zeros(())
+            if on_nonfinite != "propagate":
+                good = (weight == 0) | _fits(value, grads, weight)
+                weight, bad = jnp.where(good, weight, 0), jnp.where(good, 0.0, 1.0)
+            shares = jax.tree.map(lambda s, x: _plus(s, x, weight), sums[:-1], (value, grads, jnp.ones(())))
+            return (*shares, sums[-1] + bad), aux
 
-        zeros = (jnp.zeros(()), jax.tree.map(_zeros, params), jnp.zeros(()))
         value_type = jax.eval_shape(lambda: _first(gradient, params, micro_batches, args, key, has_aux))
-        zeros = (jnp.zeros((), wider_dtype(value_type.dtype, jnp.float32)), *zeros[1:])
+        zeros = (
+            jnp.zeros((), wider_dtype(value_type.dtype, jnp.float32)),
+            jax.tree.map(_zeros, params),
+            jnp.zeros(()),  # the weights
+            jnp.zeros(()),  # dropped micro-batches, in float32 like the rest, for one all-reduce
+        )
         sums, aux = lax.scan(body, _varying(zeros, axis_name), (jnp.arange(n), micro_batches))
         if axis_name is not None:
             sums = lax.psum(sums, axis_name)
-        value, grads, weight = sums
-        divide = jnp.where(weight == 0, 1, weight)
+        value, grads, weight, dropped = sums
+        spoiled = (dropped > 0) & ((weight == 0) | (on_nonfinite == "drop_cycle"))
+        divide = jnp.where(weight == 0, 1, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
+        divide = jnp.where(spoiled, jnp.nan, divide)
         mean = jax.tree.map(lambda s, p: (s / divide.astype(s.dtype)).astype(p.dtype), grads, params)
         return value / divide.astype(value.dtype), mean, aux
 
@@ -210,6 +240,13 @@ def _plus(total: jax.Array, share: jax.Array, weight: jax.Array) -> jax.Array:
     """Selected, since a weight of 0 must also silence a NaN."""
     weight = weight.astype(total.dtype)
     return total + jnp.where(weight == 0, 0, weight * share.astype(total.dtype))
+
+
+def _fits(value: jax.Array, grads: PyTree, weight: jax.Array) -> jax.Array:
+    """Whether loss and weight are finite, and weight times gradient can be squared in the dtype of its sum."""
+    statistics = first_look(grads)
+    scaled = scale_statistics(statistics, weight.astype(statistics.sum_squares.dtype))
+    return jnp.all(squarable(scaled, grads)) & jnp.isfinite(value) & jnp.isfinite(weight)
 
 
 def _checked(weight: Any) -> jax.Array:

@@ -27,7 +27,8 @@ from optax._src.transform import (  # states that Optax makes but does not expor
 )
 
 from optax_guard import _validate
-from optax_guard._apply import as_transformation
+from optax_guard._apply import as_transformation, refuse_inside
+from optax_guard._guard import HOLDING
 from optax_guard._second_moment import Reader, reader, responses
 from optax_guard._statistics import accumulator_dtype, direction, multiplied
 from optax_guard._step import next_step, value_at
@@ -163,7 +164,9 @@ def spam_clip(
     update_inner = inner.update
 
     def init(params: optax.Params) -> SpamState:
-        return SpamState(spam_inner_state=inner.init(params), spam_step=jnp.zeros((), jnp.int32))
+        inner_state = inner.init(params)
+        refuse_inside(name, "inner", inner_state, HOLDING)
+        return SpamState(spam_inner_state=inner_state, spam_step=jnp.zeros((), jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -288,9 +291,10 @@ def stable_spam(
     update_inner = inner.update
 
     def init(params: optax.Params) -> StableSpamState:
-        leaves = len(positions(params))
+        leaves, inner_state = len(positions(params)), inner.init(params)
+        refuse_inside(name, "inner", inner_state, HOLDING)
         return StableSpamState(
-            stable_spam_inner_state=inner.init(params),
+            stable_spam_inner_state=inner_state,
             stable_spam_step=jnp.zeros((), jnp.int32),
             largest_average=jnp.zeros(leaves, jnp.float32),
             norm_average=jnp.zeros(leaves, jnp.float32),
@@ -389,6 +393,11 @@ def clip_by_update_rms(
     read = reader(name, "second_moment", 0.0, b2, 0.0)
     update_inner = inner.update
 
+    def init(params: optax.Params) -> Any:
+        inner_state = inner.init(params)
+        refuse_inside(name, "inner", inner_state, HOLDING)
+        return inner_state
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
@@ -409,7 +418,7 @@ def clip_by_update_rms(
         clipped = _map_positions(clip, updates, positions(gradients), roots)
         return clipped, after
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _roots(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]:

@@ -29,9 +29,10 @@ from optax_guard._apply import (
     settle,
     take_step,
 )
+from optax_guard._extra import loss_in, with_value
 from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._parts import part_of
-from optax_guard._statistics import GradientStatistics, first_look
+from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, squarable
 from optax_guard._step import count_if
 from optax_guard._tree import check_arrays, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
 from optax_guard._typing import AxisName, PyTree
@@ -87,7 +88,7 @@ def loss_scaling(
     overflow, `inner` is `guard`                  the guard holds, counts and records it; `halt_after` in a row halt it
     overflow, `inner` is `accumulate`             that micro-batch is dropped and keeps its place in the cycle
     overflow, any other `inner`                   held here
-    the loss itself is NaN                        like an overflow: the scale falls to `min_scale`, at worst
+    the loss (`value=`) is NaN or Inf             like an overflow: the scale falls to `min_scale`, at worst
     float32 or bfloat16 gradients                 the same; the scale then changes nothing but rounding
     float16 parameters                            updated in float32, rounded once. Better: keep them in float32
     ============================================  ====================================================================
@@ -155,8 +156,11 @@ def loss_scaling(
 
     def init_state(params: optax.Params) -> LossScalingState:
         check_arrays(name, params)
+        unscaled_state = inner.init(jax.tree.map(_widened, params))
+        if find_states(unscaled_state, LossScalingState):
+            raise ValueError(f"{name}: `inner` holds another `{name}`; gradients are scaled once.")
         return LossScalingState(
-            unscaled_state=inner.init(jax.tree.map(_widened, params)),
+            unscaled_state=unscaled_state,
             loss_scale=jnp.full((), first_scale, jnp.float32),
             clean_in_row=jnp.zeros((), jnp.int32),
             overflows_left=jnp.full((), hysteresis, jnp.int32),
@@ -180,9 +184,14 @@ def loss_scaling(
             statistics = select_statistics(statistics, chosen(name, mask, total))
         total = zeros_elsewhere(name, mask, total)
         finite = jnp.all(statistics.finite)
+        loss = loss_in(name, extra, axis_name)
+        if loss is not None:
+            finite = finite & jnp.isfinite(loss)
         inverse = 1 / state.loss_scale
         whole = inverse if factor is None else factor * inverse.astype(factor.dtype)
         total, like_wide = jax.tree.map(_widened, total), jax.tree.map(_widened, like)
+        if min_scale < 1 or factor is not None:  # dividing by a scale below 1 can overflow
+            finite = finite & jnp.all(squarable(scale_statistics(statistics, whole), like_wide))
 
         def step() -> tuple[PyTree, Any]:
             result, new = take_step(
@@ -192,7 +201,7 @@ def loss_scaling(
                 params,
                 whole,
                 like_wide,
-                extra,
+                with_value(extra),
                 fast=fast,
                 statistics=statistics,
             )

@@ -17,9 +17,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from optax_guard import _validate
 from optax_guard._apply import FastTransformation, as_transformation
-from optax_guard._guard import guard
-from optax_guard._norm_history import clip_by_norm_history
+from optax_guard._guard import guarded
+from optax_guard._norm_history import clip_by_norm_history, validate_scope_and_cap
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._skipping import skip_spikes
 from optax_guard._statistics import GradientStatistics
@@ -107,23 +108,30 @@ def stabilize(
     See Also:
       `guard`, to choose the rules oneself.
     """
-    inner = as_transformation("stabilize", optimizer)
+    name = "stabilize"
+    inner = as_transformation(name, optimizer, "optimizer")
+    _validate.scalar(name, "follow", follow, low=10)
+    validate_scope_and_cap(name, "tree", max_norm)
     if max_change is not None:
+        _validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
         limit = _max_change(max_change, axis_name)
         if isinstance(mask, str):
             limit = optax.masked(limit, lambda tree: resolve_mask("stabilize", mask, tree))
         elif mask is not None:
             limit = optax.masked(limit, mask)
         inner = optax.chain(inner, limit)
-    return guard(
+    rules = _skip_loss_spikes(axis_name), clip_by_norm_history(follow, max_norm=max_norm, axis_name=axis_name)
+    return guarded(
+        name,
+        "optimizer",
         inner,
-        _skip_loss_spikes(axis_name),
-        clip_by_norm_history(follow, max_norm=max_norm, axis_name=axis_name),
+        rules,
         recovery=recovery,
         patience=patience,
         halt_after=halt_after,
         history=history,
         mask=mask,
+        check_updates=False,
         axis_name=axis_name,
     )
 

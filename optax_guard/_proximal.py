@@ -24,9 +24,8 @@ import optax
 from jax import lax
 
 from optax_guard import _validate
-from optax_guard._accumulation import AccumulateState
-from optax_guard._apply import FastTransformation, as_transformation, fast_transformation, mean_of
-from optax_guard._guard import GuardState
+from optax_guard._apply import FastTransformation, as_transformation, fast_transformation, mean_of, refuse_inside
+from optax_guard._guard import HOLDING
 from optax_guard._penalties import penalised
 from optax_guard._second_moment import Reader, Response, injected_learning_rate, reader, responses
 from optax_guard._statistics import accumulator_dtype, multiplied
@@ -34,7 +33,6 @@ from optax_guard._step import next_step, value_at
 from optax_guard._tree import (
     check_arrays,
     check_has_params,
-    find_states,
     is_gradient,
     leaf_names,
     positions,
@@ -367,12 +365,7 @@ def _proximal(
     def init(params: optax.Params) -> ProximalState:
         check_arrays(name, params)
         state = inner.init(params)
-        for kind in (GuardState, AccumulateState, optax.MultiStepsState, optax.ApplyIfFiniteState):
-            if find_states(state, kind):
-                raise ValueError(
-                    f"{name}: `inner` holds steps back ({kind.__name__}), and a held step must not be shrunk: put the "
-                    f"wrapper that makes it around {name}."
-                )
+        refuse_inside(name, "inner", state, HOLDING)  # a held step must not be shrunk
         step, chosen = jnp.zeros((), jnp.int32), penalised(name, mask, params)
         # What is missing is told now; nothing is computed.
         jax.eval_shape(lambda state: (responses(read, state, params, chosen, step), rate_of(state, step)), state)

@@ -21,6 +21,7 @@ __all__ = [
     "add_row",
     "empty_recorder",
     "last_row",
+    "losses_given",
     "read_rows",
 ]
 
@@ -58,7 +59,7 @@ class Row(NamedTuple):
     clipped_norm: jax.Array  # f32[]: what went into the optimizer; 0 for a held step
     scale: jax.Array  # f32[]: the smallest factor of a leaf; 0 for a held step
     event: jax.Array  # i32[]: index into EVENTS
-    rule: jax.Array  # i32[]: position of the first rule that acted, -1 if none
+    rule: jax.Array  # i32[]: position of the rule that refused, else of the first that scaled; -1 if none
     worst_leaf: jax.Array  # i32[]: the first leaf that is not finite, else the one of largest norm; -1 without leaves
     recovery: jax.Array | int = 0  # i32[]: bits of RECOVERIES
 
@@ -133,6 +134,13 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
     rows["event"] = np.array(EVENTS)[codes[order, 1]]
     rows["recovery"] = [_recovery_words(packed // _RECOVERY) for packed in codes[order, 4]]
     return rows
+
+
+def losses_given(recorder: FlightRecorder) -> np.ndarray:
+    """For every row of `read_rows`, whether a loss was passed: one that was not reads as NaN there."""
+    codes = np.asarray(jax.device_get(unwrapped(recorder.codes)))
+    codes = codes[codes[:, 0] >= 0]
+    return codes[np.argsort(codes[:, 0], kind="stable"), 4] % 5 != _ABSENT
 
 
 def _recovery_words(bits: int) -> str:

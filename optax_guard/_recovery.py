@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard import _validate
-from optax_guard._axes import mean_over
+from optax_guard._extra import loss_in, warn_of_misspellings
 from optax_guard._parts import with_part
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import first_look
@@ -219,13 +219,14 @@ def back_off(
     shard of a hundred bad batches steps down once), a reset because of dead moments, a rewind, and with `diverged` the
     step at which the smoothed loss comes to exceed `diverged` times its best. The *finished* update is scaled, weight
     decay and penalties with it; moments are not.
-    Alone, last in a chain: an update that is not finite, which becomes zero; a `value=` that is not finite; and the
-    loss as above. Neither is `value=` demanded.
+    Alone, last in a chain: an update or a loss (`value=`) that is not finite, and the loss as above. `value=` is not
+    demanded.
 
     ==========================  ==========================================================
     Case                        Result
     ==========================  ==========================================================
     NaN or Inf in the update    alone: all zeros, one step down; under `guard`: held
+    loss NaN or Inf             the same
     zero update, empty tree     unchanged
     no `value=`                 `diverged` has nothing to judge
     around `proximal_*`         weights land on exact zeros only while the scale is 1
@@ -273,23 +274,19 @@ def back_off(
         return empty_back_off(empty_watch() if diverged is not None else ())
 
     def update(
-        updates: optax.Updates,
-        state: BackOffState,
-        params: optax.Params | None = None,
-        *,
-        value: Any = None,
-        **extra: Any,
+        updates: optax.Updates, state: BackOffState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, BackOffState]:
-        del params, extra
+        del params
         check_arrays(name, updates)
+        warn_of_misspellings(extra)
         finite = jnp.all(first_look(updates, axis_name).finite)
-        trouble, watch = ~finite, state.back_off_watch
-        if value is not None:
-            value = mean_over(jnp.asarray(value), axis_name)
-            trouble = trouble | ~jnp.isfinite(value)
-            if diverged is not None:
-                watch = watch_loss(watch, value, finite)
-                trouble = trouble | loss_above(watch, diverged) & ~loss_above(state.back_off_watch, diverged)
+        loss, watch = loss_in(name, extra, axis_name), state.back_off_watch
+        if loss is not None:
+            finite = finite & jnp.isfinite(loss)
+        trouble = ~finite
+        if loss is not None and diverged is not None:
+            watch = watch_loss(watch, loss, finite)
+            trouble = trouble | loss_above(watch, diverged) & ~loss_above(state.back_off_watch, diverged)
         state = step_down(rung, state, trouble)
         scaled = scale_leaves(updates, state.update_scale, ~finite)
         return scaled, step_up(state, ~trouble, watch)
@@ -335,7 +332,7 @@ def rewind(
     ==========================================  =====================================================================
     no `value=`                                 only steps of trouble in a row lead back
     no snapshot yet                             nothing to go back to: the guard goes on
-    the loss is NaN, the gradient finite        not taken into the average
+    the loss is NaN, the gradient finite        held, a step of trouble; not taken into the average
     a loss of exactly 0 (an empty batch)        not taken into the average
     no `params`                                 ValueError: there is nothing to keep
     16-bit parameters in `loss_scaling`         kept in float32, as it shows them to the guard: exact, twice the memory

@@ -19,8 +19,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard import _validate
+from optax_guard._extra import warn_of_misspellings, with_value
 from optax_guard._parts import part_of, with_part
-from optax_guard._statistics import GradientStatistics, gradient_statistics, multiplied
+from optax_guard._statistics import (
+    GradientStatistics,
+    gradient_statistics,
+    multiplied,
+    overflows,
+    scale_statistics,
+)
 from optax_guard._tree import is_gradient
 from optax_guard._typing import AxisName, PyTree
 
@@ -72,6 +79,8 @@ def rule(
 
     Guarantees:
       - A leaf whose scale is 1 is returned bit for bit.
+      - A scale above 1 makes no Inf: where the norm of a leaf would exceed the largest number of its dtype, the step is
+        skipped (under `guard`: held and counted as non-finite, as soon as its squares would).
       - Zeros of a skipped step are selected, never multiplied: no NaN or Inf survives a skip.
       - Updates keep their dtypes; integer, `float0` and `None` leaves pass through.
 
@@ -107,9 +116,12 @@ def rule(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
+        warn_of_misspellings(extra)
         statistics = gradient_statistics(updates, axis_name=axis_name)
-        verdict, state = judge(statistics, state, params, **extra)
-        return scale_leaves(updates, verdict.scale, verdict.skip), state
+        verdict, state = judge(statistics, state, params, **with_value(extra))
+        scaled = scale_statistics(statistics, verdict.scale)
+        skip = verdict.skip | jnp.any(overflows(scaled, verdict.scale, updates))
+        return scale_leaves(updates, verdict.scale, skip), state
 
     return Rule(init, with_part(update, Judgement(judge, axis_name, sees_nonfinite)))
 

@@ -22,11 +22,11 @@ from jax import lax
 
 from optax_guard import _validate
 from optax_guard._clipping import bound_and_state, init_for
+from optax_guard._extra import loss_in
 from optax_guard._history import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._statistics import GradientStatistics
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
-from optax_guard._watch import scalar_loss
 
 __all__ = ["SpikeState", "skip_large", "skip_nonfinite", "skip_spikes"]
 
@@ -240,7 +240,7 @@ def skip_spikes(
         statistics: GradientStatistics, state: SpikeState, params: PyTree | None = None, **extra: Any
     ) -> tuple[Verdict, SpikeState]:
         del params
-        loss = _loss(name, extra.get("value"), on, axis_name)
+        loss = _loss(name, extra, on, axis_name)
         size, root = statistics.finite_norm_parts
         log_norm = lax.stop_gradient((jnp.log(size) + jnp.log(root)).astype(jnp.float32))
         finite = jnp.all(statistics.finite)
@@ -278,16 +278,11 @@ def skip_spikes(
     return rule(init, judge, axis_name=axis_name)
 
 
-def _loss(name: str, value: Any, on: str, axis_name: AxisName | None) -> jax.Array | None:
-    if value is None:
-        if on in ("loss", "both"):
-            raise ValueError(
-                f"{name}: `on` {on!r} judges the loss; pass it to `update` or `apply_gradients` as `value=`."
-            )
-        return None
-    if on == "norm":
-        return None
-    return lax.stop_gradient(scalar_loss(name, value, axis_name).astype(jnp.float32))
+def _loss(name: str, extra: dict[str, Any], on: str, axis_name: AxisName | None) -> jax.Array | None:
+    loss = loss_in(name, extra, axis_name)
+    if loss is None and on in ("loss", "both"):
+        raise ValueError(f"{name}: `on` {on!r} judges the loss; pass it to `update` or `apply_gradients` as `value=`.")
+    return None if loss is None or on == "norm" else lax.stop_gradient(loss.astype(jnp.float32))
 
 
 def _packed(series: list[Series]) -> SpikeState:

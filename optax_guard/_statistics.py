@@ -34,8 +34,10 @@ __all__ = [
     "global_norm",
     "gradient_statistics",
     "multiplied",
+    "overflows",
     "safe_sqrt",
     "scale_statistics",
+    "squarable",
     "widest_accumulator",
 ]
 
@@ -103,6 +105,31 @@ def scale_statistics(statistics: GradientStatistics, scale: jax.Array) -> Gradie
         sum_squares=statistics.sum_squares,
         magnitude=statistics.magnitude * scale.astype(statistics.magnitude.dtype),
     )
+
+
+def overflows(statistics: GradientStatistics, scale: jax.Array, tree: PyTree) -> jax.Array:
+    """bool[n_leaves]: whether a scale above 1 may have taken a finite leaf beyond the range of its dtype.
+
+    `statistics` are those after the multiplication; no element exceeds its leaf's norm.
+    """
+    norms = statistics.leaf_norms
+    largest = [float(jnp.finfo(leaf.dtype).max) if is_gradient(leaf) else np.inf for leaf in positions(tree)]
+    return statistics.finite & (scale > 1) & ~(norms <= _bounds(largest, norms.dtype))
+
+
+def squarable(statistics: GradientStatistics, tree: PyTree) -> jax.Array:
+    """bool[n_leaves]: whether a leaf can be trusted after it was multiplied, as `first_look` tells of one that was not.
+
+    It is finite, and its squares stay within the dtype to reduce in.
+    """
+    norms = statistics.leaf_norms
+    dtypes = [accumulator_dtype(leaf.dtype) if is_gradient(leaf) else None for leaf in positions(tree)]
+    largest = [np.inf if each is None else np.sqrt(float(jnp.finfo(each).max)) for each in dtypes]
+    return statistics.finite & (norms <= _bounds(largest, norms.dtype))
+
+
+def _bounds(numbers: list[Any], dtype: Any) -> jax.Array:
+    return jnp.asarray(np.minimum(np.array(numbers, np.float64), float(jnp.finfo(dtype).max)), dtype)
 
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:

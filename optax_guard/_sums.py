@@ -5,15 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from optax_guard._axes import axis_names
-from optax_guard._statistics import GradientStatistics, first_look, widest_accumulator
+from optax_guard._axes import axis_names, on_any_device
+from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, squarable, widest_accumulator
 from optax_guard._tree import check_same_structure, is_gradient, leaf_names, path_name, positions, varying_axes
 from optax_guard._typing import AxisName, PyTree
 
-__all__ = ["REDUCTIONS", "MicroBatch", "check_reduction", "check_shapes", "labels", "with_passengers"]
+__all__ = ["REDUCTIONS", "MicroBatch", "check_reduction", "check_shapes", "labels", "too_large", "with_passengers"]
 
 REDUCTIONS = ("mean", "sum", "max", "last")
 
@@ -25,8 +24,9 @@ class MicroBatch:
         self.state, self.updates, self.alone = state, updates, alone
         self.weighted = extra.get("weight") is not None
         self.weight = weight_of(extra, state.accumulated_weight.dtype)
-        self.usable = jnp.isfinite(self.weight) & (self.weight >= 0)
         self.first = state.added == 0
+        whole = self.weight + jnp.where(self.first, 0, state.accumulated_weight)  # finite only if the weight is
+        self.usable = jnp.isfinite(whole) & (self.weight >= 0)
         self.sums = positions(state.gradient_sum)
         self.kinds = labels(reduction, state.gradient_sum)
 
@@ -55,16 +55,15 @@ class MicroBatch:
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
         return lax.cond(wanted, look, lambda: _varying_like(nothing, sums, axis_name))
 
-    def fits(self, seen: GradientStatistics) -> jax.Array:
-        """Whether weight times gradient is finite and can be squared in the dtype of its sum."""
-        if not self.weighted:
+    def fits(self, seen: GradientStatistics, scaled: bool) -> jax.Array:
+        """Whether weight times gradient is finite and can be squared in the dtype of its sum.
+
+        `scaled` tells that `seen` is of a gradient multiplied since it was looked at.
+        """
+        if not (self.weighted or scaled):
             return jnp.all(seen.finite)
-        limits = [
-            np.sqrt(float(jnp.finfo(old.dtype).max)) if is_gradient(leaf) else np.inf
-            for leaf, old in zip(positions(self.updates), self.sums, strict=True)
-        ]
-        sizes = jnp.where(seen.finite, seen.leaf_norms, jnp.inf) * jnp.where(self.weight > 0, self.weight, 1)
-        return jnp.all(sizes <= jnp.asarray(np.minimum(limits, float(jnp.finfo(sizes.dtype).max)), sizes.dtype))
+        weight = jnp.where(self.weight > 0, self.weight, 1).astype(seen.magnitude.dtype)
+        return jnp.all(squarable(scale_statistics(seen, weight), with_passengers(self.sums, self.updates)))
 
     def _each(self, function: Callable[[Any, Any, str], Any]) -> list[Any]:
         leaves = zip(positions(self.updates), self.sums, self.kinds, strict=True)
@@ -78,6 +77,25 @@ class MicroBatch:
         share = self._share(leaf, old, kind)
         both = {"max": jnp.maximum, "last": lambda _, new: new}.get(kind, jnp.add)(old, share)
         return jnp.where(self.first, share, both)  # the first of a cycle overwrites what was there
+
+
+def too_large(
+    wanted: jax.Array, total: PyTree, like: PyTree, kinds: list[str], axis_name: AxisName | None
+) -> jax.Array | None:
+    """If `wanted`, whether a sum that is not divided leaves the range of its gradient's dtype; None if none could."""
+    narrow = [
+        (leaf, jnp.finfo(old.dtype))
+        for leaf, old, kind in zip(positions(total), positions(like), kinds, strict=True)
+        if kind == "sum" and is_gradient(old) and jnp.finfo(old.dtype).maxexp < jnp.finfo(leaf.dtype).maxexp
+    ]
+    if not narrow:
+        return None
+
+    def look() -> jax.Array:
+        return jnp.any(jnp.stack([jnp.any(jnp.abs(leaf) > float(info.max)) for leaf, info in narrow]))
+
+    beyond = lax.cond(wanted, look, lambda: jnp.zeros((), bool))
+    return on_any_device(beyond, axis_name)
 
 
 def labels(reduction: Any, tree: PyTree) -> list[str]:

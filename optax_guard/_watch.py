@@ -10,16 +10,14 @@ loss near zero from counting; the absolute values give the rule a meaning for lo
 exactly 0 is passed over: it is that of a batch with nothing in it, and as a level it would make any other a rise.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_guard._axes import mean_over
 from optax_guard._step import count_if
-from optax_guard._typing import AxisName
 
-__all__ = ["LossWatch", "empty_watch", "loss_above", "scalar_loss", "watch_loss"]
+__all__ = ["LossWatch", "empty_watch", "loss_above", "watch_loss"]
 
 _SPAN = 50  # steps the smoothing looks back
 _SETTLED = 10  # losses until the best is kept
@@ -35,14 +33,6 @@ class LossWatch(NamedTuple):
     best_loss: jax.Array  # f32[]: the lowest smoothed loss
     first_loss: jax.Array  # f32[]
     losses_seen: jax.Array  # i32[]
-
-
-def scalar_loss(function: str, value: Any, axis_name: AxisName | None) -> jax.Array:
-    """The loss as a scalar that all devices agree on."""
-    loss = jnp.asarray(value)
-    if loss.shape != ():
-        raise ValueError(f"{function}: `value` must be the scalar loss; got an array of shape {loss.shape}.")
-    return mean_over(loss, axis_name)
 
 
 def empty_watch() -> LossWatch:

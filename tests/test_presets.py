@@ -129,7 +129,7 @@ def test_recovery_and_accumulation_around_stabilize() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: og.stabilize(optax.adam), "stabilize: `inner`"),
+        (lambda: og.stabilize(optax.adam), "stabilize: `optimizer`"),
         (lambda: og.stabilize(optax.sgd(1.0), max_norm=-1.0), "`max_norm` -1.0"),
         (lambda: og.stabilize(optax.sgd(1.0), max_change=-1.0), "`max_change` -1.0"),
         (lambda: og.stabilize(optax.sgd(1.0), follow=0), "`follow` 0"),

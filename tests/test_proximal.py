@@ -473,10 +473,13 @@ def test_learning_rate_and_strength_follow_their_schedules_also_where_the_rate_i
         (lambda: l1(optax.chain(optax.adam(1.0), optax.scale_by_adam()), 1.0), "two second moments for leaf `a`"),
         (lambda: l1(optax.adam(1.0), 1.0, metric=lambda state: {"a": state[0].nu["a"]}), "`metric` lacks leaf `b`"),
         (lambda: l1(optax.sgd(1.0), 1.0, mask={"a": True}), "proximal_l1: `mask` lacks leaf `b`"),
-        (lambda: l1(og.guard(optax.sgd(1.0)), 1.0), "`inner` holds steps back .GuardState."),
-        (lambda: l1(og.accumulate(optax.sgd(1.0), 2), 1.0), "`inner` holds steps back .AccumulateState."),
-        (lambda: l1(optax.MultiSteps(optax.sgd(1.0), 2), 1.0), "`inner` holds steps back .MultiStepsState."),
-        (lambda: l1(optax.apply_if_finite(optax.sgd(1.0), 2), 1.0), "`inner` holds steps back .ApplyIfFiniteState."),
+        (lambda: l1(og.guard(optax.sgd(1.0)), 1.0), "`inner` holds `guard`, which goes around"),
+        (lambda: l1(og.accumulate(optax.sgd(1.0), 2), 1.0), "`inner` holds `accumulate`, which goes around"),
+        (lambda: l1(optax.MultiSteps(optax.sgd(1.0), 2), 1.0), "`inner` holds `optax.MultiSteps`, which goes around"),
+        (
+            lambda: l1(optax.apply_if_finite(optax.sgd(1.0), 2), 1.0),
+            "`inner` holds `optax.apply_if_finite`, which goes around",
+        ),
     ],
 )
 def test_misuse_is_told_when_the_state_is_made(make: Callable[[], Any], message: str) -> None:
