@@ -88,6 +88,20 @@ def test_a_snapshot_in_the_hosts_memory_comes_back_to_the_replica_that_needs_it(
     np.testing.assert_array_equal(params, [[-1.0], [-3.0]])
 
 
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_snapshots_lie_in_the_memory_that_was_asked_for(memory: str) -> None:
+    tx = og.guard(momentum(0.1), recovery=(og.rewind(memory=memory),))
+    found: set[Any] = set()
+
+    def spaces(params: Any) -> Any:
+        _, (_, after), _ = both_ways(tx, params)
+        found.update(jax.typeof(x).memory_space for x in jax.tree.leaves(after.recovery_state.rewind_state.snapshots))
+        return params
+
+    jax.eval_shape(spaces, parameters("float32"))
+    assert found == {jax.memory.Space.Host if memory == "host" else jax.memory.Space.Device}
+
+
 # Names
 
 
