@@ -371,7 +371,7 @@ def adagc(
     name = "adagc"
     faithful = _validate.boolean(name, "faithful", faithful)
     decay = _setting(decay, faithful, published=0.99, repaired=0.98)
-    decay = _validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
+    settled = 1 - _validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
     ratio = _setting(ratio, faithful, published=1.04, repaired=4.0)
     ratio = _validate.scalar(name, "ratio", ratio, low=1, open_low=True)
     warmup = _validate.integer(name, "warmup", warmup, low=1)
@@ -389,9 +389,9 @@ def adagc(
         seen = observe(name, statistics, scope, state.adagc_seen)
         if faithful:
             whole = observe(name, statistics, "tree", jnp.zeros(()))
-            log_scale, level = _adagc_faithful(seen, state, ratio, 1 - decay, warmup, whole, max_norm, scope)
+            log_scale, level = _adagc_faithful(seen, state, ratio, settled, warmup, whole, max_norm, scope)
         else:
-            log_scale, level = _adagc_repaired(seen, state, ratio, 1 - decay)
+            log_scale, level = _adagc_repaired(seen, state, ratio, settled)
         scale = bounded_scale(seen, log_scale, None if faithful else max_norm)
         new = AdaGCState(adagc_level=level, adagc_seen=next_step(state.adagc_seen))
         return Verdict(scale=scale, skip=~seen.finite), keep_unless(seen.usable, new, state)
