@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_guard import _validate
 from optax_guard._apply import take_step
 from optax_guard._loss import problem
 from optax_guard._statistics import gradient_statistics
@@ -120,11 +121,16 @@ def learning_rate_sweep(
       `preflight`, which predicts where survival ends.
     """
     name = "learning_rate_sweep"
-    rates = np.asarray(learning_rates, np.float32)
+    try:
+        rates = np.asarray(learning_rates, np.float32)
+    except (TypeError, ValueError, OverflowError):  # text, complex numbers, a tracer
+        rates = np.zeros(0)
     if rates.ndim != 1 or rates.size == 0 or not np.all(np.isfinite(rates) & (rates > 0)):
-        raise ValueError(f"{name}: `learning_rates` must be one or more positive numbers; got {learning_rates!r}.")
-    if not callable(make_tx):
-        raise ValueError(f"{name}: `make_tx` must be a function of the learning rate; got {make_tx!r}.")
+        raise ValueError(
+            f"{name}: `learning_rates` must be one or more positive numbers; got {_validate.shown(learning_rates)}."
+        )
+    _validate.function(name, "make_tx", make_tx, "of the learning rate")
+    has_aux = _validate.boolean(name, "has_aux", has_aux)
     _steps(name, batches)
     batches = jax.tree.map(jnp.asarray, batches)
     last = jax.tree.map(lambda leaf: leaf[-1], batches) if validation is None else validation

@@ -135,7 +135,11 @@ def floating_dtype(function: str, argument: str, value: Any, choices: tuple[Any,
     """Returns the dtype, or raises unless it is a real floating-point one (and among `choices`, if there are any)."""
     names = ", ".join(f"jnp.{jnp.dtype(choice).name}" for choice in choices)
     try:
-        dtype = None if value is None or isinstance(value, (bool, float)) else jnp.dtype(value)
+        dtype = (
+            None
+            if value is None or isinstance(value, (bool, float, jax.Array, np.ndarray, np.generic))
+            else jnp.dtype(value)
+        )
     except TypeError:
         dtype = None
     valid = dtype is not None and jnp.issubdtype(dtype, jnp.floating)

@@ -162,11 +162,11 @@ def diagnose(
       `jax.debug_nans`, which stops at the first NaN of a jitted function but not at Inf, and cannot look behind a
       guard; `optax_guard.flight_log`, which tells the step to look at.
     """
-    top = _validate.integer("diagnose", "top", top, low=1)
+    top, chunk_size, has_aux, progress = _static("diagnose", top, chunk_size, has_aux, progress)
     size = batch_size("diagnose", batch)
     batch = jax.tree.map(jnp.asarray, batch)
     p = problem("diagnose", loss_fn, params, batch, has_aux)
-    chunk = _chunk("diagnose", chunk_size, p, size)
+    chunk = _chunk(chunk_size, p, size)
 
     inputs = tuple(
         found
@@ -226,18 +226,28 @@ def worst_examples(
       >>> worst.indices, worst.ratios
       ((2, 1), (4000.0, 1.6))
     """
-    top = _validate.integer("worst_examples", "top", top, low=1)
+    top, chunk_size, has_aux, progress = _static("worst_examples", top, chunk_size, has_aux, progress)
     size = batch_size("worst_examples", batch)
     batch = jax.tree.map(jnp.asarray, batch)
     p = problem("worst_examples", loss_fn, params, batch, has_aux)
-    chunk = _chunk("worst_examples", chunk_size, p, size)
+    chunk = _chunk(chunk_size, p, size)
     with progress_bar("worst_examples", -(-size // chunk), progress) as advance:
         return _worst(p, batch, size, top, chunk, lambda: advance("examples", 1))
 
 
-def _chunk(function: str, chunk_size: int | None, p: Problem, size: int) -> int:
+def _static(function: str, top: Any, chunk_size: Any, has_aux: Any, progress: Any) -> tuple[Any, ...]:
+    """The arguments that are no arrays, checked."""
+    return (
+        _validate.integer(function, "top", top, low=1),
+        None if chunk_size is None else _validate.integer(function, "chunk_size", chunk_size, low=1),
+        _validate.boolean(function, "has_aux", has_aux),
+        None if progress is None else _validate.boolean(function, "progress", progress),
+    )
+
+
+def _chunk(chunk_size: int | None, p: Problem, size: int) -> int:
     if chunk_size is not None:
-        return min(size, _validate.integer(function, "chunk_size", chunk_size, low=1))
+        return min(size, chunk_size)
     return min(size, max(1, min(128, _CHUNK_ELEMENTS // sum(leaf.size for leaf in p.leaves))))
 
 

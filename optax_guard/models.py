@@ -22,13 +22,14 @@ and `rngs`, the source of the initial parameters. Arguments are static: Python n
 
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from optax_guard import _validate
 
 try:
     from flax import nnx
@@ -49,7 +50,7 @@ class MLP(nnx.Module):
     Args:
       sizes: Features of the input, of each hidden layer and of the output: two or more whole numbers >= 1.
       activation: Elementwise function of the hidden layers.
-      init_scale: Gain of each layer at initialisation, in (0, inf).
+      init_scale: Gain of each layer at initialisation, in (0, 1e18].
       dtype, param_dtype, rngs: See the module.
 
     Raises:
@@ -74,8 +75,8 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         sizes = _sizes("MLP", "sizes", sizes, at_least=2)
-        _require(callable(activation), "MLP", "activation", activation, "a function of an array")
-        _positive("MLP", "init_scale", init_scale)
+        _validate.function("MLP", "activation", activation, "of an array")
+        init_scale = _positive("MLP", "init_scale", init_scale)
         common = _common("MLP", dtype, param_dtype, rngs)
         self.in_features, self.activation, pairs = sizes[0], activation, itertools.pairwise(sizes)
         self.layers = nnx.List(_linear(i, o, init_scale * math.sqrt(2 / i), common, use_bias=True) for i, o in pairs)
@@ -100,7 +101,7 @@ class ConvNet(nnx.Module):
     Args:
       num_classes, in_channels: Number of logits and of the channels of the images, >= 1.
       channels: Output channels of each stage: one or more whole numbers >= 1.
-      init_scale: Gain of each layer at initialisation, in (0, inf).
+      init_scale: Gain of each layer at initialisation, in (0, 1e18].
       batch_norm: Whether batch norm (momentum 0.9) follows each convolution.
       dtype, param_dtype, rngs: See the module.
 
@@ -128,9 +129,10 @@ class ConvNet(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        _whole("ConvNet", {"num_classes": num_classes, "in_channels": in_channels})
+        num_classes = _whole("ConvNet", "num_classes", num_classes)
+        in_channels = _whole("ConvNet", "in_channels", in_channels)
         channels = _sizes("ConvNet", "channels", channels, at_least=1)
-        _positive("ConvNet", "init_scale", init_scale)
+        init_scale = _positive("ConvNet", "init_scale", init_scale)
         _require(isinstance(batch_norm, bool), "ConvNet", "batch_norm", batch_norm, "True or False")
         common = _common("ConvNet", dtype, param_dtype, rngs)
         kernel_init = nnx.initializers.variance_scaling(2 * init_scale**2, "fan_in", "normal")
@@ -167,8 +169,8 @@ class RNN(nnx.Module):
       in_features, hidden_features: Features of one step of the input and of the state, >= 1.
       num_classes: Number of logits, >= 1 (1 for a regression, such as the adding problem).
       activation: `jnp.tanh`, `jax.nn.relu` or another elementwise function.
-      gain: Every singular value of U at initialisation, in (0, inf); the table above.
-      input_scale: Gain of W at initialisation, in (0, inf).
+      gain: Every singular value of U at initialisation, in (0, 1e18]; the table above.
+      input_scale: Gain of W at initialisation, in (0, 1e18].
       dtype, param_dtype, rngs: See the module.
 
     Raises:
@@ -198,10 +200,11 @@ class RNN(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         owner = type(self).__name__
-        _whole(owner, {"in_features": in_features, "hidden_features": hidden_features, "num_classes": num_classes})
-        _require(callable(activation), owner, "activation", activation, "a function of an array")
-        _positive(owner, "gain", gain)
-        _positive(owner, "input_scale", input_scale)
+        in_features = _whole(owner, "in_features", in_features)
+        hidden_features = _whole(owner, "hidden_features", hidden_features)
+        num_classes = _whole(owner, "num_classes", num_classes)
+        _validate.function(owner, "activation", activation, "of an array")
+        gain, input_scale = _positive(owner, "gain", gain), _positive(owner, "input_scale", input_scale)
         common = _common(owner, dtype, param_dtype, rngs)
         square, wide = (hidden_features, hidden_features), self._kernels * hidden_features
         # Drawn in float32: the QR decomposition behind an orthogonal matrix has no bfloat16 version.
@@ -308,12 +311,14 @@ class Transformer(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        _whole("Transformer", {"vocab_size": vocab_size}, low=2)
-        _whole("Transformer", {"max_length": max_length, "width": width, "layers": layers, "heads": heads})
+        vocab_size = _whole("Transformer", "vocab_size", vocab_size, low=2)
+        max_length = _whole("Transformer", "max_length", max_length)
+        width, heads = _whole("Transformer", "width", width), _whole("Transformer", "heads", heads)
+        layers = _validate.integer("Transformer", "layers", layers, low=1, high=1000, reason="each is compiled")
         _require(width % heads == 0, "Transformer", "width", width, f"a multiple of `heads` = {heads}")
-        for name, switch in {"query_key_norm": query_key_norm, "residual_scaling": residual_scaling}.items():
-            _require(isinstance(switch, bool), "Transformer", name, switch, "True or False")
-        _require(init in ("calm", "explosive"), "Transformer", "init", init, "'calm' or 'explosive'")
+        query_key_norm = _validate.boolean("Transformer", "query_key_norm", query_key_norm)
+        residual_scaling = _validate.boolean("Transformer", "residual_scaling", residual_scaling)
+        _validate.one_of("Transformer", "init", init, ("calm", "explosive"))
         common = _common("Transformer", dtype, param_dtype, rngs)
         small = math.sqrt(2 / (5 * width))
         std, embedding_std = (small, 1.0) if init == "calm" else (4 * small, small)
@@ -379,32 +384,25 @@ def _require(valid: bool, owner: str, argument: str, value: Any, expected: str) 
         raise ValueError(f"{owner}: `{argument}` must be {expected}; got {shown}.")
 
 
-def _whole(owner: str, arguments: dict[str, Any], *, low: int = 1) -> None:
-    for name, value in arguments.items():
-        valid = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= low
-        _require(valid, owner, name, value, f"a whole number >= {low}")
+def _whole(owner: str, argument: str, value: Any, *, low: int = 1) -> int:
+    return _validate.integer(owner, argument, value, low=low, high=2**24, reason="it is the size of an array")
 
 
 def _sizes(owner: str, argument: str, values: Any, *, at_least: int) -> tuple[int, ...]:
-    listed = isinstance(values, Sequence) and len(values) >= at_least
+    listed = isinstance(values, Sequence) and not isinstance(values, bytes) and len(values) >= at_least
     _require(listed, owner, argument, values, f"a sequence of {at_least} or more whole numbers >= 1")
-    _whole(owner, {f"{argument}[{position}]": value for position, value in enumerate(values)})
-    return tuple(values)
+    return tuple(_whole(owner, f"{argument}[{position}]", value) for position, value in enumerate(values))
 
 
-def _positive(owner: str, argument: str, value: Any) -> None:
-    valid = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
-    _require(valid, owner, argument, value, "a number in (0, inf)")
+def _positive(owner: str, argument: str, value: Any) -> float:
+    """At most 1e18, whose square is finite in float32."""
+    return _validate.scalar(owner, argument, value, low=0, high=1e18, open_low=True, static=True)
 
 
 def _common(owner: str, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
-    for name, value in {"dtype": dtype, "param_dtype": param_dtype}.items():
-        try:
-            valid = value is not None and jnp.issubdtype(value, jnp.floating)
-        except TypeError:
-            valid = False
-        _require(valid, owner, name, value, "a floating dtype")
-    return {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    _require(isinstance(rngs, (nnx.Rngs, nnx.RngStream)), owner, "rngs", rngs, "a flax.nnx.Rngs")
+    dtype = _validate.floating_dtype(owner, "dtype", dtype)
+    return {"dtype": dtype, "param_dtype": _validate.floating_dtype(owner, "param_dtype", param_dtype), "rngs": rngs}
 
 
 def _check_input(owner: str, argument: str, array: jax.Array, rank: int | None, features: int) -> None:

@@ -166,6 +166,11 @@ def preflight(
     eps = _validate.scalar("preflight", "eps", eps, low=0, static=True)
     eigenvalues = _validate.integer("preflight", "eigenvalues", eigenvalues, low=1)
     chunks = _validate.integer("preflight", "chunks", chunks, low=1)
+    seed = _validate.integer("preflight", "seed", seed, low=0, high=2**32 - 1)
+    has_aux = _validate.boolean("preflight", "has_aux", has_aux)
+    progress = None if progress is None else _validate.boolean("preflight", "progress", progress)
+    if tapped_loss_fn is not None:
+        _validate.function("preflight", "tapped_loss_fn", tapped_loss_fn, "of (params, batch, tap)")
     if time_axis is not None:
         time_axis = _validate.integer("preflight", "time_axis", time_axis, low=1)
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optax_guard import _validate
 from optax_guard._record import HELD
 from optax_guard.report._log import TrainingLog, leaf_label
 
@@ -87,6 +88,7 @@ def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:
     Returns:
       What `story` tells, with steps and events apart.
     """
+    most = _validate.integer("incidents", "most", most, low=1)
     rows = log.rows
     acted = np.isin(rows["event"], HELD) | (rows["event"] == "let_through")
     acted |= (rows["event"] == "clipped") & (rows["scale"] < _BOUND)
