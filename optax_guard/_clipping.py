@@ -344,7 +344,8 @@ def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Arra
     sizes = [jnp.max(jnp.abs(part), axis=axes, keepdims=True) for part in parts]
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
     wide = largest.astype(accumulator_dtype(x.dtype))
-    size = jnp.where((wide > 0) & jnp.isfinite(wide), wide, 1)
+    most = 2.0 ** (jnp.finfo(wide.dtype).maxexp - 2)  # XLA may multiply by the inverse, which is 0 beyond
+    size = jnp.where((wide > 0) & jnp.isfinite(wide), jnp.minimum(wide, most), 1)
     complex_or_wide = wider_dtype(x.dtype, size.dtype)
     squares = absolute_square(x.astype(complex_or_wide) / size.astype(complex_or_wide))
     return size, safe_sqrt(jnp.sum(squares, axis=axes, keepdims=True))

@@ -451,11 +451,11 @@ def _add(updates: PyTree, draw: _Draw, sigma: jax.Array) -> PyTree:
 
 def _add_leaf(leaf: jax.Array, noise: jax.Array, spare: jax.Array | None) -> jax.Array:
     wide = leaf.astype(noise.dtype) + noise
-    if spare is None:
-        return wide.astype(leaf.dtype)
-    largest = float(jnp.finfo(leaf.dtype).max)  # finite noise on a finite number stays finite
-    wide = jnp.where(jnp.isinf(leaf), wide, jnp.clip(wide, -largest, largest))
-    return _round_stochastically(wide, leaf.dtype, spare)
+    if spare is not None:
+        largest = float(jnp.finfo(leaf.dtype).max)  # finite noise on a finite number stays finite
+        wide = jnp.where(jnp.isinf(leaf), wide, jnp.clip(wide, -largest, largest))
+        wide = _round_stochastically(wide, leaf.dtype, spare)
+    return jnp.where(noise == 0, leaf, wide.astype(leaf.dtype))  # a sum with 0 flushes subnormals, and -0.0 is lost
 
 
 def _round_stochastically(wide: jax.Array, dtype: jnp.dtype, spare: jax.Array) -> jax.Array:

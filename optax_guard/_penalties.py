@@ -59,6 +59,7 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
     =========================  =================================================
     `strength` = 0             unchanged, bit for bit (-0.0 and subnormals, too)
     weight 0                   unchanged, bit for bit
+    weight subnormal           as 0 where XLA flushes it (CPU, TPU)
     weight NaN                 NaN, unless `strength` is 0
     weight Inf                 pulled like any other
     gradient NaN or Inf        stays

@@ -159,9 +159,12 @@ def direction(x: jax.Array) -> jax.Array:
     endless = jnp.isinf(parts[0]) | jnp.isinf(parts[1])
     parts = [jnp.where(endless & ~jnp.isnan(p), jnp.where(jnp.isinf(p), jnp.sign(p), 0), p) for p in parts]
     top = jnp.maximum(jnp.abs(parts[0]), jnp.abs(parts[1]))
-    parts = [p / jnp.where(top > 0, top, 1) for p in parts]
-    length = safe_sqrt(jnp.square(parts[0]) + jnp.square(parts[1]))
-    return lax.complex(*(p / jnp.where(length > 0, length, 1) for p in parts))
+    # Not above 2^126: XLA may multiply by the inverse, which is 0 beyond.
+    parts = [p / jnp.where(top > 0, jnp.minimum(top, 2.0 ** (jnp.finfo(x.dtype).maxexp - 2)), 1) for p in parts]
+    squares = jnp.square(parts[0]) + jnp.square(parts[1])
+    # A root's inverse, since XLA makes one division of two, by a product that may overflow.
+    inverse = lax.rsqrt(jnp.where(squares > 0, squares, 1))
+    return lax.complex(*(p * inverse for p in parts))
 
 
 def multiplied(x: jax.Array, factor: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
 """What the docstrings promise of edge cases, tried: special numbers, every dtype, every elementwise function."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from compiling import quick_jit
 
@@ -46,3 +48,140 @@ def test_the_norm_of_subnormal_numbers_is_theirs_or_zero_and_never_nan(dtype: st
             assert got == 0 or got == pytest.approx(np.linalg.norm(leaf), rel=1e-6)
         beside = float(NORM([jnp.asarray(np.array([size]).astype(dtype)), jnp.asarray(np.array([3.0, 4.0], dtype))]))
         assert beside == pytest.approx(5.0)
+
+
+# Elementwise transformations
+
+REAL = ("float16", "bfloat16", "float32")
+T = 0.5  # every bound, strength and threshold
+
+
+def specials(dtype: str) -> np.ndarray:
+    """Zeros, a subnormal, the ends of the range, Inf, NaN and ordinary numbers; of complex ones all pairs."""
+    info = jnp.finfo(dtype)
+    tiny, largest = float(info.smallest_normal), float(info.max)
+    numbers = [0.0, -0.0, tiny / 2, tiny, 1.0, -0.25, -2.0, largest, -largest, np.inf, -np.inf, np.nan]
+    if dtype != "complex64":
+        return np.array(numbers).astype(jnp.dtype(dtype))
+    pairs = np.array([[complex(re, im) for im in numbers] for re in numbers], np.complex128)
+    pairs.real, pairs.imag = np.meshgrid(numbers, numbers, indexing="ij")
+    return pairs.ravel().astype(np.complex64)
+
+
+def wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def direction(x: np.ndarray) -> np.ndarray:
+    """x / |x| from the angle, which is right for infinite parts."""
+    if not np.iscomplexobj(x):
+        return np.sign(x)
+    angle = np.arctan2(x.imag, x.real)
+    unit = np.where(x == 0, 0, np.cos(angle) + 1j * np.sin(angle))
+    return np.where(np.isnan(x), complex(np.nan, np.nan), unit)
+
+
+def times(factor: float, x: np.ndarray) -> np.ndarray:
+    """Part by part: NumPy's complex product makes NaN of Inf times 0."""
+    if not np.iscomplexobj(x):
+        return factor * x
+    product = x.copy()
+    product.real, product.imag = factor * x.real, factor * x.imag
+    return product
+
+
+def clipped(bound: float) -> Any:
+    def expected(g: np.ndarray, w: np.ndarray, largest: float) -> np.ndarray:
+        limit = min(bound, largest) if np.isfinite(bound) else bound
+        return np.where(np.abs(g) > limit, direction(g) * (limit if np.isfinite(limit) else 1), g)
+
+    return expected
+
+
+def pulled(force: Any) -> Any:
+    return lambda g, w, _: g + force(w)
+
+
+def shrunk(kind: str) -> Any:
+    def expected(g: np.ndarray, w: np.ndarray, largest: float) -> np.ndarray:
+        size = np.abs(g)
+        less = np.minimum(T, size) if kind == "soft" else T * size / np.where(size > 0, size + T, 1)
+        return np.where(np.isfinite(size), g - direction(g) * less, g)
+
+    return expected
+
+
+def unchanged(g: np.ndarray, w: np.ndarray, largest: float) -> np.ndarray:
+    return g
+
+
+def huber(w: np.ndarray) -> np.ndarray:
+    finite = np.where(np.isinf(w), 0, w)
+    return T * np.where(np.isinf(w), direction(w), finite / np.sqrt(1 + np.abs(finite) ** 2))
+
+
+# What must come out, of the gradient g and the weight w in float64; "unchanged" is meant bit for bit.
+ELEMENTWISE: dict[str, tuple[optax.GradientTransformation, Any]] = {
+    "clip_by_value": (og.clip_by_value(T), clipped(T)),
+    "clip_by_value, 1e5": (og.clip_by_value(1e5), clipped(1e5)),
+    "clip_by_value, Inf": (og.clip_by_value(np.inf), unchanged),
+    "clip_by_value, zero": (og.clip_by_value(0.0), clipped(0.0)),
+    "l1_penalty": (og.l1_penalty(T), pulled(lambda w: times(T, direction(w)))),
+    "l1_penalty, zero": (og.l1_penalty(0.0), unchanged),
+    "dense_penalty": (og.dense_penalty(T), pulled(lambda w: times(T, w))),
+    "dense_penalty, zero": (og.dense_penalty(0.0), unchanged),
+    "dense_penalty, pseudo_huber": (og.dense_penalty(T, "pseudo_huber"), pulled(huber)),
+    "dense_penalty, pseudo_huber, zero": (og.dense_penalty(0.0, "pseudo_huber"), unchanged),
+    "elastic_net_penalty": (og.elastic_net_penalty(T, T), pulled(lambda w: times(T, direction(w)) + times(T, w))),
+    "elastic_net_penalty, l1": (og.elastic_net_penalty(T, 0.0), pulled(lambda w: times(T, direction(w)))),
+    "elastic_net_penalty, zero": (og.elastic_net_penalty(0.0, 0.0), unchanged),
+    "shrink_gradients": (og.shrink_gradients(T), shrunk("soft")),
+    "shrink_gradients, dense": (og.shrink_gradients(T, "dense"), shrunk("dense")),
+    "shrink_gradients, zero": (og.shrink_gradients(0.0), unchanged),
+    "noise_injection, zero": (og.noise_injection(0.0), unchanged),
+    "anticorrelated_noise, zero": (og.anticorrelated_noise(0.0), unchanged),
+    "langevin_noise, zero": (og.langevin_noise(0.0), unchanged),
+    "langevin_noise, both negative": (og.langevin_noise(np.float32(0.0) * jnp.ones(()), -jnp.ones(())), unchanged),
+}
+
+
+@quick_jit
+def all_of_them(g: jax.Array, w: jax.Array) -> dict[str, jax.Array]:
+    return {name: tx.update(g, tx.init(w), w)[0] for name, (tx, _) in ELEMENTWISE.items()}
+
+
+def assert_equal_to_rounding(got: np.ndarray, expected: np.ndarray, dtype: str) -> None:
+    """NaN where NaN is expected, Inf where Inf; a number to a few roundings, and a subnormal may be 0."""
+    info = jnp.finfo(dtype)
+    expected = wide(expected.astype(jnp.dtype(dtype)))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    known = ~np.isnan(expected)
+    for part in (np.real, np.imag):
+        a, b = part(got)[known], part(expected)[known]
+        np.testing.assert_array_equal(np.where(np.isinf(b), a, 0), np.where(np.isinf(b), b, 0))
+        rest = np.isfinite(b)
+        size = np.abs(np.where(np.isfinite(expected[known][rest]), expected[known][rest], b[rest]))
+        slack = 8 * float(info.eps) * size + 1e-15 * np.iscomplexobj(got) + float(info.smallest_normal)
+        assert np.all(np.abs(a[rest] - b[rest]) <= slack)
+
+
+@pytest.mark.parametrize("dtype", [*REAL, "complex64"])
+def test_special_numbers_come_out_of_every_elementwise_transformation_as_its_table_says(dtype: str) -> None:
+    values = specials(dtype)
+    weights = values[np.abs(wide(values)) != float(jnp.finfo(dtype).smallest_normal) / 2][:: len(values) // 12]
+    g, w = (np.ascontiguousarray(part) for part in np.broadcast_arrays(values[:, None], weights[None, :]))
+    with np.errstate(all="ignore"):
+        for name, got in all_of_them(jnp.asarray(g), jnp.asarray(w)).items():
+            got, expected = np.asarray(got), ELEMENTWISE[name][1]
+            assert got.dtype == g.dtype, name
+            if expected is unchanged:
+                assert got.tobytes() == g.tobytes(), name
+                continue
+            try:
+                assert_equal_to_rounding(wide(got), expected(wide(g), wide(w), float(jnp.finfo(dtype).max)), dtype)
+            except AssertionError as error:
+                error.add_note(f"{name}, {dtype}")
+                raise
+            if "penalty" in name:  # where nothing pulls, not a bit changes
+                still = np.broadcast_to(w == 0, g.shape)
+                assert got[still].tobytes() == g[still].tobytes(), name
