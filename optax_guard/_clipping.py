@@ -237,6 +237,7 @@ def adaptive_grad_clip(
     weights zero                     the bound is clipping * eps: a zero kernel can move
     `clipping` = 0                   zero
     gradient zero                    zero
+    norm above 8e37 times the bound  zero: the factor is below the smallest normal float32
     NaN or Inf in a unit             that unit is NaN; the other units are unaffected
     NaN in the weights of a unit     that unit is NaN; with Inf there it is not bounded
     schedule or array below 0        as 0
@@ -296,8 +297,7 @@ def adaptive_grad_clip(
             size, root = _unit_norm(leaf, axes)
             bound = bound.astype(root.dtype)
             inside = size * root <= bound
-            # Divided one after the other: the product, the norm itself, may overflow.
-            scale = bound / jnp.where(inside, 1, size) / jnp.where(inside, 1, root)
+            scale = _ratio(bound, jnp.where(inside, 1, size), jnp.where(inside, 1, root))
             scale = jnp.where(jnp.isfinite(root), scale, jnp.nan)
             return jnp.where(inside & jnp.isfinite(root), leaf, multiplied(leaf, scale))
 
@@ -314,13 +314,21 @@ def _clip_rule(max_norm: ScalarOrSchedule, axis_name: AxisName | None, by_leaf: 
         bound, state = bound_and_state(max_norm, state)
         size, root = statistics.leaf_norm_parts if by_leaf else statistics.finite_norm_parts
         inside = size * root <= bound.astype(root.dtype)
-        # Divided one after the other: the product, the norm itself, may overflow.
-        factor = bound.astype(root.dtype) / jnp.where(inside, 1, size) / jnp.where(inside, 1, root)
+        factor = _ratio(bound.astype(root.dtype), jnp.where(inside, 1, size), jnp.where(inside, 1, root))
         spared = inside | ~statistics.finite if by_leaf else inside
         scale = jnp.where(spared, 1, factor)
         return Verdict(scale=scale, skip=jnp.zeros((), bool)), state
 
     return rule(init_for(max_norm), judge, axis_name=axis_name)
+
+
+def _ratio(bound: jax.Array, size: jax.Array, root: jax.Array) -> jax.Array:
+    """The bound over size * root, where that product, the norm itself, may overflow.
+
+    One division after the other would not do: XLA makes one of the two.
+    """
+    smaller = jnp.where(size > 2.0**64, 2.0**-32, 1.0).astype(size.dtype)
+    return bound * smaller / (size * smaller * root)
 
 
 def init_for(bound: ScalarOrSchedule) -> optax.TransformInitFn:

@@ -185,3 +185,84 @@ def test_special_numbers_come_out_of_every_elementwise_transformation_as_its_tab
             if "penalty" in name:  # where nothing pulls, not a bit changes
                 still = np.broadcast_to(w == 0, g.shape)
                 assert got[still].tobytes() == g[still].tobytes(), name
+
+
+@pytest.mark.parametrize("make", [og.clip_by_global_norm, og.clip_by_leaf_norm, og.adaptive_grad_clip])
+def test_a_norm_beyond_the_largest_number_is_clipped_to_the_bound_also_where_xla_fuses_divisions(make: Any) -> None:
+    tx, grads = make(1e38), jnp.full(4, 3e38)  # the norm is 6e38
+    params = jnp.full(4, 0.5)
+    got = jax.jit(lambda g, w: tx.update(g, tx.init(w), w)[0])(grads, params)
+    np.testing.assert_allclose(got, 0.5e38, rtol=1e-6)
+
+
+def test_a_unit_with_a_number_that_is_not_finite_is_nan_and_no_other_is() -> None:
+    tx, params = og.adaptive_grad_clip(0.1), jnp.ones((2, 4))
+    for dtype in (*REAL, "complex64"):
+        grads = jnp.array([[np.inf, np.nan, 1, 1e-3], [1, 1, 2, 0]]).astype(dtype)
+        got = np.asarray(quick_jit(lambda g, w: tx.update(g, tx.init(w), w)[0])(grads, params.astype(dtype)))
+        assert np.isnan(got.astype(np.complex64)[:, :2]).all()
+        np.testing.assert_allclose(
+            np.abs(got.astype(np.complex64)[:, 2]), 0.1 * np.sqrt(2) * np.array([1, 2]) / np.sqrt(5), rtol=1e-2
+        )
+        assert got[:, 3].tobytes() == np.asarray(grads)[:, 3].tobytes()
+
+
+def test_no_element_shrinks_by_more_than_the_threshold_and_a_rounding() -> None:
+    grads = np.random.default_rng(0).normal(size=4000).astype(np.float32) * 10.0 ** np.arange(-3, 5).repeat(500)
+    for kind, units in (("soft", 0.5), ("dense", 2.0)):
+        for dtype in REAL:
+            g = jnp.asarray(grads.astype(np.float32)).astype(dtype)
+            tx = og.shrink_gradients(0.1, kind)
+            got, before = (np.asarray(x).astype(np.float64) for x in (tx.update(g, tx.init(g))[0], g))
+            finite = np.isfinite(before)
+            unit = float(jnp.finfo(dtype).eps) * np.maximum(np.abs(got), 1e-30)
+            assert np.all((np.abs(before - got) <= np.float32(0.1) + units * unit)[finite])
+            assert np.all((np.abs(got) <= np.abs(before))[finite] & (np.sign(got) * np.sign(before) >= 0)[finite])
+
+
+def test_a_schedule_that_gives_nan_is_seen_at_the_first_step() -> None:
+    nan = jnp.asarray(np.nan)
+    for tx in (
+        og.noise_injection(0.01, nan),
+        og.noise_injection(nan),
+        og.noise_injection(0.01, max_norm=nan),
+        og.anticorrelated_noise(nan),
+        og.langevin_noise(nan),
+        og.langevin_noise(0.1, nan),
+        og.clip_by_value(nan),
+        og.shrink_gradients(nan),
+        og.l1_penalty(nan),
+        og.dense_penalty(nan),
+        og.limit_step(nan),
+        og.adaptive_grad_clip(nan),
+    ):
+        got = tx.update(jnp.ones((2, 2)), tx.init(jnp.ones((2, 2))), jnp.ones((2, 2)))[0]
+        assert np.isnan(np.asarray(got)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_noise_on_the_largest_numbers_stays_finite_and_an_inf_stays_inf(dtype: str) -> None:
+    largest = float(jnp.finfo(dtype).max)
+    grads = jnp.array([largest, -largest] * 50 + [np.inf, -np.inf]).astype(dtype)
+    for tx in (og.noise_injection(min(largest, 1e30)), og.anticorrelated_noise(largest / 1e3), og.langevin_noise(1e4)):
+        got = np.asarray(tx.update(grads, tx.init(grads))[0]).astype(np.float64)
+        assert np.isfinite(got[:-2]).all()
+        assert got[-2:].tolist() == [np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("inner", [optax.adam(0.01), optax.sgd(0.1, momentum=0.9)], ids=["adam", "momentum"])
+def test_cycles_of_one_give_the_updates_of_the_inner_optimizer_bit_for_bit(
+    inner: optax.GradientTransformation, standard_promotion: None
+) -> None:
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(64, 32)).astype(np.float32))}
+    stepped = []
+    for tx in (inner, og.accumulate(inner, 1), og.accumulate(og.guard(inner), 1)):
+        rng, state, update = np.random.default_rng(1), tx.init(params), jax.jit(tx.update)
+        updates = []
+        for _ in range(3):
+            grads = {"w": jnp.asarray(rng.normal(size=(64, 32)).astype(np.float32))}
+            moved, state = update(grads, state, params)
+            updates.append(np.asarray(moved["w"]).tobytes())
+        stepped.append(updates)
+    assert stepped[0] == stepped[1] == stepped[2]
