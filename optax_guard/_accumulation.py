@@ -386,6 +386,8 @@ def flush(
             "flush: `tx` and `state` must be those of `accumulate`, outermost; got "
             f"{type(tx).__name__} and {type(state).__name__}."
         )
+    check_arrays("flush", params)
+    check_same_structure("flush", "params", params, "params at init", state.gradient_sum)
     if like is None:
         like = jax.tree.map(lambda x: x if is_gradient(x) else np.zeros(x.shape, jax.dtypes.float0), params)
     check_same_structure("flush", "like", like, "params", params)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_guard._apply import as_transformation
 from optax_guard._guard import GuardState
 from optax_guard._ladder import RecoveryState
 from optax_guard._reading import is_traced, nonfinite_leaf, nonfinite_moment
@@ -87,7 +88,7 @@ def with_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
     """
     name = "with_guard_state"
     check_arrays(name, params)
-    fresh = tx.init(params)
+    fresh = as_transformation(name, tx, "tx").init(params)
     whole, pieces = _pieces(name, fresh, inner_state)
     leaves = iter([_array(leaf) for piece in pieces for leaf in piece.leaves])
     if whole:
@@ -132,7 +133,7 @@ def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
     """
     name = "find_inner_state"
     check_arrays(name, params)
-    _, pieces = _pieces(name, jax.eval_shape(tx.init, params), inner_state)
+    _, pieces = _pieces(name, jax.eval_shape(as_transformation(name, tx, "tx").init, params), inner_state)
     return tuple(piece.path for piece in pieces if piece.path is not None)
 
 

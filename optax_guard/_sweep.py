@@ -122,7 +122,8 @@ def learning_rate_sweep(
     """
     name = "learning_rate_sweep"
     try:
-        rates = np.asarray(learning_rates, np.float32)
+        with np.errstate(over="ignore"):  # 1e300 is Inf, and refused
+            rates = np.asarray(learning_rates, np.float32)
     except (TypeError, ValueError, OverflowError):  # text, complex numbers, a tracer
         rates = np.zeros(0)
     if rates.ndim != 1 or rates.size == 0 or not np.all(np.isfinite(rates) & (rates > 0)):

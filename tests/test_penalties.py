@@ -130,7 +130,7 @@ def test_l1_bad_masks_are_named() -> None:
         og.l1_penalty(0.1, mask={"kernel": True, "bias": 2, "deep": True}).init(PARAMS)
     with pytest.raises(ValueError, match=r"l1_penalty: `mask` 'head/\*' matches no leaf; the leaves are .*'deep/k'"):
         og.l1_penalty(0.1, mask="head/*").init(PARAMS)
-    with pytest.raises(ValueError, match="not passing `params`"):
+    with pytest.raises(ValueError, match="needs the parameters"):
         once(og.l1_penalty(0.1), ZEROS)
 
 
