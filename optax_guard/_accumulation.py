@@ -386,6 +386,8 @@ def flush(
             "flush: `tx` and `state` must be those of `accumulate`, outermost; got "
             f"{type(tx).__name__} and {type(state).__name__}."
         )
+    if params is None:
+        raise ValueError("flush: `params` must be the parameters, from which the step is taken; got None.")
     check_arrays("flush", params)
     check_same_structure("flush", "params", params, "params at init", state.gradient_sum)
     if like is None:

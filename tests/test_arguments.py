@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import optax_guard as og
 from optax_guard import diagnose, models, preflight, report, smoothing
@@ -83,6 +84,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "langevin_noise": {"learning_rate": 0.1},
     "leaf_log": {"state": RECORDED},
     "leaf_names": {"params": PARAMS},
+    "leaf_axes": {"specs": jax.tree.map(lambda _: PartitionSpec(), PARAMS)},
+    "masked_rule": {"inner": og.clip_by_global_norm(1.0), "mask": True},
     "limit_step": {"max_change": 0.1},
     "loss_scaling": {"inner": SGD},
     "metrics": {"state": GUARD.init(PARAMS)},
