@@ -24,7 +24,7 @@ RUNGS = (
     og.back_off(0.5, OWES, after=DOWN_AFTER, lowest=0.3, diverged=2.0),
     og.rewind(EVERY, keep=KEEP, after=BACK_AFTER, attempts=ATTEMPTS, diverged=3.0),
 )
-LADDER = _ladder.as_ladder(RUNGS, optax.sgd(0.1, momentum=0.5), 50, None)
+LADDER = _ladder.as_ladder("guard", RUNGS, optax.sgd(0.1, momentum=0.5), 50, None)
 PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}
 MOST_OWED = math.floor(OWES * math.log(0.3) / math.log(0.5))
 
