@@ -110,8 +110,9 @@ def spam_clip(
     zero gradient                   zero
     Inf where nothing is known      0
     row of an embedding never seen  bounded like the largest element of its leaf (published: held at 0)
-    five spikes in a row, any size  each is clipped to sqrt(threshold) = 71 roots; a step multiplies v by at most b2 +
-                                    (1 - b2) * threshold = 6 (less the correction), so the bound by up to 88 in five
+    five spikes in a row, any size  each is clipped to sqrt(threshold) = 71 roots and multiplies v by b2 + (1 - b2) *
+                                    threshold = 6, so that the bound grows by 88 in five; while v is an average of few
+                                    by more: 236 from 1000 steps after a restart, 690 from 500, 8000 from 150
     ==============================  ===================================================================================
 
     Args:
@@ -222,7 +223,8 @@ def stable_spam(
     Guarantees:
       - NaN and Inf reach neither the averages nor the optimizer: NaN counts as 0, Inf as +-That.
       - Five spikes in a row, of any size, raise That by at most (1 + 9 (1 - gamma3))^5 = 1.046 (once t > 1000).
-      - What reaches the optimizer has a norm of at most about 1 for every leaf, whatever the gradient's scale.
+      - What reaches the optimizer has for every leaf a norm of at most (1 - gamma1) / sqrt((1 - gamma2) (1 - gamma1^2 /
+        gamma2)) = 1.41, if gamma1^2 < gamma2, whatever the gradient's scale: 1 where norms are level, 1.3 in a burst.
       - Schedules of the optimizer, and the averages, go on over a restart.
 
     ==============================  ===================================================================================
