@@ -50,7 +50,7 @@ from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_reco
 from optax_guard._rule import Judgement, Rule
 from optax_guard._statistics import GradientStatistics, first_look, overflows, scale_statistics, squarable
 from optax_guard._step import count_if, next_step
-from optax_guard._tree import cast_like, check_arrays, find_states, unwrapped
+from optax_guard._tree import as_params, cast_like, find_states, unwrapped
 from optax_guard._typing import AxisName, Mask, PyTree
 
 __all__ = ["HOLDING", "GuardState", "TrainingHalted", "clear_halt", "guard", "guarded", "raise_if_halted"]
@@ -253,7 +253,7 @@ def guarded(
     update_inner = inner.update
 
     def init(params: optax.Params) -> GuardState:
-        check_arrays(name, params)
+        params = as_params(name, params)
         only_chosen(name, mask, params)  # a mask that does not match is told here
         inner_state = inner.init(params)
         refuse_inside(name, argument, inner_state, {LossScalingState: "loss_scaling", AccumulateState: "accumulate"})

@@ -25,7 +25,7 @@ from optax_guard._history import Series, empty_series, published_threshold, push
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, first_look, multiplied, safe_sqrt
 from optax_guard._step import count_if, next_step, value_at
-from optax_guard._tree import check_arrays, check_with_params, is_gradient, positions
+from optax_guard._tree import checked, checked_with_params, is_gradient, positions
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
 __all__ = ["ClippyState", "LimitStepState", "UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
@@ -137,7 +137,7 @@ def limit_step(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, LimitStepState]:
         del extra
-        check_with_params(name, updates, params)
+        updates, params = checked_with_params(name, updates, params)
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
         moved = _squares(updates, axis_name)
         weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
@@ -239,8 +239,8 @@ def clip_by_update_norm(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra
-        check_arrays(name, updates)
+        del extra
+        updates, _ = checked(name, updates, params)
         squares = _squares(updates, axis_name)
         norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
         finite = jnp.all(jnp.isfinite(squares))
@@ -322,7 +322,7 @@ def clippy(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, ClippyState]:
         del extra
-        check_with_params(name, updates, params)
+        updates, params = checked_with_params(name, updates, params)
         ratio = jnp.maximum(value_at(relative, state.clippy_step), 0)
 
         def share_of(leaf: Any, weight: Any) -> jax.Array:
