@@ -194,10 +194,10 @@ def checked(function: str, updates: PyTree, params: PyTree | None, called: str =
     updates = as_arrays(function, updates)
     if params is None:
         return updates, None
-    params = as_arrays(function, params)
-    pair = isinstance(params, optax.LookaheadParams) and not isinstance(updates, optax.LookaheadParams)
-    check_same_shapes(function, called, updates, "params", params.fast if pair else params)
-    return updates, params
+    arrays = as_arrays(function, params)
+    pair = isinstance(arrays, optax.LookaheadParams) and not isinstance(updates, optax.LookaheadParams)
+    check_same_shapes(function, called, updates, "params", arrays.fast if pair else arrays)
+    return updates, arrays
 
 
 def checked_with_params(function: str, updates: PyTree, params: PyTree | None) -> tuple[PyTree, PyTree]:
