@@ -99,6 +99,7 @@ def test_snapshots_lie_in_the_memory_that_was_asked_for(memory: str) -> None:
         return params
 
     jax.eval_shape(spaces, parameters("float32"))
+    jax.eval_shape(jax.vmap(spaces), parameters("float32", (2,)))
     assert found == {jax.memory.Space.Host if memory == "host" else jax.memory.Space.Device}
 
 
