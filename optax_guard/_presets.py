@@ -131,7 +131,7 @@ def stabilize(
         halt_after=halt_after,
         history=history,
         mask=mask,
-        check_updates=None,
+        check_updates=False,
         axis_name=axis_name,
     )
 
