@@ -40,7 +40,9 @@ from optax_guard._statistics import GradientStatistics, first_look, scale_statis
 from optax_guard._step import count_if
 from optax_guard._sums import REDUCTIONS, MicroBatch, check_reduction, check_shapes, labels, too_large, with_passengers
 from optax_guard._tree import (
-    check_arrays,
+    as_arrays,
+    as_params,
+    check_same_shapes,
     check_same_structure,
     find_states,
     is_gradient,
@@ -189,7 +191,7 @@ def accumulate(
         return jnp.zeros_like(leaf, dtype=wider_dtype(accumulator_dtype, leaf.dtype))
 
     def init(params: optax.Params) -> AccumulateState:
-        check_arrays(name, params)
+        params = as_params(name, params)
         if positions(params):  # Optax also calls `init` with a placeholder without leaves
             check_reduction(reduction, params)
         return AccumulateState(
@@ -388,11 +390,12 @@ def flush(
         )
     if params is None:
         raise ValueError("flush: `params` must be the parameters, from which the step is taken; got None.")
-    check_arrays("flush", params)
+    params = as_params("flush", params)
     check_same_structure("flush", "params", params, "params at init", state.gradient_sum)
     if like is None:
         like = jax.tree.map(lambda x: x if is_gradient(x) else np.zeros(x.shape, jax.dtypes.float0), params)
-    check_same_structure("flush", "like", like, "params", params)
+    like = as_arrays("flush", like)
+    check_same_shapes("flush", "like", like, "params", params)
     return step.flush(state, params, like, extra)
 
 

@@ -21,7 +21,7 @@ from optax_guard._extra import warn_of_misspellings
 from optax_guard._parts import part_of, with_part
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import GradientStatistics
-from optax_guard._tree import cast_like, check_arrays, check_same_structure, find_states, is_gradient, wider_dtype
+from optax_guard._tree import cast_like, check_same_shapes, checked, difference, find_states, is_gradient, wider_dtype
 from optax_guard._typing import AxisName, Mask, PyTree
 
 __all__ = [
@@ -36,8 +36,11 @@ __all__ = [
     "no_updates",
     "refuse_inside",
     "settle",
+    "step_without_params",
     "take_step",
 ]
+
+_MOMENTS = ("mu", "nu", "trace", "ema", "sum_of_squares")  # fields of Optax's states in the structure of the gradient
 
 
 class RunFn(Protocol):
@@ -97,10 +100,12 @@ def fast_transformation(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        check_arrays(function, updates)
-        if params is not None:
-            check_same_structure(function, "updates", updates, "params", params)
-        return once(updates, state, params, None, updates, extra, fast=False)
+        updates, params = checked(function, updates, params)
+
+        def step() -> tuple[optax.Updates, optax.OptState]:
+            return once(updates, state, params, None, updates, extra, fast=False)
+
+        return step() if params is not None else step_without_params(function, step, updates, state)
 
     flush = None if flush is None else compiled_once(flush)
     return FastTransformation(init, with_part(update, FastStep(once, judges, axis_name, flush, mask)))
@@ -177,7 +182,8 @@ def apply_gradients(
 
     Args:
       tx: any Optax transformation; those without a fast way go through `update` and `optax.apply_updates`.
-      grads: gradients in the structure of `params`.
+      grads: gradients in the structure and shapes of `params` (of `params.fast` under `optax.lookahead`); None stands
+        for a part without a gradient. Python numbers count as 0-d arrays, in both.
       state: the state from `tx.init(params)` or the step before.
       params: the parameters.
       **extra: forwarded to `tx.update`. The loss is called `value`; a number called `loss` is taken for it where there
@@ -187,7 +193,8 @@ def apply_gradients(
       The new (params, state).
 
     Raises:
-      ValueError: `grads` has another structure than `params` or a leaf that is not an array (with the leaf's path).
+      ValueError: `grads` has another structure or shape than `params`, or a leaf that is not an array (with the leaf's
+        path); `params` is None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,8 +204,9 @@ def apply_gradients(
       >>> params["w"]
       Array([0.5, 0.5], dtype=float32)
     """
-    check_arrays("apply_gradients", grads)
-    check_same_structure("apply_gradients", "grads", grads, "params", params)
+    if params is None:
+        raise ValueError("apply_gradients: `params` must be the parameters, which the step is taken from; got None.")
+    grads, params = checked("apply_gradients", grads, params, called="grads")
     return take_step(tx, grads, state, params, None, grads, extra)
 
 
@@ -277,6 +285,32 @@ def mean_of(total: PyTree, factor: jax.Array | None, like: PyTree) -> PyTree:
     return cast_like(total, like)
 
 
+def step_without_params(function: str, step: Callable[[], Any], updates: PyTree, state: Any) -> Any:
+    """One step for which there are no parameters to compare the gradients with; the moments tell where they differ."""
+
+    def story() -> str | None:
+        for node in find_states(state, tuple):
+            for name in _MOMENTS:
+                moment = getattr(node, name, None)
+                found = moment is not None and difference("updates", updates, name, moment, shapes=True)
+                if found:
+                    return f"{function}: {found}"
+        return None
+
+    try:
+        new_updates, new_state = step()
+        # A gradient that was broadcast against a moment comes back in its shape, or the moment in the gradient's.
+        check_same_shapes(function, "updates", updates, "what the optimizer makes of it", new_updates)
+        if jax.tree.structure(new_state) == jax.tree.structure(state):
+            check_same_shapes(function, "the new state", new_state, "the state", state)
+    except (TypeError, ValueError) as error:
+        told = story()
+        if told is None:
+            raise
+        raise ValueError(told) from error
+    return new_updates, new_state
+
+
 def settle(function: str, new_state: Any, old_state: Any) -> Any:
     """The new inner state with the dtypes of the old one, or an error that says why it cannot be held."""
     if jax.tree.structure(new_state) != jax.tree.structure(old_state):
@@ -284,6 +318,7 @@ def settle(function: str, new_state: Any, old_state: Any) -> Any:
             f"{function}: the inner optimizer changes the structure of its state in `update`, so a step cannot be held "
             f"(`optax.monitor` does this): {jax.tree.structure(old_state)} became {jax.tree.structure(new_state)}."
         )
+    check_same_shapes(function, "the new state", new_state, "the state", old_state)
     return cast_like(new_state, old_state)
 
 

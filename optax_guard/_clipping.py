@@ -31,7 +31,15 @@ from optax_guard._statistics import (
     safe_sqrt,
 )
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import check_arrays, check_with_params, is_gradient, map_gradients, path_name, wider_dtype
+from optax_guard._tree import (
+    checked,
+    checked_with_params,
+    is_function,
+    is_gradient,
+    map_gradients,
+    path_name,
+    wider_dtype,
+)
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
 __all__ = ["ClipState", "adaptive_grad_clip", "clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value"]
@@ -192,8 +200,8 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra
-        check_arrays("clip_by_value", updates)
+        del extra
+        updates, _ = checked("clip_by_value", updates, params)
         bound, state = bound_and_state(max_value, state)
 
         def clip(leaf: jax.Array) -> jax.Array:
@@ -283,7 +291,7 @@ def adaptive_grad_clip(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        check_with_params(name, updates, params)
+        updates, params = checked_with_params(name, updates, params)
         ratio, state = bound_and_state(clipping, state)
 
         asked = _axes_by_path(name, axis, params)
@@ -365,7 +373,7 @@ def _is_axes(node: Any) -> bool:
 
 def _axes_by_path(name: str, axis: Any, params: PyTree) -> dict[Any, Any]:
     """The axes asked for, by the path of a leaf or of a subtree; {(): axis} for one answer for all."""
-    axes = axis(params) if callable(axis) else axis
+    axes = axis(params) if is_function(axis) else axis
     asked = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes))
     leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for path, entry in asked.items():

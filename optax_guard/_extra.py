@@ -16,7 +16,7 @@ import numpy as np
 from optax_guard._axes import mean_over
 from optax_guard._typing import AxisName
 
-__all__ = ["loss_in", "warn_of_misspellings", "with_value"]
+__all__ = ["loss_in", "named_by", "warn_of_misspellings", "with_value"]
 
 _READ = ("value", "weight", "loss")
 _NEAR = 2  # letters changed, added or left out
@@ -55,7 +55,7 @@ def warn_of_misspellings(extra: dict[str, Any], receiver: Any = None) -> None:
     near = {name: word for name in extra for word in _READ if name not in _READ and _distance(name, word) <= _NEAR}
     if not near:
         return
-    known = _parameters(receiver)
+    known = named_by(receiver)
     for name, word in near.items():
         if name not in known:
             _warn(name, word)
@@ -67,7 +67,8 @@ def _warn(name: str, word: str) -> None:
     warnings.warn(f"optax_guard: nothing reads the extra argument `{name}`; {meant}.", stacklevel=4)
 
 
-def _parameters(receiver: Any) -> set[str]:
+def named_by(receiver: Any) -> set[str]:
+    """The parameters that an `update` has by name."""
     try:
         return set(inspect.signature(receiver.update).parameters)
     except (AttributeError, TypeError, ValueError):  # no receiver, or a function that tells no signature

@@ -33,7 +33,7 @@ from optax_guard._apply import (
     take_step,
 )
 from optax_guard._axes import on_any_device
-from optax_guard._extra import loss_in, warn_of_misspellings, with_value
+from optax_guard._extra import loss_in, named_by, warn_of_misspellings, with_value
 from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._parts import part_of
 from optax_guard._precision import LossScalingState
@@ -50,7 +50,7 @@ from optax_guard._record import EVENTS, FlightRecorder, Row, add_row, empty_reco
 from optax_guard._rule import Judgement, Rule
 from optax_guard._statistics import GradientStatistics, first_look, overflows, scale_statistics, squarable
 from optax_guard._step import count_if, next_step
-from optax_guard._tree import cast_like, check_arrays, find_states, unwrapped
+from optax_guard._tree import as_params, cast_like, find_states, unwrapped
 from optax_guard._typing import AxisName, Mask, PyTree
 
 __all__ = ["HOLDING", "GuardState", "TrainingHalted", "clear_halt", "guard", "guarded", "raise_if_halted"]
@@ -110,7 +110,7 @@ def guard(
     patience: int = 10,
     halt_after: int = 50,
     history: int = 256,
-    check_updates: bool = False,
+    check_updates: bool | None = None,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> FastTransformation:
@@ -145,7 +145,7 @@ def guard(
     steps of trouble in a row, the loss up   nothing more, or what `recovery` says: reset, back off, rewind
     NaN, Inf, anything outside `mask`        not seen: neither held nor counted, and `inner` gets zeros there
     zero gradient, empty tree                the inner optimizer steps as it would alone
-    float16, update not finite               applied by `check_updates=False`; held and counted by True
+    float16, update not finite               applied unless `check_updates=True`: held and counted
     parameter + update beyond the dtype      both finite: the largest number of the dtype; held and counted with
                                              `check_updates=True`. Through `optax.apply_updates`: Inf, unless checked
     =======================================  ==========================================================================
@@ -161,7 +161,8 @@ def guard(
       history: rows of the flight recorder (>= 1); each takes 36 bytes.
       check_updates: also hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a zero
         float16 gradient into NaN, or would take a finite parameter beyond its dtype. Costs a second copy of parameters
-        and inner state while it runs.
+        and inner state while it runs. None: only if `inner.update` has a parameter for gradients that it asks for
+        itself (`grad_fn`, as `optax.contrib.sam` does), which never pass through here.
       mask: which leaves are trained: booleans in the structure of (a prefix of) the parameters, a function from the
         parameters (or gradients) to these, or a pattern of paths such as `"*lora*"`. The gradients of all others are
         never read: rules, norms and the flight log do not see them, and `inner` gets zeros in their place. Freeze the
@@ -218,7 +219,7 @@ def guarded(
     patience: int,
     halt_after: int,
     history: int,
-    check_updates: bool,
+    check_updates: bool | None,
     mask: Mask | None,
     axis_name: AxisName | None,
 ) -> FastTransformation:
@@ -227,8 +228,11 @@ def guarded(
     halt_after = _validate.integer(name, "halt_after", halt_after, low=1)
     history = _validate.integer(name, "history", history, low=1, high=_validate.MILLION)
     _validate.axis_name(name, axis_name)
-    check_updates = _validate.boolean(name, "check_updates", check_updates)
     inner = as_transformation(name, inner, argument)
+    if check_updates is None:  # an optimizer that asks for gradients by itself: none of these is seen here
+        checks = any("grad_fn" in parameter for parameter in named_by(inner))
+    else:
+        checks = _validate.boolean(name, "check_updates", check_updates)
     judges: list[Judgement] = []
     for position, each in enumerate(rules):
         judgement = part_of(each, Judgement)
@@ -249,7 +253,7 @@ def guarded(
     update_inner = inner.update
 
     def init(params: optax.Params) -> GuardState:
-        check_arrays(name, params)
+        params = as_params(name, params)
         only_chosen(name, mask, params)  # a mask that does not match is told here
         inner_state = inner.init(params)
         refuse_inside(name, argument, inner_state, {LossScalingState: "loss_scaling", AccumulateState: "accumulate"})
@@ -311,12 +315,12 @@ def guarded(
 
         def act() -> tuple[PyTree, Any, jax.Array]:
             nothing_bad = jnp.full((), -1, jnp.int32)
-            if fast and not check_updates and not scales_updates:
+            if fast and not checks and not scales_updates:
                 gradient = mean_of(total, scale, like)
                 new_params, new_state = take_step(inner, gradient, inner_state, params, None, like, extra)
                 return new_params, settle(name, new_state, inner_state), nothing_bad
             updates, new_state = propose()
-            if not check_updates:
+            if not checks:
                 return add_updates(params, updates) if fast else updates, new_state, nothing_bad
             bad_leaf = _first(bad_updates(params, updates), axis_name)
             result, new_state = lax.cond(
@@ -617,7 +621,10 @@ def _what_to_do(
     many = all(np.shape(leaf)[: len(shape)] == shape for leaf in jax.tree.leaves(params))
     bad = None if params is None else nonfinite_leaf(member(params, index if many else ()))
     if bad is not None:
-        return f"The parameters themselves hold {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint."
+        return (
+            f"The parameters themselves hold {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint. "
+            "If they were finite before, the optimizer made that of a finite gradient: `check_updates=True` holds it."
+        )
     inside = member(guard_state.guarded_state, index)
     bad = nonfinite_moment(inside, {} if params is None else params)
     if bad is not None:

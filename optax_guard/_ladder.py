@@ -66,6 +66,7 @@ class RecoveryState(NamedTuple):
 class Ladder(NamedTuple):
     """The rungs of a guard, and whose they are."""
 
+    function: str  # what the caller called
     reset: Reset | None
     back_off: BackOff | None
     rewind: Rewind | None
@@ -131,7 +132,8 @@ def as_ladder(
         found[name] = rung
     if not found:
         return None
-    return Ladder(found.get("reset_moments"), found.get("back_off"), found.get("rewind"), inner, axis_name, mask)
+    reset, back_off, rewind = (found.get(name) for name in names.values())
+    return Ladder(function, reset, back_off, rewind, inner, axis_name, mask)
 
 
 def _rung(each: Any) -> Reset | BackOff | Rewind | None:
@@ -183,7 +185,7 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
         return None
     for rung, option in ((ladder.reset, "reset_moments"), (ladder.rewind, "rewind")):
         if rung is not None:
-            check_has_params("guard", params, f"`recovery=({option}(...),)`")
+            check_has_params(ladder.function, params, f"`recovery=({option}(...),)`")
     never = jnp.zeros((), bool)
     reasons = dict.fromkeys(RECOVERIES, never)
     bad = ~seen.finite | seen.refused | state.bad_update_before

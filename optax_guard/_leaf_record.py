@@ -24,7 +24,7 @@ from optax_guard._reading import SeenLeaves, seen_names
 from optax_guard._rule import Rule, Verdict, rule
 from optax_guard._statistics import GradientStatistics
 from optax_guard._step import next_step
-from optax_guard._tree import check_arrays, find_states, leaf_names, positions, unwrapped
+from optax_guard._tree import as_arrays, check_leaf_count, find_states, leaf_names, positions, unwrapped
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["LeafLog", "LeafRecordState", "leaf_log", "record_leaves"]
@@ -101,7 +101,7 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
     _validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> LeafRecordState:
-        check_arrays(name, params)
+        params = as_arrays(name, params)
         leaves = len(positions(params))
         return LeafRecordState(
             recorded_norms=jnp.full((window, leaves), _EMPTY, jnp.float32), recorded_steps=jnp.zeros((), jnp.int32)
@@ -111,6 +111,7 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
         statistics: GradientStatistics, state: LeafRecordState, params: PyTree | None = None, **extra: Any
     ) -> tuple[Verdict, LeafRecordState]:
         del params, extra
+        check_leaf_count(name, state.recorded_norms.shape[1], statistics.sum_squares.shape[0])
         norms = statistics.leaf_norms.astype(jnp.float32)
         coded = jnp.where(jnp.isnan(norms), _NAN, jnp.where(jnp.isinf(norms), _INF, norms))
         place = state.recorded_steps % window

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_guard._tree import check_arrays, is_gradient, leaf_names, path_name
+from optax_guard._tree import as_arrays, is_gradient, leaf_names, path_name
 from optax_guard._typing import PyTree
 
 __all__ = ["Problem", "batch_size", "part_of_batch", "problem"]
@@ -25,7 +25,7 @@ def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: P
     """Checks all three, and raises a ValueError that says what is wrong and what to do."""
     if not callable(loss_fn):
         raise ValueError(f"{function}: `loss_fn` must be a function of (params, batch); got {loss_fn!r}.")
-    check_arrays(function, params)
+    params = as_arrays(function, params)
     leaves, structure = jax.tree.flatten(params)
     where = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and leaf.size > 0]
     if not where:
@@ -73,7 +73,7 @@ def _kind(result: Any) -> str:
 
 def batch_size(function: str, batch: PyTree) -> int:
     """The number of examples, or a ValueError with the path of the leaf that disagrees."""
-    check_arrays(function, batch)
+    batch = as_arrays(function, batch)
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
         raise ValueError(f"{function}: `batch` has no arrays.")

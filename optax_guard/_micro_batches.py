@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from optax_guard import _validate
 from optax_guard._eager import compiled_once
 from optax_guard._statistics import first_look, scale_statistics, squarable
-from optax_guard._tree import check_arrays, is_gradient, path_name, varying_axes, wider_dtype
+from optax_guard._tree import as_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._typing import PyTree
 
 __all__ = ["accumulate_gradients"]
@@ -166,7 +166,7 @@ def accumulate_gradients(
         return value / divide.astype(value.dtype), mean, aux
 
     def value_and_grads(params: PyTree, batch: PyTree, *args: Any, key: Any = None) -> tuple[Any, PyTree]:
-        check_arrays(name, batch)
+        params, batch = as_arrays(name, params), as_arrays(name, batch)
         if axis_name is None or _bound(axis_name):
             value, grads, aux = local(params, _padded(batch, n, 1, remainder), args, key)
         else:

@@ -25,7 +25,7 @@ from optax_guard._guard import GuardState
 from optax_guard._ladder import RecoveryState
 from optax_guard._reading import is_traced, nonfinite_leaf, nonfinite_moment
 from optax_guard._recovery import ResetState
-from optax_guard._tree import check_arrays, find_states, path_name, unwrapped
+from optax_guard._tree import as_arrays, find_states, path_name, unwrapped
 from optax_guard._typing import PyTree
 
 __all__ = ["find_inner_state", "inner_state", "with_guard_state", "without_guards"]
@@ -87,7 +87,7 @@ def with_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
       (1, 0)
     """
     name = "with_guard_state"
-    check_arrays(name, params)
+    params = as_arrays(name, params)
     fresh = as_transformation(name, tx, "tx").init(params)
     whole, pieces = _pieces(name, fresh, inner_state)
     leaves = iter([_array(leaf) for piece in pieces for leaf in piece.leaves])
@@ -132,7 +132,7 @@ def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
       ('1',)
     """
     name = "find_inner_state"
-    check_arrays(name, params)
+    params = as_arrays(name, params)
     _, pieces = _pieces(name, jax.eval_shape(as_transformation(name, tx, "tx").init, params), inner_state)
     return tuple(piece.path for piece in pieces if piece.path is not None)
 

@@ -31,7 +31,15 @@ from optax_guard._prng import Words, bits, leaf_words, normal, raw_key, salt, st
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, gradient_statistics
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import check_arrays, is_gradient, leaf_names, positions, resolve_mask, small_leaves_together
+from optax_guard._tree import (
+    as_arrays,
+    checked,
+    is_gradient,
+    leaf_names,
+    positions,
+    resolve_mask,
+    small_leaves_together,
+)
 from optax_guard._typing import Mask, PRNGKeyLike, PyTree, ScalarOrSchedule
 
 __all__ = ["NoiseState", "anticorrelated_noise", "langevin_noise", "noise_injection", "perturb_weights"]
@@ -358,7 +366,7 @@ def perturb_weights(
 
     @functools.wraps(loss_fn)
     def noisy_loss(params: PyTree, *args: Any, noise_key: PRNGKeyLike, **kwargs: Any) -> Any:
-        check_arrays(name, params)
+        params = as_arrays(name, params)
         stream = step_words(raw_key(name, noise_key), jnp.zeros((), jnp.uint32), salted)
         clean = lax.stop_gradient(params)
         draw = _draw(name, stream, clean, mask, value_at(sigma, None))
@@ -386,14 +394,14 @@ def _noise(
 
     def init(params: optax.Params) -> NoiseState:
         if mask is not None:
-            resolve_mask(name, mask, params)
+            resolve_mask(name, mask, as_arrays(name, params))
         return NoiseState(noise_key=jnp.copy(data), noise_step=jnp.zeros((), jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra
-        check_arrays(name, updates)
+        del extra
+        updates, _ = checked(name, updates, params)
         noisy = perturb(updates, state)
         return noisy, NoiseState(noise_key=state.noise_key, noise_step=next_step(state.noise_step))
 

@@ -25,7 +25,15 @@ import optax
 from optax_guard import _validate
 from optax_guard._statistics import accumulator_dtype, direction, multiplied
 from optax_guard._step import next_step, value_at
-from optax_guard._tree import check_arrays, check_with_params, is_gradient, map_gradients, resolve_mask, wider_dtype
+from optax_guard._tree import (
+    as_arrays,
+    checked,
+    checked_with_params,
+    is_gradient,
+    map_gradients,
+    resolve_mask,
+    wider_dtype,
+)
 from optax_guard._typing import Mask, PyTree, ScalarOrSchedule
 
 __all__ = [
@@ -277,14 +285,14 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: str = "soft") -> optax.G
     _validate.one_of(name, "kind", kind, ("soft", "dense"))
 
     def init(params: optax.Params) -> optax.OptState:
-        check_arrays(name, params)
+        params = as_arrays(name, params)
         return _schedule_state((threshold,))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra
-        check_arrays(name, updates)
+        del extra
+        updates, _ = checked(name, updates, params)
         (bound,), state = _values_and_next((threshold,), state)
 
         def shrink(gradient: jax.Array) -> jax.Array:
@@ -314,7 +322,7 @@ def _penalty(
     """A transformation that adds `force(weight, *strengths)` to the gradient."""
 
     def init(params: optax.Params) -> optax.OptState:
-        check_arrays(name, params)
+        params = as_arrays(name, params)
         penalised(name, mask, params)
         return _schedule_state(strengths)
 
@@ -322,7 +330,7 @@ def _penalty(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        check_with_params(name, updates, params)
+        updates, params = checked_with_params(name, updates, params)
         values, state = _values_and_next(strengths, state)
 
         def add(gradient: jax.Array, weight: jax.Array, chosen: bool) -> jax.Array:

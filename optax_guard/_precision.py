@@ -34,7 +34,7 @@ from optax_guard._masked import chosen, only_chosen, select_statistics, zeros_el
 from optax_guard._parts import part_of
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, squarable
 from optax_guard._step import count_if
-from optax_guard._tree import check_arrays, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
+from optax_guard._tree import as_params, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["LossScalingState", "loss_scaling", "scale_loss"]
@@ -155,7 +155,7 @@ def loss_scaling(
     mask = None if inside is None else inside.mask
 
     def init_state(params: optax.Params) -> LossScalingState:
-        check_arrays(name, params)
+        params = as_params(name, params)
         unscaled_state = inner.init(jax.tree.map(_widened, params))
         if find_states(unscaled_state, LossScalingState):
             raise ValueError(f"{name}: `inner` holds another `{name}`; gradients are scaled once.")

@@ -131,7 +131,7 @@ def stabilize(
         halt_after=halt_after,
         history=history,
         mask=mask,
-        check_updates=False,
+        check_updates=None,
         axis_name=axis_name,
     )
 

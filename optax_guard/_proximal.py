@@ -31,8 +31,10 @@ from optax_guard._second_moment import Reader, Response, injected_learning_rate,
 from optax_guard._statistics import accumulator_dtype, multiplied
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import (
-    check_arrays,
+    as_arrays,
+    as_params,
     check_has_params,
+    count_true,
     is_gradient,
     leaf_names,
     positions,
@@ -64,7 +66,7 @@ class ProximalState(NamedTuple):
 class Sparsity(NamedTuple):
     """Exact zeros, by leaf path and in all."""
 
-    zeros: dict[str, jax.Array]  # i32[]: number of elements that are exactly zero
+    zeros: dict[str, jax.Array]  # i32[]: elements that are exactly zero (f32[] in a leaf of 2^31 elements or more)
     share: dict[str, jax.Array]  # f32[]: the same over the size of the leaf
     total_share: jax.Array  # f32[]: over all leaves
 
@@ -330,14 +332,14 @@ def sparsity(params: PyTree) -> Sparsity:
       >>> sparsity({"kernel": jnp.array([[0.0, 2.0], [-0.0, 1e-30]])}).zeros
       {'kernel': Array(2, dtype=int32)}
     """
-    check_arrays("sparsity", params)
+    params = as_arrays("sparsity", params)
     named = [
         (name, leaf)
         for name, leaf in zip(leaf_names(params), positions(params), strict=True)
         if leaf is not None and leaf.dtype != jax.dtypes.float0
     ]
-    zeros = {name: jnp.sum(leaf == 0, dtype=jnp.int32) for name, leaf in named}
-    share = {name: (zeros[name] / max(leaf.size, 1)).astype(jnp.float32) for name, leaf in named}
+    zeros = {name: count_true(leaf == 0) for name, leaf in named}
+    share = {name: zeros[name].astype(jnp.float32) / float(max(leaf.size, 1)) for name, leaf in named}
     weights = [(share[name], float(leaf.size)) for name, leaf in named]
     size = sum(size for _, size in weights)
     total = jnp.asarray(sum(part * (size_ / size) for part, size_ in weights) if size else 0.0, jnp.float32)
@@ -359,16 +361,18 @@ def _proximal(
         learning_rate = _validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
     update_inner = inner.update
 
-    def rate_of(state: Any, step: jax.Array) -> jax.Array:
-        return injected_learning_rate(name, state) if learning_rate is None else value_at(learning_rate, step)
+    def rate_of(state: Any, params: PyTree, step: jax.Array) -> jax.Array:
+        return injected_learning_rate(name, state, params) if learning_rate is None else value_at(learning_rate, step)
 
     def init(params: optax.Params) -> ProximalState:
-        check_arrays(name, params)
+        params = as_params(name, params)
         state = inner.init(params)
         refuse_inside(name, "inner", state, HOLDING)  # a held step must not be shrunk
         step, chosen = jnp.zeros((), jnp.int32), penalised(name, mask, params)
         # What is missing is told now; nothing is computed.
-        jax.eval_shape(lambda state: (responses(read, state, params, chosen, step), rate_of(state, step)), state)
+        jax.eval_shape(
+            lambda state: (responses(read, state, params, chosen, step), rate_of(state, params, step)), state
+        )
         return ProximalState(proximal_state=state, proximal_step=step)
 
     def run(
@@ -383,7 +387,7 @@ def _proximal(
         check_has_params(name, params)
         updates, new_state = update_inner(mean_of(total, factor, like), state.proximal_state, params, **extra)
         step = state.proximal_step
-        rate = rate_of(new_state, step)
+        rate = rate_of(new_state, params, step)
         forces = [jnp.maximum(value_at(strength, step), 0) for strength in strengths]
         chosen = penalised(name, mask, params)
 

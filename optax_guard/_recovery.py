@@ -31,7 +31,7 @@ from optax_guard._parts import with_part
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import first_look
 from optax_guard._step import count_if
-from optax_guard._tree import check_arrays
+from optax_guard._tree import checked
 from optax_guard._typing import AxisName
 from optax_guard._watch import empty_watch, loss_above, watch_loss
 
@@ -276,8 +276,7 @@ def back_off(
     def update(
         updates: optax.Updates, state: BackOffState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, BackOffState]:
-        del params
-        check_arrays(name, updates)
+        updates, _ = checked(name, updates, params)
         warn_of_misspellings(extra)
         finite = jnp.all(first_look(updates, axis_name).finite)
         loss, watch = loss_in(name, extra, axis_name), state.back_off_watch

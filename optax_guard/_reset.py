@@ -1,6 +1,7 @@
 """Which arrays of an optimizer's state are moments, how they start anew, and how one sees that they are dead.
 
-A moment is a floating-point array with at least one dimension, or a 0-d one whose path ends in that of a 0-d parameter.
+A moment is a floating-point array with at least one dimension, or a 0-d one that stands for a 0-d parameter in a tree
+in the structure of the parameters.
 A counter that sits beside a moment in the same state (Adam's `count`) is the moment's age: it starts anew with it, or
 Adam's bias correction would no longer fit (zeroed moments under an old count give updates up to 6.5 times too large).
 Every other counter (a schedule's), key, flag and 0-d number (an injected learning rate) is kept.
@@ -15,7 +16,7 @@ from jax import lax
 
 from optax_guard._axes import on_any_device, sharding_of, sum_over
 from optax_guard._statistics import first_look
-from optax_guard._tree import is_gradient, map_gradients, positions, wider_dtype
+from optax_guard._tree import is_gradient, is_like, map_gradients, positions, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["all_finite", "fingerprints", "moments", "moves_float32", "reset_state"]
@@ -98,21 +99,19 @@ def _rounded(leaf: Any) -> Any:
 
 def _moments_and_ages(state: PyTree, params: PyTree) -> tuple[set[int], set[int]]:
     """Indices into the state's leaves: the moments, and the moments with their ages."""
-    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_gradient(leaf)}
-    longest = max((len(path) for path in shapes), default=0)
-    paths = jax.tree_util.tree_leaves_with_path(state)
+    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     found, homes = set(), set()
-    for i, (path, leaf) in enumerate(paths):
-        if not is_gradient(leaf) or any(getattr(key, "name", None) in _NO_MOMENTS for key in path):
-            continue
-        ends = (path[len(path) - n :] for n in range(min(longest, len(path) - 1), -1, -1))
-        end = next((end for end in ends if end in shapes), None)
-        if leaf.ndim > 0 or (end is not None and shapes[end] == ()):
-            found.add(i)
-            homes.add(path[: len(path) - 1 - len(end or ())])
-    ages = {
-        i
-        for i, (path, leaf) in enumerate(paths)
-        if leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer) and path[:-1] in homes
-    }
+    counters: list[tuple[int, tuple[Any, ...]]] = []
+    place = 0
+    # Trees in the structure of the parameters are met whole, so that no name of a parameter is taken for a state's.
+    for path, part in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda node: is_like(node, params)):
+        kept = any(getattr(key, "name", None) in _NO_MOMENTS for key in path)
+        for below, leaf in jax.tree_util.tree_leaves_with_path(part):
+            if is_gradient(leaf) and not kept and (leaf.ndim > 0 or shapes.get(below) == ()):
+                found.add(place)
+                homes.add(path[:-1])
+            elif leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer):
+                counters.append((place, (*path, *below)[:-1]))
+            place += 1
+    ages = {i for i, home in counters if home in homes}
     return found, found | ages

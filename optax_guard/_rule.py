@@ -28,7 +28,7 @@ from optax_guard._statistics import (
     overflows,
     scale_statistics,
 )
-from optax_guard._tree import is_gradient
+from optax_guard._tree import checked, is_gradient
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["Judge", "Judgement", "Rule", "Verdict", "rule"]
@@ -117,6 +117,7 @@ def rule(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         warn_of_misspellings(extra)
+        updates, params = checked("rule", updates, params)
         statistics = gradient_statistics(updates, axis_name=axis_name)
         verdict, state = judge(statistics, state, params, **with_value(extra))
         scaled = scale_statistics(statistics, verdict.scale)

@@ -6,7 +6,7 @@ both. Optax keeps the moments in the state, but not the constants (decay, eps), 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ from optax._src.transform import (  # states that Optax makes but does not expor
 from optax_guard import _validate
 from optax_guard._statistics import accumulator_dtype
 from optax_guard._step import value_at
-from optax_guard._tree import check_same_structure, is_gradient, leaf_names, path_name, positions
+from optax_guard._tree import check_same_structure, find_states, is_gradient, is_like, path_name, positions
 from optax_guard._typing import PyTree
 
 __all__ = ["Reader", "Response", "injected_learning_rate", "reader", "responses"]
 
 METRICS = ("auto", "second_moment", "identity")
-ANY = "*"  # the path of an array that fits no parameter
+Path: TypeAlias = tuple[Any, ...]  # of keys, since two leaves may have one name
+ANY: Path = ("*",)  # the path of an array that fits no parameter
 
 
 class Reader(NamedTuple):
@@ -80,48 +81,46 @@ def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Read
 
 def responses(read: Reader, state: Any, params: PyTree, chosen: PyTree, step: jax.Array) -> list[Response]:
     """One per position; `step` counts the steps before this one. Raises where the metric cannot be had."""
-    names, leaves = leaf_names(params), positions(params)
-    shapes = {name: leaf.shape for name, leaf in zip(names, leaves, strict=True) if is_gradient(leaf)}
-    roots: dict[str, jax.Array] = {}
-    gains: dict[str, jax.Array] = {}
-    unknown: dict[str, str] = {}
-    for node, constants in _states(state, {}):
+    leaves = dict(jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None))
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if is_gradient(leaf)}
+    roots: dict[Path, jax.Array] = {}
+    gains: dict[Path, jax.Array] = {}
+    unknown: dict[Path, str] = {}
+    for node, constants in _states(state, params, {}):
         kind = type(node).__name__
         if isinstance(node, optax.TraceState):
-            summed = [name for name, _ in _arrays(node.trace, shapes)]
-            gains |= {name: _gain(read, constants, step) for name in summed}
-            unknown |= {name: kind for name in summed if name == ANY}
+            summed = [path for path, _ in _arrays(node.trace, shapes)]
+            gains |= {path: _gain(read, constants, step) for path in summed}
+            unknown |= {path: kind for path in summed if path == ANY}
         elif type(node) in _MOMENTS:
-            for name, root in _roots(read, node, constants, shapes):
-                if name in roots:
-                    raise ValueError(f"{read.function}: `inner` keeps two second moments for leaf `{name}`.")
-                roots[name] = root
-            unknown |= {name: kind for name in roots if name == ANY}
+            for path, root in _roots(read, node, constants, shapes):
+                if path in roots:
+                    raise ValueError(f"{read.function}: `inner` keeps two second moments for leaf `{_name(path)}`.")
+                roots[path] = root
+            unknown |= {path: kind for path in roots if path == ANY}
         elif not isinstance(node, optax.EmaState):
-            fields = node if _is_state(node) else (node,)
-            unknown |= {name: kind for field in fields for name, _ in _arrays(field, shapes)}
-    needed = [name for name, use in zip(names, positions(chosen), strict=True) if use and name in shapes]
+            unknown |= {path: kind for part in _parts(node, params)[1] for path, _ in _arrays(part, shapes)}
+    needed = [path for path, use in zip(leaves, positions(chosen), strict=True) if use and path in shapes]
     _check(read, needed, roots, unknown)
     if callable(read.metric):
         tree = read.metric(state)
         check_same_structure(read.function, "metric", tree, "params", params)
-        roots = {name: jnp.asarray(root) for name, root in zip(names, positions(tree), strict=True) if root is not None}
+        roots = {
+            path: jnp.asarray(root) for path, root in zip(leaves, positions(tree), strict=True) if root is not None
+        }
     elif read.metric == "identity":
         roots = {}
-    return [Response(roots.get(name), gains.get(name)) for name in names]
+    return [Response(roots.get(path), gains.get(path)) for path in leaves]
 
 
-def injected_learning_rate(function: str, state: Any) -> jax.Array:
+def _name(path: Path) -> str:
+    return "*" if path == ANY else path_name(path)
+
+
+def injected_learning_rate(function: str, state: Any, params: PyTree) -> jax.Array:
     """The `learning_rate` that `optax.inject_hyperparams` keeps in a state."""
-    rates: list[jax.Array] = []
-
-    def look(node: Any) -> bool:
-        hyperparams = getattr(node, "hyperparams", None)
-        if isinstance(hyperparams, dict) and "learning_rate" in hyperparams:
-            rates.append(jnp.asarray(hyperparams["learning_rate"]))
-        return False
-
-    jax.tree.leaves(state, is_leaf=look)
+    injected = [_hyperparams(node) for node in find_states(state, tuple, params)]
+    rates = [jnp.asarray(each["learning_rate"]) for each in injected if "learning_rate" in each]
     if len(rates) != 1:
         raise ValueError(
             f"{function}: `learning_rate` must be given, as a number or the schedule of `inner`: it is read from "
@@ -134,50 +133,62 @@ def _is_state(node: Any) -> bool:
     return hasattr(node, "_fields")
 
 
-def _states(node: Any, constants: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _hyperparams(node: Any) -> dict[str, Any]:
+    found = getattr(node, "hyperparams", None) if _is_state(node) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _states(node: Any, params: PyTree, constants: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every state inside a state, in any nesting, with the hyperparameters that were injected around it."""
-    if _is_state(node) and isinstance(getattr(node, "hyperparams", None), dict):
-        constants = {**constants, **node.hyperparams}
-    else:
+    injected = _hyperparams(node)
+    constants = {**constants, **injected}
+    if not injected:
         yield node, constants
         if type(node) in _MOMENTS or isinstance(node, (optax.TraceState, optax.EmaState)):
-            return  # inside are only arrays, also where the parameters are a NamedTuple
-    for child in jax.tree.leaves(node, is_leaf=lambda part: part is not node and _is_state(part)):
-        if _is_state(child):
-            yield from _states(child, constants)
+            return  # inside are only arrays
+    for child in _parts(node, params)[0]:
+        yield from _states(child, params, constants)
 
 
-def _arrays(field: Any, shapes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _parts(node: Any, params: PyTree) -> tuple[list[Any], list[Any]]:
+    """The states directly inside a node; what else is in it: trees like the parameters (of any NamedTuple), arrays."""
+    fields = node if _is_state(node) else (node,)
+    parts = jax.tree.leaves(list(fields), is_leaf=lambda part: _is_state(part) or is_like(part, params))
+    states = [part for part in parts if _is_state(part) and not is_like(part, params)]
+    return states, [part for part in parts if not any(part is state for state in states)]
+
+
+def _arrays(tree: Any, shapes: dict[Path, Any]) -> Iterator[tuple[Path, Any]]:
     """(path, array) of a tree in the structure of the parameters; the path is `ANY` where no parameter fits."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(field, is_leaf=_is_state):
-        if _is_state(leaf) or not hasattr(leaf, "ndim") or not is_gradient(leaf):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "ndim") or not is_gradient(leaf):
             continue
-        name = path_name(path)
-        if shapes.get(name) == leaf.shape:
-            yield name, leaf
+        if shapes.get(path) == leaf.shape:
+            yield path, leaf
         elif leaf.ndim > 0:  # a single number is a statistic
             yield ANY, leaf
 
 
-def _check(read: Reader, needed: list[str], roots: dict[str, Any], unknown: dict[str, str]) -> None:
+def _check(read: Reader, needed: list[Path], roots: dict[Path, Any], unknown: dict[Path, str]) -> None:
     if callable(read.metric) or read.metric == "identity":
         return
     if read.metric == "second_moment":
-        missing = [name for name in needed if name not in roots]
+        missing = [_name(path) for path in needed if path not in roots]
         if missing:
             raise ValueError(
                 f"{read.function}: metric='second_moment', but the state of `inner` has none for leaf `{missing[0]}`; "
                 "take metric='identity', or an optimizer that keeps one (Adam, AMSGrad, RMSProp, Adagrad, AdaBelief)."
             )
         return
-    for name in needed:
-        kind = unknown.get(name, None if name in roots else unknown.get(ANY))
+    for path in needed:
+        kind = unknown.get(path, None if path in roots else unknown.get(ANY))
         if kind is not None:
             raise ValueError(
-                f"{read.function}: metric='auto' does not know by what {kind} divides the step of leaf `{name}`. Give "
-                "metric=, a function from the state of `inner` to that divisor, or 'second_moment' to take the one "
-                "found beside it, or 'identity' to shrink by learning_rate * strength, which under a sign or "
-                "orthogonalised step (Lion, Muon) is a pull in proportion to the step and not a penalty of the loss."
+                f"{read.function}: metric='auto' does not know by what {kind} divides the step of leaf "
+                f"`{_name(path)}`. Give metric=, a function from the state of `inner` to that divisor, or "
+                "'second_moment' to take the one found beside it, or 'identity' to shrink by learning_rate * strength, "
+                "which under a sign or orthogonalised step (Lion, Muon) is a pull in proportion to the step and not a "
+                "penalty of the loss."
             )
 
 
@@ -198,7 +209,7 @@ def _gain(read: Reader, constants: dict[str, Any], step: jax.Array) -> jax.Array
     return (1 - momentum ** (step + 1).astype(momentum.dtype)) / (1 - momentum)
 
 
-def _roots(read: Reader, node: Any, constants: dict[str, Any], shapes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _roots(read: Reader, node: Any, constants: dict[str, Any], shapes: dict[Path, Any]) -> Iterator[tuple[Path, Any]]:
     """(path, what the step is divided by, Inf where every gradient was zero)."""
     kind = _MOMENTS[type(node)]
     eps = _constant(read.eps, constants, ("eps",), kind.eps)
@@ -209,14 +220,14 @@ def _roots(read: Reader, node: Any, constants: dict[str, Any], shapes: dict[str,
     if kind.b2 is not None:
         b2 = _constant(read.b2, constants, ("b2", "decay"), kind.b2)
         correction = 1 - b2 ** node.count.astype(b2.dtype)
-    for name, leaf in second.items():
+    for path, leaf in second.items():
         real = accumulator_dtype(leaf.dtype)
         share, small = correction.astype(real), eps.astype(real)
         v = leaf.real.astype(real) / share
         seen = v != 0
         if kind.use_of_mean == "subtracted":
-            v = jnp.maximum(v - jnp.square(jnp.abs(first[name]).astype(real) / share), 0)
+            v = jnp.maximum(v - jnp.square(jnp.abs(first[path]).astype(real) / share), 0)
         elif kind.use_of_mean == "seen":
-            seen = first[name] != 0
+            seen = first[path] != 0
         root = jnp.sqrt(jnp.where(seen, v + small, 1)) if kind.eps_in_sqrt else jnp.sqrt(jnp.where(seen, v, 1)) + small
-        yield name, jnp.where(seen, root, jnp.inf)
+        yield path, jnp.where(seen, root, jnp.inf)

@@ -127,9 +127,9 @@ def dynamics(
         return one, two
 
     one, two = probe(gradient, loss)
-    b1 = next((b for kind in _AVERAGES if (b := _ratio(one, two, kind, "mu")) is not None), None)
-    b2 = next((b for kind in _AVERAGES if (b := _ratio(one, two, kind, "nu")) is not None), 0.999)
-    trace = _ratio(one, two, optax.TraceState, "trace")
+    b1 = next((b for kind in _AVERAGES if (b := _ratio(one, two, params, kind, "mu")) is not None), None)
+    b2 = next((b for kind in _AVERAGES if (b := _ratio(one, two, params, kind, "nu")) is not None), 0.999)
+    trace = _ratio(one, two, params, optax.TraceState, "trace")
     used = one if state is None else state
     chosen = jax.tree.map(lambda _: True, params)
     try:
@@ -148,9 +148,9 @@ def dynamics(
     return divisors, 2 * (1 + (trace or 0.0))
 
 
-def _ratio(one: Any, two: Any, kind: type, field: str) -> float | None:
+def _ratio(one: Any, two: Any, params: PyTree, kind: type, field: str) -> float | None:
     """The constant of a moving average or trace from its value after one and after two updates."""
-    first, second = find_states(one, kind), find_states(two, kind)
+    first, second = find_states(one, kind, params), find_states(two, kind, params)
     if not first or not hasattr(first[0], field):
         return None
     before, after = (float(global_norm(getattr(states[0], field))) for states in (first, second))

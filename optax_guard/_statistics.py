@@ -24,7 +24,7 @@ from jax import lax
 
 from optax_guard import _validate
 from optax_guard._axes import Sharding, max_over, sharding_of, sum_over
-from optax_guard._tree import check_arrays, is_gradient, positions, small_leaves_together, wider_dtype
+from optax_guard._tree import as_arrays, is_gradient, positions, small_leaves_together, wider_dtype
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = [
@@ -229,7 +229,7 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
       `optax.tree.norm`, which reduces in the gradient's own dtype: float16 [300, 1] and float32 [1e20] have norm Inf.
     """
     _validate.axis_name("gradient_statistics", axis_name)
-    check_arrays("gradient_statistics", tree)
+    tree = as_arrays("gradient_statistics", tree)
     look = first_look(tree, axis_name)
     if look.sum_squares.shape == (0,):
         return look
@@ -275,7 +275,7 @@ def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array
       `optax.tree.norm`: the same number for ordinary float32 trees.
     """
     _validate.axis_name("global_norm", axis_name)
-    check_arrays("global_norm", tree)
+    tree = as_arrays("global_norm", tree)
     return gradient_statistics(tree, axis_name=axis_name).norm
 
 

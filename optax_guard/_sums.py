@@ -9,7 +9,17 @@ from jax import lax
 
 from optax_guard._axes import axis_names, on_any_device
 from optax_guard._statistics import GradientStatistics, first_look, scale_statistics, squarable, widest_accumulator
-from optax_guard._tree import check_same_structure, is_gradient, leaf_names, path_name, positions, varying_axes
+from optax_guard._tree import (
+    check_leaf_count,
+    check_same_shapes,
+    check_same_structure,
+    is_function,
+    is_gradient,
+    leaf_names,
+    path_name,
+    positions,
+    varying_axes,
+)
 from optax_guard._typing import AxisName, PyTree
 
 __all__ = ["REDUCTIONS", "MicroBatch", "check_reduction", "check_shapes", "labels", "too_large", "with_passengers"]
@@ -102,7 +112,7 @@ def labels(reduction: Any, tree: PyTree) -> list[str]:
     """The reduction of every position."""
     if isinstance(reduction, str):
         return [reduction] * len(positions(tree))
-    chosen = reduction(tree) if callable(reduction) else reduction
+    chosen = reduction(tree) if is_function(reduction) else reduction
     for path, label in jax.tree_util.tree_leaves_with_path(chosen):
         if not isinstance(label, str) or label not in REDUCTIONS:
             raise ValueError(
@@ -114,7 +124,7 @@ def labels(reduction: Any, tree: PyTree) -> list[str]:
             lambda label, part: jax.tree.map(lambda _: label, part, is_leaf=lambda x: x is None), chosen, tree
         )
     except (ValueError, TypeError) as error:
-        check_same_structure("accumulate", "reduction", chosen, "params", tree)
+        check_same_structure("accumulate", "reduction", chosen, "params", tree, prefix=True)
         raise ValueError(f"accumulate: `reduction` does not match the structure of the parameters: {error}") from error
     return jax.tree.leaves(spread)
 
@@ -157,9 +167,6 @@ def with_passengers(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
 
 def check_shapes(gradient_sum: PyTree, updates: PyTree) -> None:
     """Adding would broadcast silently where shapes differ."""
-    check_same_structure("accumulate", "updates", updates, "params at init", gradient_sum)
-    for path, leaf, total in zip(leaf_names(updates), positions(updates), positions(gradient_sum), strict=True):
-        if is_gradient(leaf) and leaf.shape != total.shape:
-            raise ValueError(
-                f"accumulate: leaf `{path}` has shape {leaf.shape}, but the parameters at init had {total.shape}."
-            )
+    gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, updates)  # passengers have no sum
+    check_same_shapes("accumulate", "updates", gradients, "params at init", gradient_sum)
+    check_leaf_count("accumulate", len(positions(gradient_sum)), len(positions(updates)))

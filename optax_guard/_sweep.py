@@ -13,7 +13,7 @@ from optax_guard._apply import take_step
 from optax_guard._loss import problem
 from optax_guard._statistics import gradient_statistics
 from optax_guard._terminal import number, plain, text_table
-from optax_guard._tree import check_arrays, path_name
+from optax_guard._tree import as_arrays, path_name
 from optax_guard._typing import PyTree
 
 __all__ = ["LearningRateSweep", "learning_rate_sweep"]
@@ -180,7 +180,7 @@ class _Mark:
 
 
 def _steps(name: str, batches: PyTree) -> None:
-    check_arrays(name, batches)
+    batches = as_arrays(name, batches)
     leaves = jax.tree_util.tree_leaves_with_path(batches)
     if not leaves:
         raise ValueError(f"{name}: `batches` has no arrays.")

@@ -25,7 +25,7 @@ from optax_guard._history import Series, empty_series, published_threshold, push
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, first_look, multiplied, safe_sqrt
 from optax_guard._step import count_if, next_step, value_at
-from optax_guard._tree import check_arrays, check_with_params, is_gradient, positions
+from optax_guard._tree import checked, checked_with_params, is_gradient, positions
 from optax_guard._typing import AxisName, PyTree, ScalarOrSchedule
 
 __all__ = ["ClippyState", "LimitStepState", "UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
@@ -137,7 +137,7 @@ def limit_step(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, LimitStepState]:
         del extra
-        check_with_params(name, updates, params)
+        updates, params = checked_with_params(name, updates, params)
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
         moved = _squares(updates, axis_name)
         weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
@@ -178,8 +178,9 @@ def clip_by_update_norm(
     Guarantees:
       - Nothing that is not finite enters the history, and a non-finite update changes none of it.
       - ||u|| <= limit (1 + 4 eps of the dtype); an update within it is returned bit for bit.
-      - Up to `follow` - 1 spikes within 2 * follow - 1 steps, of any size, move the limit only as much as values *at*
-        the limit can: the clipped norm is what is remembered.
+      - Up to `follow` - 1 spikes within 2 * follow - 1 steps, of any size, are remembered as values *at* the limit.
+        Seven raise that of a full window by at most x1.02 (norms of log-sd 0.1) or x2.3 (0.3). In a young window each
+        raises the next: by x3 to x15 in all after 60 norms, x4 to x1000 after 30, without bound after 15.
       - A lasting rise is followed after `follow` clipped steps where the noise is small against it.
       - An update within x2 of the median is never touched, nor are the first 2 * follow - 1.
 
@@ -238,8 +239,8 @@ def clip_by_update_norm(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra
-        check_arrays(name, updates)
+        del extra
+        updates, _ = checked(name, updates, params)
         squares = _squares(updates, axis_name)
         norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
         finite = jnp.all(jnp.isfinite(squares))
@@ -321,7 +322,7 @@ def clippy(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, ClippyState]:
         del extra
-        check_with_params(name, updates, params)
+        updates, params = checked_with_params(name, updates, params)
         ratio = jnp.maximum(value_at(relative, state.clippy_step), 0)
 
         def share_of(leaf: Any, weight: Any) -> jax.Array:

@@ -36,6 +36,7 @@ from optax_guard._sharpness import dynamics, hessian_product, largest_eigenvalue
 from optax_guard._statistics import gradient_statistics
 from optax_guard._sweep import LearningRateSweep, learning_rate_sweep
 from optax_guard._terminal import progress_bar, two_digits
+from optax_guard._tree import count_true
 from optax_guard._typing import PyTree
 
 __all__ = [
@@ -364,10 +365,10 @@ def _curvature(
 def _headroom(p: Problem, batch: PyTree, loss: jax.Array, gradient: list[jax.Array], dtype: Any) -> Headroom:
     limit = jnp.finfo(dtype)
     largest = max(float(jnp.max(jnp.abs(g))) for g in gradient)
-    nonzero = sum(int(jnp.sum(g != 0)) for g in gradient)
+    nonzero = sum(int(count_true(g != 0)) for g in gradient)
     wide = [g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in gradient]
-    lost = sum(int(jnp.sum((g != 0) & (g.astype(dtype) == 0))) for g in wide)
-    small = sum(int(jnp.sum((g != 0) & (jnp.abs(g) < float(limit.smallest_normal)))) for g in wide)
+    lost = sum(int(count_true((g != 0) & (g.astype(dtype) == 0))) for g in wide)
+    small = sum(int(count_true((g != 0) & (jnp.abs(g) < float(limit.smallest_normal)))) for g in wide)
     top = float(np.log2(float(limit.max)))
     bits = top - float(np.log2(largest)) if largest > 0 else float("inf")
     size = abs(float(loss))

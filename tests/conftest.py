@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 
+import hangs
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first computation starts a backend
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(hangs, "hangs")  # for the doctests of the package, too
 
 
 @pytest.fixture(autouse=True, scope="module")  # not per test, which Hypothesis would call an unsafe fixture

@@ -223,7 +223,9 @@ def test_metrics_show_the_cycle() -> None:
 def test_bad_input_is_refused_by_name() -> None:
     tx = og.accumulate(optax.sgd(1.0), 2)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"leaf `b` has shape \(1,\), but the parameters at init had \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"leaf `b` of `updates` has shape \(1,\), but in `params at init` it has \(3,\)"
+    ):
         tx.update({"w": jnp.zeros((2, 2)), "b": jnp.zeros(1)}, state)
     with pytest.raises(ValueError, match="lacks leaf `b`"):
         tx.update({"w": jnp.zeros((2, 2))}, state)

@@ -266,3 +266,40 @@ def test_cycles_of_one_give_the_updates_of_the_inner_optimizer_bit_for_bit(
             updates.append(np.asarray(moved["w"]).tobytes())
         stepped.append(updates)
     assert stepped[0] == stepped[1] == stepped[2]
+
+
+# Bursts
+
+
+def test_seven_spikes_hardly_raise_the_limit_on_updates_of_a_full_window() -> None:
+    norms = np.exp(np.random.default_rng(0).normal(0, 0.1, 200)).astype(np.float32)
+    tx, burst = og.clip_by_update_norm(), np.full(7, 1e15, np.float32)
+
+    @quick_jit
+    def passed(norms: jax.Array) -> jax.Array:
+        state = tx.init(norms[:1])
+        return jax.lax.scan(lambda s, x: tx.update(x[None], s)[::-1], state, norms)[1][:, 0]
+
+    limits = np.asarray(passed(jnp.asarray(np.concatenate([norms, burst]))))[-7:]
+    assert limits[-1] <= 1.02 * limits[0]
+    assert limits[0] < 3
+
+
+def test_what_stable_spam_passes_on_has_a_norm_of_at_most_its_stated_bound() -> None:
+    """The worst history by Cauchy-Schwarz, norms that fall as (gamma1 / gamma2)^age; a burst; a rise."""
+    tx = og.stable_spam(optax.identity(), restart_every=None)
+
+    @quick_jit
+    def sizes(norms: jax.Array) -> jax.Array:
+        def step(state: Any, norm: jax.Array) -> tuple[Any, jax.Array]:
+            updates, state = tx.update(jnp.full(4, norm / 2), state)
+            return state, og.global_norm(updates)
+
+        return jax.lax.scan(step, tx.init(jnp.zeros(4)), norms)[1]
+
+    bound = 0.3 / np.sqrt(0.1 * (1 - 0.49 / 0.9))
+    silence = np.full(200, 1e-6)
+    for history in ((0.7 / 0.9) ** np.arange(30.0)[::-1], np.full(30, 1.0), np.geomspace(1e-3, 1.0, 30)):
+        got = np.asarray(sizes(jnp.asarray(np.concatenate([silence, history]).astype(np.float32))))
+        assert got.max() <= bound * 1.0001
+    assert bound == pytest.approx(1.405, abs=1e-3)

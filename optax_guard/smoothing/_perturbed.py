@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from optax_guard import _validate
 from optax_guard._noise import perturb_weights
 from optax_guard._prng import raw_key, salt, step_words
-from optax_guard._tree import check_arrays, resolve_mask
+from optax_guard._tree import as_arrays, resolve_mask
 from optax_guard._typing import Mask, PRNGKeyLike, PyTree
 from optax_guard.smoothing import _arguments, _sampling
 from optax_guard.smoothing._arguments import ApplyFn
@@ -114,7 +114,7 @@ def perturbed_accuracy(
     progress = _validate.boolean(name, "progress", progress)
     images, data = _arguments.check_inputs(name, inputs), raw_key(name, key)
     classes = _arguments.check_labels(name, labels, len(images))
-    check_arrays(name, params)
+    params = as_arrays(name, params)
     chosen = None if weight_mask is None else tuple(jax.tree.leaves(resolve_mask(name, weight_mask, params)))
     rows = min(batch_size, len(images))
     _arguments.logit_count(name, apply_fn, params, images, rows)
