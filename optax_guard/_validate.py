@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_guard._axes import LeafAxes
 from optax_guard._typing import AxisName
@@ -163,7 +164,7 @@ def axis_name(function: str, value: Any) -> AxisName | None:
 
 def shown(value: Any) -> str:
     """A value for a message: short, and telling where it is traced."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return f"a traced {value.dtype}{list(value.shape)}, where it must be known when the function is called"
     if getattr(value, "ndim", 0) and value.size > 8:
         return f"an array {value.dtype}{list(value.shape)}"
@@ -177,7 +178,7 @@ def _is_real(value: Any) -> bool:
 
 def _concrete(value: Any) -> float | None:
     """The number that a value is, or None if it is none, or is not known."""
-    if isinstance(value, (jax.core.Tracer, bool, np.bool_)):
+    if isinstance(value, (Tracer, bool, np.bool_)):
         return None
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         if value.shape != () or not _is_real(value):
@@ -188,7 +189,7 @@ def _concrete(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:  # a whole number beyond float64
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def _as_float32(number: float) -> float:
