@@ -162,11 +162,9 @@ def as_arrays(function: str, tree: PyTree) -> PyTree:
 
 def _is_canonical(leaf: Any) -> bool:
     """Whether it is an array that JAX need not convert: no Python number, no float64 of NumPy's without x64."""
-    if not isinstance(leaf, (*_NUMBERS, np.ndarray, np.generic)):
-        return True
-    return hasattr(leaf, "dtype") and (
-        leaf.dtype == jax.dtypes.float0 or leaf.dtype == jax.dtypes.canonicalize_dtype(leaf.dtype)
-    )
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype == jax.dtypes.float0 or leaf.dtype == jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return not isinstance(leaf, _NUMBERS)
 
 
 def check_has_params(function: str, params: PyTree | None, option: str = "") -> None:
