@@ -20,6 +20,7 @@ from optax_guard._eager import compiled_once
 from optax_guard._extra import warn_of_misspellings
 from optax_guard._parts import part_of, with_part
 from optax_guard._rule import scale_leaves
+from optax_guard._state_check import state_check
 from optax_guard._statistics import GradientStatistics
 from optax_guard._tree import cast_like, check_same_shapes, checked, difference, find_states, is_gradient, wider_dtype
 from optax_guard._typing import AxisName, Mask, PyTree
@@ -95,7 +96,7 @@ def fast_transformation(
     mask: Mask | None = None,
 ) -> FastTransformation:
     """Both ways to take a step, Optax's and the fast one, from one function."""
-    once: RunFn = compiled_once(run)
+    once: RunFn = compiled_once(_on_own_state(function, init, run, whole=judges))
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
@@ -109,6 +110,19 @@ def fast_transformation(
 
     flush = None if flush is None else compiled_once(flush)
     return FastTransformation(init, with_part(update, FastStep(once, judges, axis_name, flush, mask)))
+
+
+def _on_own_state(function: str, init: Any, run: Any, whole: bool) -> RunFn:
+    """`run` on a state that is checked first."""
+    check = state_check(function, init, whole=whole)
+
+    def checked(
+        total: PyTree, state: Any, params: PyTree | None, factor: Any, like: PyTree, *rest: Any, **known: Any
+    ) -> tuple[PyTree, Any]:
+        check(state, params, like)
+        return run(total, state, params, factor, like, *rest, **known)
+
+    return checked
 
 
 def as_transformation(function: str, inner: Any, argument: str = "inner") -> optax.GradientTransformationExtraArgs:

@@ -80,8 +80,8 @@ def push(series: Series, x: jax.Array, kept: jax.Array, accept: jax.Array, seen:
     accept = accept & seen
     place, spot = series.accepted_total % series.accepted.shape[0], series.recent_total % series.recent.shape[0]
     return Series(
-        accepted=series.accepted.at[place].set(jnp.where(accept, kept, series.accepted[place])),
-        recent=series.recent.at[spot].set(jnp.where(seen, x, series.recent[spot])),
+        accepted=jnp.asarray(series.accepted).at[place].set(jnp.where(accept, kept, series.accepted[place])),
+        recent=jnp.asarray(series.recent).at[spot].set(jnp.where(seen, x, series.recent[spot])),
         accepted_total=_counted(series.accepted_total, accept, series.accepted.shape[0]),
         recent_total=_counted(series.recent_total, seen, series.recent.shape[0]),
     )

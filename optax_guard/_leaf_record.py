@@ -117,7 +117,8 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
         place = state.recorded_steps % window
         verdict = Verdict(scale=jnp.ones((), statistics.sum_squares.dtype), skip=jnp.zeros((), bool))
         return verdict, LeafRecordState(
-            recorded_norms=state.recorded_norms.at[place].set(coded), recorded_steps=next_step(state.recorded_steps)
+            recorded_norms=jnp.asarray(state.recorded_norms).at[place].set(coded),
+            recorded_steps=next_step(state.recorded_steps),
         )
 
     return rule(init, judge, axis_name=axis_name, sees_nonfinite=True)

@@ -25,6 +25,7 @@ from optax_guard._guard import GuardState
 from optax_guard._ladder import RecoveryState
 from optax_guard._reading import is_traced, nonfinite_leaf, nonfinite_moment
 from optax_guard._recovery import ResetState
+from optax_guard._state_check import is_single_leaf
 from optax_guard._tree import as_arrays, find_states, path_name, unwrapped
 from optax_guard._typing import PyTree
 
@@ -260,8 +261,8 @@ def _the_only(name: str, places: list[_Piece]) -> _Piece:
 
 def _fitting(wanted: PyTree, got: PyTree, shapes: bool = True) -> list[Any] | None:
     """The leaves of `got` in the order of those of `wanted`; None if it is another state."""
-    if _is_leaf(wanted) or _is_leaf(got):
-        fits = _is_leaf(wanted) and _is_leaf(got) and (not shapes or _same_array(wanted, got))
+    if is_single_leaf(wanted) or is_single_leaf(got):
+        fits = is_single_leaf(wanted) and is_single_leaf(got) and (not shapes or _same_array(wanted, got))
         return [got] if fits else None
     kinds = {type(node) for node in (wanted, got) if hasattr(node, "_fields")}
     children, theirs = _children(wanted), dict(_children(got))
@@ -273,19 +274,15 @@ def _fitting(wanted: PyTree, got: PyTree, shapes: bool = True) -> list[Any] | No
 
 def _children(node: PyTree) -> list[tuple[str, PyTree]]:
     """One level of a tree; what holds no leaf does not count, since a restore may turn it into anything."""
-    if _is_leaf(node):
+    if is_single_leaf(node):
         return []
     below = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda part: part is not node)
     return [(path_name(path), child) for path, child in below if jax.tree.leaves(child)]
 
 
-def _is_leaf(node: Any) -> bool:
-    return jax.tree_util.treedef_is_leaf(jax.tree.structure(node))
-
-
 def _is_variable(node: Any) -> bool:
     """One of nnx's, which is a tree around its array."""
-    return hasattr(type(node), "get_value") and hasattr(type(node), "set_value") and not _is_leaf(node)
+    return hasattr(type(node), "get_value") and hasattr(type(node), "set_value") and not is_single_leaf(node)
 
 
 def _same_array(wanted: Any, got: Any) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import quick_jit
+from registry import ENTRIES, Entry
 
 import optax_guard as og
 
@@ -311,3 +312,115 @@ def test_reset_moments_starts_moments_anew_that_came_in_bad(bad: float) -> None:
     np.testing.assert_array_equal(params["a"], PARAMS["a"])
     params, state = step(GRADS, state, params)
     np.testing.assert_allclose(params["a"], PARAMS["a"] - 0.1, rtol=1e-5)  # Adam's first step
+
+
+# A state that is not of this transformation
+
+OWN = GUARD.init(PARAMS)
+RECOVERING = og.guard(ADAM, og.clip_by_global_norm(1.0), recovery=(og.back_off(),), history=4)
+TWO_RULES = og.guard(ADAM, og.clip_by_global_norm(1.0), og.skip_spikes(), history=4)
+WRONG = {
+    "bare": (GUARD, OWN.guarded_state, "it is a tuple, here a GuardState. There is no guard in it: `with_guard_state"),
+    "list": (GUARD, list(OWN), "it is a list, here a GuardState"),
+    "list inside": (
+        GUARD,
+        OWN._replace(guarded_state=list(OWN.guarded_state)),
+        "`guarded_state` is a list, here a tuple. `with_guard_state.*`inner_state",
+    ),
+    "a rule less": (TWO_RULES, OWN, "it has the states of 1 rules, here are 2"),
+    "a rule more": (og.guard(ADAM), OWN, "it has the states of 1 rules, here are 0"),
+    "recovery added": (RECOVERING, OWN, "from a guard without `recovery`, and this one is with"),
+    "recovery removed": (GUARD, RECOVERING.init(PARAMS), "from a guard with `recovery`, and this one is without"),
+    "a guard's in accumulate": (og.accumulate(GUARD, 2), OWN, "it is a GuardState, here a AccumulateState"),
+    "a guard's in accumulate of none": (
+        og.accumulate(ADAM, 2),
+        og.accumulate(GUARD, 2).init(PARAMS),
+        "There is a guard in it: `inner_state",
+    ),
+    "other parameters": (GUARD, GUARD.init({**PARAMS, "c": jnp.ones(1)}), "it has `guarded_state/0/mu/c`"),
+    "other shapes": (
+        GUARD,
+        GUARD.init({**PARAMS, "b": jnp.ones(4)}),
+        r"`guarded_state/0/mu/b` has the shape \(4,\), \(3,\) here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_state_of_another_transformation_is_refused_with_what_differs(case: str) -> None:
+    tx, state, message = WRONG[case]
+    for take in (tx.update, lambda *a: og.apply_gradients(tx, *a)):
+        with pytest.raises(ValueError, match=f"`state` is not a state of this transformation: .*{message}"):
+            take(GRADS, state, PARAMS)
+    if not case.startswith("other"):  # gradients alone tell no shapes of parameters
+        with pytest.raises(ValueError, match="is not a state of this transformation"):
+            tx.update(GRADS, state)
+
+
+FAST = [entry for entry in ENTRIES if isinstance(entry.make(), og.FastTransformation)]
+
+
+@pytest.mark.parametrize("entry", FAST, ids=str)
+def test_every_wrapper_refuses_states_that_are_not_its_own_and_takes_its_own(entry: Entry) -> None:
+    tx = entry.make()
+    state = jax.eval_shape(tx.init, PARAMS)
+
+    def step(state: Any) -> Any:
+        return jax.eval_shape(lambda s: og.apply_gradients(tx, GRADS, s, PARAMS, value=jnp.float32(1.0)), state)
+
+    step(state)
+    for wrong in (list(state), state[0], (), {"state": state}, jax.eval_shape(ADAM.init, PARAMS)):
+        with pytest.raises(ValueError, match="is not a state of this transformation"):
+            step(wrong)
+
+
+def test_a_check_of_the_state_is_remembered_and_lets_pass_what_works() -> None:
+    calls = []
+
+    def init(params: Any) -> Any:
+        calls.append(1)
+        return optax.TraceState(jax.tree.map(jnp.zeros_like, params))
+
+    def peeks(params: Any) -> Any:
+        assert all(float(jnp.sum(x)) > 0 for x in jax.tree.leaves(params))  # looks at values: cannot be traced
+        return init(params)
+
+    for start in (init, peeks):
+        tx = og.guard(optax.GradientTransformation(start, lambda u, s, _=None: (u, s)), history=4)
+        state = tx.init(PARAMS)
+        calls.clear()
+        for _ in range(3):
+            jax.eval_shape(tx.update, GRADS, state, PARAMS)
+        assert len(calls) <= 1
+    longer = og.guard(ADAM, og.clip_by_global_norm(1.0), history=8).init(PARAMS)  # goes on with its own length
+    jax.eval_shape(GUARD.update, GRADS, longer, PARAMS)
+
+
+NUMPY = [
+    entry
+    for entry in ENTRIES
+    if str(entry)
+    in (
+        "guard-check_updates",
+        "stabilize-max_change",
+        "loss_scaling-accumulate",
+        "skip_spikes",
+        "record_leaves",
+        "clip_by_update_norm",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "entry", [*NUMPY, *(pytest.param(e, marks=pytest.mark.slow) for e in ENTRIES if e not in NUMPY)], ids=str
+)
+def test_a_state_of_numpy_arrays_is_stepped_like_one_of_jax(entry: Entry) -> None:
+    tx = entry.make()
+    state = tx.init(PARAMS)
+    results = []
+    for form in (lambda tree: tree, jax.device_get):
+        grads, old, params = form((GRADS, state, PARAMS))
+        updates, new = tx.update(grads, old, params, value=form(jnp.float32(1.0)))
+        results.append(jax.tree.leaves((updates, tx.update(grads, form(new), params, value=form(jnp.float32(1.0))))))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
