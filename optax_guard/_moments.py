@@ -30,6 +30,7 @@ from optax_guard import _validate
 from optax_guard._apply import as_transformation, refuse_inside, step_without_params
 from optax_guard._guard import HOLDING
 from optax_guard._second_moment import Reader, reader, responses
+from optax_guard._state_check import state_check
 from optax_guard._statistics import accumulator_dtype, direction, multiplied
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import (
@@ -172,10 +173,13 @@ def spam_clip(
         refuse_inside(name, "inner", inner_state, HOLDING)
         return SpamState(spam_inner_state=inner_state, spam_step=jnp.zeros((), jnp.int32))
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, SpamState]:
         updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
         step = next_step(state.spam_step)
         restart, factor = _restart(step, restart_every, warmup)
         before = _restarted(state.spam_inner_state, params, restart, counts=not faithful)
@@ -308,6 +312,8 @@ def stable_spam(
             leaf_steps=jnp.zeros(leaves, jnp.int32),
         )
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, StableSpamState]:
@@ -322,6 +328,7 @@ def stable_spam(
         updates: optax.Updates, state: StableSpamState, params: optax.Params | None, extra: dict[str, Any]
     ) -> tuple[optax.Updates, StableSpamState]:
         check_leaf_count(name, state.leaf_steps.shape[0], len(positions(updates)))
+        check_state(state, params, updates)
         step = next_step(state.stable_spam_step)
         restart = _restart(step, restart_every, 0)[0]
         like = updates if params is None else params
@@ -413,10 +420,13 @@ def clip_by_update_rms(
         refuse_inside(name, "inner", inner_state, HOLDING)
         return inner_state
 
+    check_state = state_check(name, init, whole=False)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
         gradients = updates
         updates, after = update_inner(updates, state, params, **extra)
         roots = _roots(read, after, params)
