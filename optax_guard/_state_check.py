@@ -34,7 +34,9 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
     """
 
     @functools.lru_cache(maxsize=16)
-    def difference(state_tree: Any, state_shapes: _Shapes, params_tree: Any, params_types: Any) -> str | None:
+    def difference(
+        state_tree: Any, state_shapes: _Shapes, params_tree: Any, params_types: Any, shapes: bool
+    ) -> str | None:
         params = jax.tree.unflatten(params_tree, [jax.ShapeDtypeStruct(*each) for each in params_types])
         state = jax.tree.unflatten(state_tree, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
         try:
@@ -43,7 +45,7 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
             return None
         if not whole:
             return None if type(state) is type(wanted) else _kinds("it", state, wanted) + _cure(state, wanted)
-        found = _first_difference(state, wanted, ())
+        found = _first_difference(state, wanted, (), shapes)
         return None if found is None else found + _cure(state, wanted)
 
     def check(state: Any, params: PyTree | None, gradients: PyTree) -> None:
@@ -51,23 +53,25 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
         leaves, structure = jax.tree.flatten(like, is_leaf=(lambda leaf: leaf is None) if params is None else None)
         if params is None and not all(is_gradient(leaf) for leaf in leaves):
             return  # gradients with holes do not tell what the parameters are
-        shapes, state_tree = jax.tree.flatten(state)
+        state_leaves, state_tree = jax.tree.flatten(state)
+        state_shapes = tuple(np.shape(leaf) for leaf in state_leaves)
         types = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        found = difference(state_tree, tuple(np.shape(leaf) for leaf in shapes), structure, types)
+        # A gradient of another shape is no fault of the state, and is told where gradients are checked.
+        found = difference(state_tree, state_shapes, structure, types, shapes=params is not None)
         if found is not None:
             raise ValueError(f"{function}: `state` is not a state of this transformation: {found}")
 
     return check
 
 
-def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...]) -> str | None:
+def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...], shapes: bool) -> str | None:
     """What differs first, from the top down; None if nothing does."""
     name = f"`{path_name(path)}`" if path else "it"
     if any(getattr(key, "name", None) == "recorder" for key in path[:-1]):
         return None  # a flight recorder of another length is read and written all the same
     leaves = is_single_leaf(got), is_single_leaf(wanted)
     if all(leaves):
-        same = got.shape == wanted.shape
+        same = not shapes or got.shape == wanted.shape
         return None if same else f"{name} has the shape {got.shape}, {wanted.shape} here, as for other parameters"
     if any(leaves) or type(got) is not type(wanted):
         return _kinds(name, got, wanted)
@@ -80,7 +84,7 @@ def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...]) -> str
             return f"it lacks `{below}`"
         if key not in others:
             return f"it has `{below}`, which is not there here"
-        found = _first_difference(children[key], others[key], (*path, key))
+        found = _first_difference(children[key], others[key], (*path, key), shapes)
         if found is not None:
             return found
     if jax.tree.structure(got) != jax.tree.structure(wanted):
