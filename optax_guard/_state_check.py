@@ -15,14 +15,9 @@ import numpy as np
 from optax_guard._tree import is_gradient, path_name
 from optax_guard._typing import PyTree
 
-__all__ = ["as_jax_arrays", "is_single_leaf", "state_check"]
+__all__ = ["is_single_leaf", "state_check"]
 
 _Shapes = tuple[tuple[int, ...], ...]
-
-
-def as_jax_arrays(tree: PyTree) -> PyTree:
-    """NumPy leaves, as msgpack, pickle and `jax.device_get` give them, as JAX arrays."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else leaf, tree)
 
 
 def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = True) -> Callable[..., None]:
@@ -33,21 +28,6 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
     in it.
     """
 
-    @functools.lru_cache(maxsize=16)
-    def difference(
-        state_tree: Any, state_shapes: _Shapes, params_tree: Any, params_types: Any, shapes: bool
-    ) -> str | None:
-        params = jax.tree.unflatten(params_tree, [jax.ShapeDtypeStruct(*each) for each in params_types])
-        state = jax.tree.unflatten(state_tree, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
-        try:
-            wanted = jax.eval_shape(init, params)
-        except jax.errors.JAXTypeError:  # an optimizer whose `init` looks at values: nothing to compare with
-            return None
-        if not whole:
-            return None if type(state) is type(wanted) else _kinds("it", state, wanted) + _cure(state, wanted)
-        found = _first_difference(state, wanted, (), shapes)
-        return None if found is None else found + _cure(state, wanted)
-
     def check(state: Any, params: PyTree | None, gradients: PyTree) -> None:
         like = gradients if params is None else params
         leaves, structure = jax.tree.flatten(like, is_leaf=(lambda leaf: leaf is None) if params is None else None)
@@ -57,11 +37,33 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
         state_shapes = tuple(np.shape(leaf) for leaf in state_leaves)
         types = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         # A gradient of another shape is no fault of the state, and is told where gradients are checked.
-        found = difference(state_tree, state_shapes, structure, types, shapes=params is not None)
+        found = _difference(init, whole, params is not None, state_tree, state_shapes, structure, types)
         if found is not None:
             raise ValueError(f"{function}: `state` is not a state of this transformation: {found}")
 
     return check
+
+
+@functools.lru_cache(maxsize=64)
+def _difference(
+    init: Callable[[PyTree], Any],
+    whole: bool,
+    shapes: bool,
+    state_tree: Any,
+    state_shapes: _Shapes,
+    params_tree: Any,
+    params_types: tuple[Any, ...],
+) -> str | None:
+    params = jax.tree.unflatten(params_tree, [jax.ShapeDtypeStruct(*each) for each in params_types])
+    state = jax.tree.unflatten(state_tree, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
+    try:
+        wanted = jax.eval_shape(init, params)
+    except jax.errors.JAXTypeError:  # an optimizer whose `init` looks at values: nothing to compare with
+        return None
+    if not whole:
+        return None if type(state) is type(wanted) else _kinds("it", state, wanted) + _cure(state, wanted)
+    found = _first_difference(state, wanted, (), shapes)
+    return None if found is None else found + _cure(state, wanted)
 
 
 def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...], shapes: bool) -> str | None:
