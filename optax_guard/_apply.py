@@ -116,13 +116,13 @@ def _on_own_state(function: str, init: Any, run: Any, whole: bool) -> RunFn:
     """`run` on a state that is checked first."""
     check = state_check(function, init, whole=whole)
 
-    def checked(
+    def on_own_state(
         total: PyTree, state: Any, params: PyTree | None, factor: Any, like: PyTree, *rest: Any, **known: Any
     ) -> tuple[PyTree, Any]:
         check(state, params, like)
         return run(total, state, params, factor, like, *rest, **known)
 
-    return checked
+    return on_own_state
 
 
 def as_transformation(function: str, inner: Any, argument: str = "inner") -> optax.GradientTransformationExtraArgs:

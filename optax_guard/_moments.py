@@ -312,7 +312,7 @@ def stable_spam(
             leaf_steps=jnp.zeros(leaves, jnp.int32),
         )
 
-    check_state = state_check(name, init)
+    check_state = state_check(name, init, whole=False)  # other parameters are told by the count of leaves
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
@@ -327,8 +327,8 @@ def stable_spam(
     def run(
         updates: optax.Updates, state: StableSpamState, params: optax.Params | None, extra: dict[str, Any]
     ) -> tuple[optax.Updates, StableSpamState]:
-        check_leaf_count(name, state.leaf_steps.shape[0], len(positions(updates)))
         check_state(state, params, updates)
+        check_leaf_count(name, state.leaf_steps.shape[0], len(positions(updates)))
         step = next_step(state.stable_spam_step)
         restart = _restart(step, restart_every, 0)[0]
         like = updates if params is None else params
