@@ -587,7 +587,7 @@ def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, param
     )
 
 
-def _what_was_seen(row: np.void, loss_given: bool, guard_state: GuardState, params: PyTree | None) -> str:
+def _what_was_seen(row: Any, loss_given: bool, guard_state: GuardState, params: PyTree | None) -> str:
     leaf = int(row["worst_leaf"])
     where = "the gradient"
     if leaf >= 0:

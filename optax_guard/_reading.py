@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_guard import _tree
 from optax_guard._reset import moments
@@ -111,7 +112,7 @@ def member(tree: PyTree, index: tuple[int, ...]) -> PyTree:
 
 def is_traced(tree: PyTree) -> bool:
     """Whether a tree holds values that are not known yet."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def nonfinite_leaf(tree: PyTree, only: set[int] | None = None) -> tuple[str, str] | None:
