@@ -1,6 +1,7 @@
 # make demo   the quickstart: four arms, one table, quickstart.png
 # make test   the test suite                make lint   format, lint, types
 # make test-all  the same with what takes long, as CI runs it
+# make upstream  Optax's own tests, with its optimizers guarded
 # make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts what no test notices
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
 # make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test test-all fuzz mutants lint bench bench-stability bench-histories docs api conformance clean
+.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-histories docs api conformance clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -23,6 +24,9 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
+
+upstream: $(VENV)/.installed
+	$(BIN)/python tests/upstream/optax_tests.py -n 2
 
 SECONDS ?= 3600
 fuzz: $(VENV)/.installed
