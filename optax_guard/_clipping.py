@@ -327,6 +327,7 @@ def _clip_rule(max_norm: ScalarOrSchedule, axis_name: AxisName | None, by_leaf: 
         scale = jnp.where(spared, 1, factor)
         return Verdict(scale=scale, skip=jnp.zeros((), bool)), state
 
+    judge.__qualname__ = "clip_by_leaf_norm.judge" if by_leaf else "clip_by_global_norm.judge"
     return rule(init_for(max_norm), judge, axis_name=axis_name)
 
 

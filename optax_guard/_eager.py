@@ -64,4 +64,6 @@ def _program(function: Callable[..., Any], static: _Static, numbers: list[Any]) 
 def _is_number(leaf: Any) -> bool:
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return leaf.dtype != object
-    return isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
+    if isinstance(leaf, int):
+        return not isinstance(leaf, bool) and abs(leaf) < 2**31  # JAX has no integer for a larger one
+    return isinstance(leaf, (float, complex))

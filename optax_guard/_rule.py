@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard import _validate
+from optax_guard._eager import compiled_once
 from optax_guard._extra import warn_of_misspellings, with_value
 from optax_guard._parts import part_of, with_part
 from optax_guard._statistics import (
@@ -113,18 +114,21 @@ def rule(
     _validate.axis_name("rule", axis_name)
     sees_nonfinite = _validate.boolean("rule", "sees_nonfinite", sees_nonfinite)
 
+    # What a person called, for messages: the function in which the judgement is written.
+    name = getattr(judge, "__qualname__", "rule").partition(".")[0].removeprefix("_")
+
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         warn_of_misspellings(extra)
-        updates, params = checked("rule", updates, params)
+        updates, params = checked(name, updates, params)
         statistics = gradient_statistics(updates, axis_name=axis_name)
         verdict, state = judge(statistics, state, params, **with_value(extra))
         scaled = scale_statistics(statistics, verdict.scale)
         skip = verdict.skip | jnp.any(overflows(scaled, verdict.scale, updates))
         return scale_leaves(updates, verdict.scale, skip), state
 
-    return Rule(init, with_part(update, Judgement(judge, axis_name, sees_nonfinite)))
+    return Rule(init, with_part(compiled_once(update), Judgement(judge, axis_name, sees_nonfinite)))
 
 
 def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:

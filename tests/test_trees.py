@@ -22,6 +22,10 @@ from optax_guard._tree import count_true
 
 each = functools.partial(pytest.mark.parametrize, "entry", ids=str)
 STRICT = [entry for entry in ENTRIES if entry.strict]
+# One entry in four in `make test`, all of them in `make test-all`: a program is traced half a dozen times for each.
+SPREAD = [
+    pytest.param(entry, id=str(entry), marks=[] if i % 4 == 0 else pytest.mark.slow) for i, entry in enumerate(ENTRIES)
+]
 
 
 def numbers(*shape: int) -> np.ndarray:
@@ -78,14 +82,14 @@ SAME_ARRAYS = {
 }
 
 
-@each(ENTRIES)
+@pytest.mark.parametrize("entry", SPREAD)
 def test_a_tree_of_any_kind_gives_the_program_of_a_dict(entry: Entry) -> None:
     with entry.promotion():
         for kind, tree in SAME_ARRAYS.items():
             assert program(entry, tree) == usual_program(entry), kind
 
 
-@each(ENTRIES)
+@pytest.mark.parametrize("entry", SPREAD)
 def test_two_leaves_of_one_path_name_and_shape_are_two_leaves(entry: Entry) -> None:
     with entry.promotion():
         alike = {"a": {"b": numbers(4, 3)}, "a/b": numbers(4, 3)}
@@ -207,7 +211,7 @@ def assert_raises(call: Callable[[], Any], words: str) -> None:
     assert not missing, f"{missing} not in: {caught.value}"
 
 
-@each(ENTRIES)
+@pytest.mark.parametrize("entry", SPREAD)
 def test_gradients_of_another_structure_or_shape_are_named_with_path_and_both(entry: Entry) -> None:
     with entry.promotion():
         tx = entry.make()
@@ -227,6 +231,13 @@ def test_apply_gradients_says_the_same_for_an_optax_optimizer(case: str) -> None
         assert_raises(
             lambda tx=tx: og.apply_gradients(tx, wrong, tx.init(PARAMS), PARAMS), f"apply_gradients: `grads` {words}"
         )
+
+
+@each([entry for entry in ENTRIES if entry.is_rule and entry.name != "rule"])
+def test_a_rule_alone_is_called_by_its_own_name(entry: Entry) -> None:
+    tx = entry.make()
+    with pytest.raises(ValueError, match=rf"^{entry.name}: .*`w`"):
+        jax.eval_shape(tx.update, {"w": "text"}, tx.init({"w": numbers(3)}), {"w": numbers(3)})
 
 
 def test_apply_gradients_without_params_says_that_it_needs_them() -> None:
@@ -330,7 +341,7 @@ def traced(function: Callable[..., Any], *arguments: Any) -> Any:
     return jax.make_jaxpr(function)(*arguments).jaxpr
 
 
-@each(ENTRIES)
+@pytest.mark.parametrize("entry", SPREAD)
 def test_no_step_adds_up_integers_over_more_elements_than_they_can_count(entry: Entry) -> None:
     large = {"w": jax.ShapeDtypeStruct(LARGE, jnp.float32)}
     with entry.promotion():
