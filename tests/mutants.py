@@ -10,7 +10,8 @@ the first failure. One that no test notices is alive: a test is missing, or the 
     python tests/mutants.py --list                what would be run
 
 Which are drawn depends on the mutant's own text alone, so that an edit elsewhere leaves the sample as it is. Results
-are kept in `.mutants/`: a run that was stopped goes on, and survivors are tried again once their tests have changed.
+are kept in `.mutants/` with the first test that failed: a run that was stopped goes on, and survivors are tried again
+once their tests have changed.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,16 +36,25 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "optax_guard"
 RESULTS = ROOT / ".mutants" / "results.jsonl"
+PROGRAMS = ROOT / ".mutants" / "programs"  # compiled from the package as it is; what a mutant changes is compiled anew
+OUTPUT = ROOT / ".mutants" / "output.txt"
 ALIVE = ROOT / "tests" / "mutants_alive.md"
 SECONDS = 400  # for one mutant: beyond it hangs, and that is noticed
 MOST_ALIVE = 0.05
 
-# The modules under attack, by path in the package, and the test files that own each, the quickest first.
+# The modules under attack, by path in the package, and the test files (or single tests) that own each, the cheapest and
+# most decisive first. What concerns meshes, types and messages alone stands at the end.
+_LADDER = (
+    "test_ladder_decisions.py",
+    "test_control_logic.py",
+    "test_recovery.py",
+    "test_ladder.py",
+)
 OWNERS = {
     "_guard.py": ("test_control_logic.py", "test_guard.py"),
-    "_ladder.py": ("test_ladder_decisions.py", "test_control_logic.py", "test_recovery.py", "test_ladder.py"),
-    "_recovery.py": ("test_ladder_decisions.py", "test_control_logic.py", "test_recovery.py", "test_ladder.py"),
-    "_reset.py": ("test_ladder_decisions.py", "test_control_logic.py", "test_recovery.py", "test_ladder.py"),
+    "_ladder.py": _LADDER,
+    "_recovery.py": _LADDER,
+    "_reset.py": _LADDER,
     "_watch.py": ("test_ladder_decisions.py", "test_recovery.py"),
     "_accumulation.py": ("test_control_logic.py", "test_accumulation.py"),
     "_sums.py": ("test_accumulation.py", "test_micro_batches.py"),
@@ -178,18 +190,22 @@ def sample(modules: list[str], count: int) -> list[Mutant]:
     return [each for each in sorted(everything, key=lambda each: each.key)[:count] if each.module in modules]
 
 
-def is_noticed(mutant: Mutant) -> bool:
-    """Runs the owners' tests on a copy of the package, in a process of its own that has JAX already."""
+def run_tests(mutant: Mutant | None, module: str) -> tuple[int, str]:
+    """The status of the owners' tests and the first that failed; in a process of its own, which has JAX already."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(PACKAGE, Path(folder) / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-        (Path(folder) / PACKAGE.name / mutant.module).write_text(mutant.source())
+        if mutant is not None:
+            (Path(folder) / PACKAGE.name / module).write_text(mutant.source())
         child = os.fork()
         if child == 0:
-            _run_tests(folder, mutant.module)
-        return _wait(child) != 0
+            _in_child(folder, module, keeps_programs=mutant is None)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", OUTPUT.read_text(errors="replace"), re.MULTILINE)
+    return status, failed[1] if failed else ""
 
 
-def _run_tests(folder: str, module: str) -> None:
+def _in_child(folder: str, module: str, keeps_programs: bool) -> None:
+    import jax
     import pytest
 
     status = 99
@@ -198,24 +214,28 @@ def _run_tests(folder: str, module: str) -> None:
         os.chdir(ROOT)
         sys.path.insert(0, folder)
         sys.dont_write_bytecode = True
-        with (RESULTS.parent / "output.txt").open("w") as file:
+        with OUTPUT.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if keeps_programs else math.inf)
         tests = [str(ROOT / "tests" / name) for name in OWNERS[module]]
         early = "ignore::pytest.PytestAssertRewriteWarning"  # the parent has imported plugins
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-W", early, *tests])
+        status = pytest.main(
+            ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-p", "no:hypothesispytest", "-W", early, *tests]
+        )
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(int(status))
 
 
-def _wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def tests_hash(module: str) -> str:
-    return hashlib.sha256(b"".join((ROOT / "tests" / name).read_bytes() for name in OWNERS[module])).hexdigest()[:12]
+    return hashlib.sha256(
+        b"".join((ROOT / "tests" / name.split("::")[0]).read_bytes() for name in OWNERS[module])
+    ).hexdigest()[:12]
 
 
 def known_results() -> dict[str, dict]:
@@ -242,15 +262,18 @@ def main(arguments: list[str]) -> int:
 
     RESULTS.parent.mkdir(exist_ok=True)
     known, alive = known_results(), []
-    for module in {OWNERS[mutant.module]: mutant.module for mutant in drawn}.values():
-        if is_noticed(Mutant(module, "", "", "", 0, (PACKAGE / module).read_text)):
-            print(f"the tests of {module} fail as it is: see {RESULTS.parent / 'output.txt'}")
+    left = [each for each in drawn if each.key not in known or known[each.key]["alive"]]
+    for module in {OWNERS[mutant.module]: mutant.module for mutant in left}.values():
+        status, failed = run_tests(None, module)
+        if status != 0:
+            print(f"the tests of {module} fail as it is: {failed}; see {OUTPUT}")
             return 2
     for number, mutant in enumerate(drawn, 1):
         tests, row = tests_hash(mutant.module), known.get(mutant.key)
         if row is None or (row["alive"] and row["tests"] != tests):
             start = time.monotonic()
-            row = {"key": mutant.key, "name": mutant.name, "alive": not is_noticed(mutant), "tests": tests}
+            status, failed = run_tests(mutant, mutant.module)
+            row = {"key": mutant.key, "name": mutant.name, "alive": status == 0, "tests": tests, "failed": failed}
             row["seconds"] = round(time.monotonic() - start, 1)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
