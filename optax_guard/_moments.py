@@ -28,6 +28,7 @@ from optax._src.transform import (  # states that Optax makes but does not expor
 
 from optax_guard import _validate
 from optax_guard._apply import as_transformation, refuse_inside, step_without_params
+from optax_guard._eager import compiled_once
 from optax_guard._guard import HOLDING
 from optax_guard._second_moment import Reader, reader, responses
 from optax_guard._state_check import state_check
@@ -203,7 +204,7 @@ def spam_clip(
         updates, after = update_inner(clipped, before, params, **extra)
         return _scaled(updates, factor), SpamState(spam_inner_state=cast_like(after, before), spam_step=step)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
 
 
 def stable_spam(

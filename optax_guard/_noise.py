@@ -364,16 +364,19 @@ def perturb_weights(
     _validate.one_of(name, "relative_to", relative_to, ("none", "weights"))
     salted = salt(name)
 
-    @functools.wraps(loss_fn)
-    def noisy_loss(params: PyTree, *args: Any, noise_key: PRNGKeyLike, **kwargs: Any) -> Any:
-        params = as_arrays(name, params)
-        stream = step_words(raw_key(name, noise_key), jnp.zeros((), jnp.uint32), salted)
-        clean = lax.stop_gradient(params)
-        draw = _draw(name, stream, clean, mask, value_at(sigma, None))
+    @compiled_once
+    def perturbed(clean: PyTree, key: jax.Array) -> PyTree:
+        draw = _draw(name, step_words(key, jnp.zeros((), jnp.uint32), salted), clean, mask, value_at(sigma, None))
         if relative_to == "weights":
             pairs = zip(draw.normals, positions(clean), strict=True)
             draw = _Draw([None if z is None else z * _root_mean_square(w, z) for z, w in pairs], draw.rounding)
-        noisy = _add(clean, draw, value_at(sigma, None))
+        return _add(clean, draw, value_at(sigma, None))
+
+    @functools.wraps(loss_fn)
+    def noisy_loss(params: PyTree, *args: Any, noise_key: PRNGKeyLike, **kwargs: Any) -> Any:
+        params = as_arrays(name, params)
+        clean = lax.stop_gradient(params)
+        noisy = perturbed(clean, raw_key(name, noise_key))
         shifted = jax.tree.map(
             lambda w, c, n: w + lax.stop_gradient(n - c) if is_gradient(w) else w,
             params,

@@ -21,6 +21,7 @@ from jax import lax
 
 from optax_guard import _validate
 from optax_guard._axes import min_over, sharding_of
+from optax_guard._eager import compiled_once
 from optax_guard._history import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._rule import scale_leaves
 from optax_guard._statistics import accumulator_dtype, first_look, multiplied, safe_sqrt
@@ -258,7 +259,7 @@ def clip_by_update_norm(
         new = UpdateNormState(*after, *_counted((0, *state[4:]), scale)[1:])
         return scale_leaves(updates, scale, jnp.zeros((), bool)), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
 
 
 def clippy(

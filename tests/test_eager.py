@@ -75,6 +75,11 @@ def test_gradients_accumulated_outside_of_jit_are_compiled_once(lowered: list[st
     assert_compiles_no_more(lambda i: gradients(jnp.full(2, i, jnp.float32), batch), lowered)
 
 
+def test_noisy_weights_outside_of_jit_are_compiled_once(lowered: list[str]) -> None:
+    gradients = jax.value_and_grad(og.perturb_weights(lambda w, x: jnp.mean(jnp.square(x @ w)), 0.1))
+    assert_compiles_no_more(lambda i: gradients(jnp.full(2, i, jnp.float32), jnp.ones((3, 2)), noise_key=i), lowered)
+
+
 def test_a_flush_outside_of_jit_is_compiled_once(lowered: list[str]) -> None:
     tx = og.accumulate(og.guard(optax.sgd(0.1)), 4)
     params = jnp.ones(2)
@@ -140,3 +145,12 @@ def test_a_healthy_step_outside_of_jit_passes_where_jax_looks_for_bad_numbers(en
                 step(i)
     finally:
         jax.config.update(flag, False)
+
+
+def test_what_is_published_passes_there_too_and_so_does_a_gradient_of_zeros() -> None:
+    published = (og.clip_by_update_norm(window=8, faithful=True), og.spam_clip(optax.adam(0.1), faithful=True))
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for tx in published:
+            step = stepped(tx, by_update=True)
+            for i in range(3):
+                step(i)
