@@ -228,7 +228,7 @@ def test_bad_input_is_refused_by_name() -> None:
     ):
         tx.update({"w": jnp.zeros((2, 2)), "b": jnp.zeros(1)}, state)
     with pytest.raises(ValueError, match="lacks leaf `b`"):
-        tx.update({"w": jnp.zeros((2, 2))}, state)
+        tx.update({"w": jnp.zeros((2, 2))}, state, PARAMS)
     with pytest.raises(ValueError, match="`weight` must be a real scalar"):
         tx.update(constant(1.0), state, weight=jnp.ones(2))
     changing = og.accumulate(optax.monitor({"norm": optax.tree.norm}), 2)
