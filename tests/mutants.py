@@ -16,11 +16,11 @@ once their tests have changed.
 
 import argparse
 import ast
+import collections
 import copy
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -29,36 +29,68 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "optax_guard"
 RESULTS = ROOT / ".mutants" / "results.jsonl"
-PROGRAMS = ROOT / ".mutants" / "programs"  # compiled from the package as it is; what a mutant changes is compiled anew
+PROGRAMS = ROOT / ".mutants" / "programs"  # compiled before: most mutants leave most programs as they are
 OUTPUT = ROOT / ".mutants" / "output.txt"
 ALIVE = ROOT / "tests" / "mutants_alive.md"
 SECONDS = 400  # for one mutant: beyond it hangs, and that is noticed
 MOST_ALIVE = 0.05
 
 # The modules under attack, by path in the package, and the test files (or single tests) that own each, the cheapest and
-# most decisive first. What concerns meshes, types and messages alone stands at the end.
+# most decisive first: random states against the rules in plain Python, then single conditions, messages, whole runs.
 _LADDER = (
     "test_ladder_decisions.py",
     "test_control_logic.py",
     "test_recovery.py",
     "test_ladder.py",
+    "test_states.py::test_reset_moments_starts_moments_anew_that_came_in_bad",
 )
 OWNERS = {
-    "_guard.py": ("test_control_logic.py", "test_guard.py"),
+    "_guard.py": (
+        "test_guard_decisions.py",
+        "test_order.py",
+        "test_states.py::test_a_guard_that_sees_some_of_the_leaves_names_the_right_one",
+        "test_states.py::test_a_nan_that_multi_steps_never_loses_is_called_so",
+        "test_states.py::test_a_halt_looks_at_parameters_and_moments",
+        "test_states.py::test_a_state_of_many_runs_reads_as_those_of_its_members",
+        "test_loss.py::test_the_halt_says_that_it_was_the_loss",
+        "test_overflow.py::test_the_halt_says_what_it_was",
+        "test_control_logic.py",
+        "test_own_gradients.py",
+        "test_masked.py",
+        "test_recovery.py::test_when_rewinds_do_not_help_the_guard_halts_and_says_why",
+        "test_recovery.py::test_back_off_steps_down_once_a_row_and_comes_back_exactly",
+        "test_loss.py::test_a_loss_called_loss_goes_in_as_it_came_and_as_value",
+        "test_loss.py::test_float64_stays_and_the_loss_of_a_shard_map_is_the_mean",
+        "test_flax.py::test_a_halt_is_cleared_in_place_also_for_a_cached_step",
+        "test_guard.py",
+    ),
     "_ladder.py": _LADDER,
     "_recovery.py": _LADDER,
     "_reset.py": _LADDER,
     "_watch.py": ("test_ladder_decisions.py", "test_recovery.py"),
-    "_accumulation.py": ("test_control_logic.py", "test_accumulation.py"),
-    "_sums.py": ("test_accumulation.py", "test_micro_batches.py"),
-    "_precision.py": ("test_precision.py",),
+    "_accumulation.py": (
+        "test_accumulation_decisions.py",
+        "test_accumulation.py",
+        "test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
+        "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
+        "test_masked.py::test_the_gradient_of_a_frozen_leaf_is_never_read",
+    ),
+    "_sums.py": (
+        "test_accumulation_decisions.py",
+        "test_accumulation.py",
+        "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
+    ),
+    "_precision.py": (
+        "test_precision.py",
+        "test_overflow.py::test_unscaling_by_a_scale_below_1_holds_what_overflows",
+    ),
 }
 
 COMPARISONS = {
@@ -190,21 +222,29 @@ def sample(modules: list[str], count: int) -> list[Mutant]:
     return [each for each in sorted(everything, key=lambda each: each.key)[:count] if each.module in modules]
 
 
-def run_tests(mutant: Mutant | None, module: str) -> tuple[int, str]:
-    """The status of the owners' tests and the first that failed; in a process of its own, which has JAX already."""
+def run_tests(mutant: Mutant | None, tests: Iterable[str]) -> tuple[int, str]:
+    """The status of the tests and the first that failed; in a process of its own, which has JAX already."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(PACKAGE, Path(folder) / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
-            (Path(folder) / PACKAGE.name / module).write_text(mutant.source())
+            (Path(folder) / PACKAGE.name / mutant.module).write_text(mutant.source())
         child = os.fork()
         if child == 0:
-            _in_child(folder, module, keeps_programs=mutant is None)
+            _in_child(folder, tests)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", OUTPUT.read_text(errors="replace"), re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", OUTPUT.read_text(errors="replace"), re.MULTILINE)
     return status, failed[1] if failed else ""
 
 
-def _in_child(folder: str, module: str, keeps_programs: bool) -> None:
+class Sorted:
+    """A plugin: the tests that have noticed most so far come first."""
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        noticed = collections.Counter(row["failed"] for row in known_results().values())
+        items.sort(key=lambda item: -noticed[item.nodeid.removeprefix("tests/")])
+
+
+def _in_child(folder: str, names: Iterable[str]) -> None:
     import jax
     import pytest
 
@@ -219,11 +259,25 @@ def _in_child(folder: str, module: str, keeps_programs: bool) -> None:
             os.dup2(file.fileno(), 2)
         jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if keeps_programs else math.inf)
-        tests = [str(ROOT / "tests" / name) for name in OWNERS[module]]
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        tests = [str(ROOT / "tests" / name) for name in names]
         early = "ignore::pytest.PytestAssertRewriteWarning"  # the parent has imported plugins
         status = pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-p", "no:hypothesispytest", "-W", early, *tests]
+            [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-m",
+                "not slow",
+                "-p",
+                "no:hypothesispytest",
+                "-p",
+                "no:xdist",
+                "-W",
+                early,
+                *tests,
+            ]
         )
     except BaseException:
         traceback.print_exc()
@@ -263,16 +317,16 @@ def main(arguments: list[str]) -> int:
     RESULTS.parent.mkdir(exist_ok=True)
     known, alive = known_results(), []
     left = [each for each in drawn if each.key not in known or known[each.key]["alive"]]
-    for module in {OWNERS[mutant.module]: mutant.module for mutant in left}.values():
-        status, failed = run_tests(None, module)
+    if left:
+        status, failed = run_tests(None, sorted({name for each in left for name in OWNERS[each.module]}))
         if status != 0:
-            print(f"the tests of {module} fail as it is: {failed}; see {OUTPUT}")
+            print(f"the tests fail as the package is: {failed}; see {OUTPUT}")
             return 2
     for number, mutant in enumerate(drawn, 1):
         tests, row = tests_hash(mutant.module), known.get(mutant.key)
         if row is None or (row["alive"] and row["tests"] != tests):
             start = time.monotonic()
-            status, failed = run_tests(mutant, mutant.module)
+            status, failed = run_tests(mutant, OWNERS[mutant.module])
             row = {"key": mutant.key, "name": mutant.name, "alive": status == 0, "tests": tests, "failed": failed}
             row["seconds"] = round(time.monotonic() - start, 1)
             with RESULTS.open("a") as file:

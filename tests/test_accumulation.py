@@ -229,8 +229,9 @@ def test_bad_input_is_refused_by_name() -> None:
         tx.update({"w": jnp.zeros((2, 2)), "b": jnp.zeros(1)}, state)
     with pytest.raises(ValueError, match="lacks leaf `b`"):
         tx.update({"w": jnp.zeros((2, 2))}, state, PARAMS)
-    with pytest.raises(ValueError, match="`weight` must be a real scalar"):
-        tx.update(constant(1.0), state, weight=jnp.ones(2))
+    for weight in (jnp.ones(2), True, 1j):
+        with pytest.raises(ValueError, match="`weight` must be a real scalar"):
+            tx.update(constant(1.0), state, weight=weight)
     changing = og.accumulate(optax.monitor({"norm": optax.tree.norm}), 2)
     with pytest.raises(ValueError, match="accumulate: the inner optimizer changes the structure of its state"):
         changing.update(constant(1.0), changing.init(PARAMS))

@@ -17,7 +17,8 @@ import optax_guard as og
 STREAMS, CALLS = 16, 20
 SQUARABLE = float(np.sqrt(np.finfo(np.float32).max))
 REDUCTION = {"a": "mean", "b": "sum", "c": "max", "d": "last"}
-FACTORS = {"a": 1.0, "b": 2.0, "c": -1.5, "d": 0.5}  # of the call's number, leaf by leaf; `b` is in float16
+FACTORS = {"a": 1.0, "b": 1.2e4, "c": -1.5, "d": 0.5}  # of the call's number, leaf by leaf
+NARROW = ("a", "b")  # in float16
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -57,7 +58,7 @@ def remembering() -> optax.GradientTransformationExtraArgs:
 
 
 def gradient(size: Any) -> dict[str, Any]:
-    return {k: (size * f * jnp.ones(2)).astype(jnp.float16 if k == "b" else jnp.float32) for k, f in FACTORS.items()}
+    return {k: (size * f * jnp.ones(2)).astype(jnp.float16 if k in NARROW else jnp.float32) for k, f in FACTORS.items()}
 
 
 def streams(setting: Setting, seed: int) -> dict[str, Any]:
@@ -67,10 +68,10 @@ def streams(setting: Setting, seed: int) -> dict[str, Any]:
         shares = np.array(list(numbers.values()))
         return rng.choice(list(numbers), (STREAMS, CALLS), p=shares / shares.sum()).astype(np.float32)
 
-    size = drawn({0.0: 1, 0.5: 3, 1.0: 3, -2.0: 3, 2e4: 1, np.nan: 0.6, np.inf: 0.2})
+    size = drawn({0.0: 1, 1e-25: 1.5, 0.5: 3, 1.0: 3, -2.0: 2, np.nan: 0.6, np.inf: 0.2})
     calls = {"size": size, "spoilt": rng.random((STREAMS, CALLS)) < 0.1}  # a NaN in the leaf `c` alone
     if setting.weighted:
-        calls["weight"] = drawn({0.0: 2, 0.25: 2, 1.0: 3, 3.0: 3, 3e38: 0.3, 1e19: 0.3, -1.0: 0.5, np.nan: 0.3})
+        calls["weight"] = drawn({0.0: 2, 0.25: 2, 1.0: 3, 3.0: 3, 3e38: 0.8, 1e19: 0.3, -1.0: 0.5, np.nan: 0.3})
     if setting.valued:
         calls["value"] = drawn({1.5: 3, 4.0: 3, -1.0: 1, 0.0: 1, np.nan: 0.3, np.inf: 0.2})
     return calls
@@ -82,16 +83,16 @@ class Oracle:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.log = setting, []
         self.counts = dict.fromkeys(("emitted_total", "dropped_total", "empty_total"), 0)
-        self.params = {k: np.ones(2, np.float64) for k in FACTORS}
         self.inner = {"step": 0, "value": -1.0, "gradient": {k: np.zeros(2) for k in FACTORS}}
         self.begin()
 
     def begin(self) -> None:
+        """A cycle."""
         self.kept, self.micro_step, self.dropped = [], 0, 0
 
     def call(self, gradient: dict[str, Any], weight: float, loss: float | None) -> None:
         s = self.setting
-        norms = [np.linalg.norm(g.astype(float)) for g in gradient.values()]
+        norms = [np.linalg.norm(np.where(np.abs(g) < 1e-15, 0, g).astype(float)) for g in gradient.values()]
         usable = bool(np.isfinite(np.float32(weight + self.weight)) and weight >= 0)
         good = usable and all(norm * (weight or 1) <= SQUARABLE and norm <= SQUARABLE for norm in norms)
         good = good and (loss is None or np.isfinite(loss))
@@ -102,9 +103,13 @@ class Oracle:
             self.kept.append((gradient, weight, loss))
         self.micro_step += 1
         length = max(s.every(self.counts["emitted_total"]), 1) if callable(s.every) else s.every
-        self.emitted, self.lost = False, not good
+        self.rests(not good)
         if self.micro_step >= length:
             self.close(norms, loss)
+
+    def rests(self, lost: bool) -> None:
+        """What a call leaves that ends no cycle."""
+        self.emitted, self.lost, self.moved = False, lost, {k: np.zeros(2) for k in FACTORS}
 
     @property
     def weight(self) -> float:
@@ -118,7 +123,7 @@ class Oracle:
     def total(self) -> dict[str, Any]:
         kept = [(g, np.float32(w)) for g, w, _ in self.kept]
         return {
-            "a": sum(g["a"] * w for g, w in kept),
+            "a": sum(g["a"].astype(np.float32) * w for g, w in kept),
             "b": sum(g["b"].astype(np.float32) * w for g, w in kept),
             "c": np.max([g["c"] for g, _ in kept], axis=0),
             "d": kept[-1][0]["d"],
@@ -144,7 +149,7 @@ class Oracle:
             if not held:
                 total["a"] = total["a"] / self.weight
                 self.inner = {"step": self.inner["step"] + 1, "value": value, "gradient": total}
-                self.params = {k: x - total[k] for k, x in self.params.items()}
+                self.moved = {k: -x for k, x in total.items()}
         elif told and self.setting.guarded:
             bad = [k for k, norm in enumerate(norms or []) if not norm <= SQUARABLE]
             seen = norms is not None and self.setting.on_nonfinite != "propagate"
@@ -153,12 +158,12 @@ class Oracle:
         self.begin()
 
     def flush(self) -> None:
-        self.emitted, self.lost = False, False
+        self.rests(False)
         if self.micro_step > 0:
             self.close(None, None)
 
 
-def check(got: Any, params: Any, oracle: Oracle, where: Any) -> None:
+def check(got: Any, moved: Any, oracle: Oracle, where: Any) -> None:
     numbers = {**oracle.counts, "added": len(oracle.kept), "micro_step": oracle.micro_step, "emitted": oracle.emitted}
     numbers |= {"dropped_in_cycle": oracle.dropped, "micro_batch_lost": oracle.lost}
     for name, number in numbers.items():
@@ -170,12 +175,14 @@ def check(got: Any, params: Any, oracle: Oracle, where: Any) -> None:
         (got.value_mean, oracle.loss if setting.valued and oracle.kept else 0),
         (inner["value"], oracle.inner["value"]),
     ]
-    trees = [(inner["gradient"], oracle.inner["gradient"]), (params, oracle.params)]
-    if oracle.kept and setting.every != 1:
+    trees = [(inner["gradient"], oracle.inner["gradient"]), (moved, oracle.moved)]
+    if setting.every == 1:
+        assert not any(x.any() for x in got.gradient_sum.values())  # never used
+    elif oracle.kept:
         trees.append((got.gradient_sum, oracle.total()))
     pairs += [(ours[k], theirs[k]) for ours, theirs in trees for k in FACTORS]
     ours, theirs = (np.concatenate([np.ravel(x) for x in column]) for column in zip(*pairs, strict=True))
-    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-4, err_msg=str(where))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-2, err_msg=str(where))
     assert inner["step"] == oracle.inner["step"], where
 
 
@@ -190,15 +197,16 @@ def test_a_stream_of_micro_batches_is_summed_and_counted_by_the_rules(name: str)
         grads = gradient(call["size"])
         grads["c"] = jnp.where(call["spoilt"], jnp.nan, grads["c"])
         extra = {k: call[k] for k in ("weight", "value") if k in call}
-        carry = og.apply_gradients(tx, grads, carry[1], carry[0], **extra)
-        return carry, (grads, carry)
+        after = og.apply_gradients(tx, grads, carry[1], carry[0], **extra)
+        return after, (grads, after[1], jax.tree.map(jnp.subtract, after[0], carry[0]))
 
     def run(calls: Any) -> Any:
         end, each = jax.lax.scan(step, (params, tx.init(params)), calls)
-        return each, og.flush(tx, end[1], end[0], like=like)
+        after = og.flush(tx, end[1], end[0], like=like)
+        return each, (after[1], jax.tree.map(jnp.subtract, after[0], end[0]))
 
     calls = streams(setting, seed=len(name))
-    (grads, each), flushed = jax.device_get(quick_jit(jax.vmap(run))(calls))
+    (grads, *each), flushed = jax.device_get(quick_jit(jax.vmap(run))(calls))
     for i in range(STREAMS):
         oracle = Oracle(setting)
         with np.errstate(all="ignore"):
@@ -206,14 +214,25 @@ def test_a_stream_of_micro_batches_is_summed_and_counted_by_the_rules(name: str)
                 here, parts = jax.tree.map(lambda x, i=i, j=j: x[i, j], (calls, grads))
                 loss = float(here["value"]) if setting.valued else None
                 oracle.call(parts, float(here.get("weight", 1.0)), loss)
-                params_after, after = jax.tree.map(lambda x, i=i, j=j: x[i, j], each)
-                check(after, params_after, oracle, (i, j))
+                check(*jax.tree.map(lambda x, i=i, j=j: x[i, j], each), oracle, (i, j))
             oracle.flush()
-            params_after, after = jax.tree.map(lambda x, i=i: x[i], flushed)  # after the last call
-            check(after, params_after, oracle, (i, "flushed"))
+            after, moved = jax.tree.map(lambda x, i=i: x[i], flushed)
+            check(after, moved, oracle, (i, "flushed"))
         if setting.guarded:
             log = og.flight_log(after)
             assert list(log["event"]) == [event for event, *_ in oracle.log]
             for row, (_, value, leaf) in zip(log, oracle.log, strict=True):
                 assert np.isclose(row["value"], value, 1e-3, 1e-5, equal_nan=True), (row, value)
                 assert leaf is None or row["worst_leaf"] == leaf, (row, leaf)
+
+
+def test_a_new_cycle_holds_nothing() -> None:
+    state = og.accumulate(optax.sgd(1.0), 2).init(gradient(1.0))
+    assert not any(x.any() for x in jax.tree.leaves(state))
+
+
+def test_a_loss_of_weight_0_is_handed_on_where_no_other_was_given() -> None:
+    tx = og.accumulate(remembering(), 2)
+    params, state = og.apply_gradients(tx, gradient(1.0), tx.init(gradient(1.0)), gradient(1.0))
+    _, state = og.apply_gradients(tx, gradient(1.0), state, params, weight=0.0, value=5.0)
+    assert state.accumulated_state["value"] == 5

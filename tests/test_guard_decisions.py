@@ -185,3 +185,8 @@ def test_a_step_is_judged_and_counted_by_the_rules(rules: Any, checks: bool, fas
     del happened["recovery"]
     never = (set() if checks else {"nonfinite_update"}) | (set() if rules else {"clipped", "skipped", "let_through"})
     assert all((count == 0) == (name in never) for name, count in happened.items()), happened
+
+
+def test_a_new_guard_has_counted_nothing() -> None:
+    state = built(RULES).init({"bias": jnp.ones(2)})._replace(recorder=(), seen_leaves=())
+    assert not any(x.any() for x in jax.tree.leaves(state))

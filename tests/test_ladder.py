@@ -88,6 +88,15 @@ def test_a_snapshot_in_the_hosts_memory_comes_back_to_the_replica_that_needs_it(
     np.testing.assert_array_equal(params, [[-1.0], [-3.0]])
 
 
+def test_replicas_that_share_gradient_and_state_trace_with_a_snapshot_in_the_hosts_memory() -> None:
+    tx = og.guard(optax.sgd(1.0), recovery=(og.rewind(memory="host"),))
+    state = tx.init(jnp.zeros(1))
+    params, _ = jax.eval_shape(
+        jax.vmap(lambda p: og.apply_gradients(tx, jnp.ones(1), state, p), axis_size=2), jnp.zeros((2, 1))
+    )
+    assert params.shape == (2, 1)
+
+
 @pytest.mark.parametrize("memory", ["device", "host"])
 def test_snapshots_lie_in_the_memory_that_was_asked_for(memory: str) -> None:
     tx = og.guard(momentum(0.1), recovery=(og.rewind(memory=memory),))

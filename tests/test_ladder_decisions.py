@@ -38,7 +38,9 @@ def flags(rng: Any, share: float, *shape: int) -> Any:
 
 
 def levels(rng: Any, *shape: int) -> Any:
-    return (rng.choice([1.0, -1.0], (CASES, *shape), p=[0.8, 0.2]) * rng.uniform(0.2, 5, (CASES, *shape))).astype("f")
+    size = rng.uniform(0.2, 5, (CASES, *shape))
+    size = np.where(rng.random(size.shape) < 0.5, np.ceil(size), size)  # whole numbers meet a bound exactly
+    return (rng.choice([1.0, -1.0], size.shape, p=[0.8, 0.2]) * size).astype("f")
 
 
 def random_cases(seed: int) -> tuple[Any, _ladder.Seen]:
@@ -239,3 +241,10 @@ def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
             assert numbers == ({1.0, 2.0} if written else {0.0}), i
         for name, numbers in after.items():
             assert np.array_equal(numbers[i], expected.get(name, before[name][i])), (i, name)
+
+
+def test_a_new_ladder_has_seen_and_done_nothing() -> None:
+    state = jax.device_get(_ladder.init_ladder(LADDER, PARAMS, LADDER.inner.init(PARAMS)))
+    known = {"moments_finite": 1, "update_scale": 1, "snapshot_steps": -1, "newest_snapshot": KEEP - 1}
+    for name, numbers in fields(state).items():
+        np.testing.assert_array_equal(numbers, known.get(name, 0), err_msg=name)

@@ -199,7 +199,7 @@ def test_two_groups_are_bounded_apart_from_one_read_of_the_gradient() -> None:
         return sum(each in jaxpr.invars[:2] for equation in jaxpr.eqns for each in _variables(equation))
 
     assert reads(og.guard(optax.sgd(1.0), *rules)) == reads(og.guard(optax.sgd(1.0), og.clip_by_global_norm(1.0)))
-    with pytest.raises(ValueError, match="masked_rule: the gradient has 1 leaves; the parameters at init had 2"):
+    with pytest.raises(ValueError, match="masked_rule: `mask` 'head' matches no leaf"):
         tx.update({"embed": grads["embed"]}, state)
 
 
