@@ -22,6 +22,7 @@ def published() -> dict:
     return json.loads((ROOT / "benchmarks" / "results" / "article.json").read_text())
 
 
+@pytest.mark.slow
 def test_article_runs_its_programme_and_its_table(tmp_path: Path) -> None:
     out, numbers = tmp_path / "picture.png", tmp_path / "numbers.json"
     run = example("--quick", "--out", str(out), "--results", str(numbers), script="article.py")

@@ -53,6 +53,13 @@ STATES = [x for x in vars(og).values() if isinstance(x, type) and issubclass(x, 
 STATES.append(og.FlightRecorder)
 
 each = functools.partial(pytest.mark.parametrize, "entry", ids=str)
+
+
+def in_part(entries: list[Entry] | tuple[Entry, ...]) -> list[Any]:
+    """One in three for `make test`, all for `make test-all`: of what has to be compiled once for each entry."""
+    return [pytest.param(e, id=str(e), marks=[] if i % 3 == 0 else pytest.mark.slow) for i, e in enumerate(entries)]
+
+
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
 
 
@@ -353,7 +360,7 @@ def first_updates(txs: dict[str, Any], grads: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@each(ENTRIES)
+@each(in_part(ENTRIES))
 def test_inside_any_optax_wrapper_the_updates_are_the_same(entry: Entry) -> None:
     once = {"every": 1} if "every" in entry.static_args else {}
     tx = entry.make(**once)
@@ -478,7 +485,7 @@ def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
     rules += og.clip_by_norm_history(), og.clip_by_median_norm(), og.zclip(), og.autoclip(), og.adagc()
     recovery = og.reset_moments(), og.back_off(diverged=2.0), og.rewind()
     everything = og.loss_scaling(og.accumulate(og.guard(inner, *rules, recovery=recovery), every=2))
-    own = ("spam_clip", "stable_spam", "clip_by_update_norm", "clippy", "limit_step")
+    own = ("spam_clip", "stable_spam", "clip_by_update_norm", "clippy", "limit_step", "masked_rule")
     alone = [entry.make() for entry in ENTRIES if entry.name in own and not entry.variant]
     states = [jax.eval_shape(tx.init, PARAMS) for tx in (everything, *alone)]
     for name in (name for kind in (*STATES, og.LossWatch) for name in kind._fields):
@@ -494,7 +501,7 @@ def on_mesh(kind: AxisType, *trees: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
-@each(ENTRIES)
+@each(in_part(ENTRIES))
 def test_sharded_over_eight_devices_equals_unsharded(entry: Entry, kind: AxisType) -> None:
     gradients = GRADS[1:]
     with entry.promotion():
@@ -564,7 +571,7 @@ def through_equinox(state: Any, like: Any, folder: Any) -> Any:
 
 
 @pytest.mark.parametrize("save_and_restore", [through_orbax, through_msgpack, through_equinox])
-@each(STATEFUL)
+@each(in_part(STATEFUL))
 def test_a_restored_state_gives_the_next_step_bit_for_bit(entry: Entry, save_and_restore: Any, tmp_path: Any) -> None:
     tx, step = stepper(entry)[0], quick_step(entry)
     with entry.promotion():

@@ -48,6 +48,7 @@ def test_quickstart_explains_its_options() -> None:
     assert "--learning-rate" in printed
 
 
+@pytest.mark.slow
 def test_smoothing_certifies_three_nets(tmp_path: Path) -> None:
     run = example("--quick", "--out", str(tmp_path / "picture.png"), script="smoothing.py")
     assert run.returncode == 0, run.stderr
@@ -78,6 +79,7 @@ def output_of(script: str, *arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_float16_underflows_without_loss_scaling_and_trains_with_it() -> None:
     plain, scaled = output_of("float16.py", "--quick").splitlines()[:2]
     accuracy = [float(line.split("accuracy: ")[1].split()[0]) for line in (plain, scaled)]
@@ -86,7 +88,7 @@ def test_float16_underflows_without_loss_scaling_and_trains_with_it() -> None:
     assert accuracy[1] > 0.9
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_multi_device_holds_the_steps_with_nan_on_all_devices(processes: int) -> None:
     output = output_of("multi_device.py", "--quick", "--processes", str(processes))
     assert f"8 devices in {processes} process(es); all-reduces in the step: 1" in output
@@ -96,6 +98,7 @@ def test_multi_device_holds_the_steps_with_nan_on_all_devices(processes: int) ->
     assert len(set(digests)) == 1
 
 
+@pytest.mark.slow
 def test_character_transformer_dies_bare_and_lives_guarded_and_leaves_a_report(tmp_path: Path) -> None:
     run = example("--quick", "--out", str(tmp_path / "page.html"), script="character_transformer.py", compile_fast=True)
     assert run.returncode == 0, run.stderr
@@ -110,6 +113,7 @@ def test_character_transformer_dies_bare_and_lives_guarded_and_leaves_a_report(t
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_resume_is_the_same_to_the_bit_after_a_kill() -> None:
     run = example("--quick", script="resume.py", compile_fast=True)
     assert run.returncode == 0, run.stderr
@@ -130,6 +134,7 @@ def test_equinox_trains_alike_both_ways() -> None:
     assert float(run.stdout.split("between the two models:")[1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_heavy_tails_compares_four_arms_on_two_sets_of_data() -> None:
     run = example("--quick", script="heavy_tails.py", compile_fast=True)
     assert run.returncode == 0, run.stderr
