@@ -42,49 +42,74 @@ ALIVE = ROOT / "tests" / "mutants_alive.md"
 SECONDS = 400  # for one mutant: beyond it hangs, and that is noticed
 MOST_ALIVE = 0.05
 
-# The modules under attack, by path in the package, and the test files (or single tests) that own each, the cheapest and
-# most decisive first: random states against the rules in plain Python, then single conditions, messages, whole runs.
+# The modules under attack, by path in the package, and the tests that own each, the cheapest and most decisive first:
+# random states against the rules in plain Python, single conditions, messages. One mutant costs seconds.
 _LADDER = (
     "test_ladder_decisions.py",
+    "test_recovery.py::test_wrong_arguments_are_named_with_function_value_and_range",
     "test_control_logic.py",
-    "test_recovery.py",
-    "test_ladder.py",
-    "test_states.py::test_reset_moments_starts_moments_anew_that_came_in_bad",
+    "test_ladder.py::test_replicas_that_share_gradient_and_state_trace_with_a_snapshot_in_the_hosts_memory",
+    "test_ladder.py::test_snapshots_lie_in_the_memory_that_was_asked_for",
+    "test_ladder.py::test_a_learning_rate_is_found_and_one_set_by_hand_outlives_a_rewind",
+    "test_ladder.py::test_keys_in_the_optimizers_state_are_kept_in_snapshots",
+    "test_ladder.py::test_parameters_too_coarse_for_their_updates_are_counted_and_not_reset",
+    "test_recovery.py::test_a_reset_starts_moments_and_their_age_anew_and_keeps_all_else",
+    "test_recovery.py::test_back_off_alone_scales_zeroes_what_is_not_finite_and_asks_for_no_loss",
+    "test_recovery.py::test_when_rewinds_do_not_help_the_guard_halts_and_says_why",
+    "test_recovery.py::test_after_a_rewind_training_is_bit_identical_to_the_snapshot",
+    "test_recovery.py::test_a_copy_in_bfloat16_comes_back_in_the_parameters_dtype",
+    "test_recovery.py::test_through_update_the_rewind_is_right_to_rounding",
+    "test_ladder.py::test_a_snapshot_in_the_hosts_memory_comes_back_to_the_replica_that_needs_it",
 )
 OWNERS = {
     "_guard.py": (
         "test_guard_decisions.py",
-        "test_order.py",
+        "test_order.py::test_the_refusal_shows_the_right_order",
+        "test_order.py::test_the_errors_of_a_step_of_stabilize_name_it",
+        "test_own_gradients.py::test_without_the_check_the_halt_says_where_the_nan_is_and_what_would_have_held_it",
+        "test_loss.py::test_the_halt_says_that_it_was_the_loss",
+        "test_overflow.py::test_the_halt_says_what_it_was",
         "test_states.py::test_a_guard_that_sees_some_of_the_leaves_names_the_right_one",
         "test_states.py::test_a_nan_that_multi_steps_never_loses_is_called_so",
         "test_states.py::test_a_halt_looks_at_parameters_and_moments",
         "test_states.py::test_a_state_of_many_runs_reads_as_those_of_its_members",
-        "test_loss.py::test_the_halt_says_that_it_was_the_loss",
-        "test_overflow.py::test_the_halt_says_what_it_was",
         "test_control_logic.py",
-        "test_own_gradients.py",
-        "test_masked.py",
+        "test_guard.py::test_halted_holds_every_later_step_until_the_host_clears_it",
+        "test_guard.py::test_clear_halt_reaches_a_guard_inside_a_guard",
+        "test_guard.py::test_a_held_step_leaves_every_array_bit_identical",
+        "test_masked.py::test_a_masked_guard_equals_one_that_never_met_the_frozen_leaves",
         "test_recovery.py::test_when_rewinds_do_not_help_the_guard_halts_and_says_why",
-        "test_recovery.py::test_back_off_steps_down_once_a_row_and_comes_back_exactly",
         "test_loss.py::test_a_loss_called_loss_goes_in_as_it_came_and_as_value",
-        "test_loss.py::test_float64_stays_and_the_loss_of_a_shard_map_is_the_mean",
         "test_flax.py::test_a_halt_is_cleared_in_place_also_for_a_cached_step",
-        "test_guard.py",
     ),
     "_ladder.py": _LADDER,
     "_recovery.py": _LADDER,
     "_reset.py": _LADDER,
-    "_watch.py": ("test_ladder_decisions.py", "test_recovery.py"),
+    "_watch.py": (
+        "test_ladder_decisions.py",
+        "test_recovery.py::test_the_watch_follows_its_equations_and_notices_in_the_stated_time",
+    ),
     "_accumulation.py": (
         "test_accumulation_decisions.py",
-        "test_accumulation.py",
+        "test_accumulation.py::test_bad_input_is_refused_by_name",
+        "test_accumulation.py::test_flush_and_reduction_refuse_what_they_cannot_use",
+        "test_accumulation.py::test_flush_in_linen_train_state_and_with_frozen_leaves",
+        "test_accumulation.py::test_a_clip_inside_acts_on_the_mean_and_without_one_nothing_does",
+        "test_accumulation.py::test_every_1_gives_the_inner_updates_bit_for_bit",
+        "test_accumulation.py::test_complex_gradients_keep_their_imaginary_part",
         "test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
         "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
         "test_masked.py::test_the_gradient_of_a_frozen_leaf_is_never_read",
     ),
     "_sums.py": (
         "test_accumulation_decisions.py",
-        "test_accumulation.py",
+        "test_accumulation.py::test_bad_input_is_refused_by_name",
+        "test_accumulation.py::test_flush_and_reduction_refuse_what_they_cannot_use",
+        "test_accumulation.py::test_flush_in_linen_train_state_and_with_frozen_leaves",
+        "test_accumulation.py::test_a_clip_inside_acts_on_the_mean_and_without_one_nothing_does",
+        "test_accumulation.py::test_every_1_gives_the_inner_updates_bit_for_bit",
+        "test_accumulation.py::test_complex_gradients_keep_their_imaginary_part",
+        "test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
         "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
     ),
     "_precision.py": (
@@ -120,7 +145,7 @@ class Mutant(NamedTuple):
     @property
     def name(self) -> str:
         number = f" ({self.occurrence + 1})" if self.occurrence else ""
-        return f"{self.module} {self.function}: `{self.before}` -> `{self.after}`{number}"
+        return f"{Path(self.module).name} {self.function}: `{self.before}` -> `{self.after}`{number}"
 
     @property
     def key(self) -> str:
@@ -322,7 +347,7 @@ def main(arguments: list[str]) -> int:
         if status != 0:
             print(f"the tests fail as the package is: {failed}; see {OUTPUT}")
             return 2
-    for number, mutant in enumerate(drawn, 1):
+    for number, mutant in enumerate(sorted(drawn, key=lambda each: each.key in known), 1):  # survivors at the end
         tests, row = tests_hash(mutant.module), known.get(mutant.key)
         if row is None or (row["alive"] and row["tests"] != tests):
             start = time.monotonic()

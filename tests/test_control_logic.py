@@ -46,6 +46,7 @@ def test_exactly_half_of_the_moving_leaves_standing_still_is_silent_death() -> N
     inner = optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
     run = Run(guarded(og.reset_moments(after=50, check_every=2), inner=inner)).go(*[0.5] * 14)
     assert run.metrics["guard/silent_death_total"] >= 1
+    assert "recovery" in run.log["event"]  # whose gradient was good, and is not applied
 
 
 def test_while_halted_no_rule_learns() -> None:

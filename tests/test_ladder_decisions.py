@@ -16,6 +16,7 @@ from compiling import quick_jit
 import optax_guard as og
 from optax_guard import _ladder
 from optax_guard._record import RECOVERIES
+from optax_guard._reset import moves_float32
 
 CASES = 800
 KEEP, RESET_AFTER, DOWN_AFTER, BACK_AFTER, ATTEMPTS, OWES, EVERY, LOOKS = 3, 3, 2, 4, 2, 4, 5, 4
@@ -248,3 +249,11 @@ def test_a_new_ladder_has_seen_and_done_nothing() -> None:
     known = {"moments_finite": 1, "update_scale": 1, "snapshot_steps": -1, "newest_snapshot": KEEP - 1}
     for name, numbers in fields(state).items():
         np.testing.assert_array_equal(numbers, known.get(name, 0), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_update_moves_what_is_at_most_a_rounding_of_float32_larger(dtype: Any) -> None:
+    pairs = [(0.0, 0.0, False), (1e-30, 0.0, True), (2.0**-24, 1.0, True), (2.0**-25, 1.0, False), (-1.0, -8.0, True)]
+    updates, params = ([jnp.full(2, pair[k], dtype).at[0].set(0) for pair in pairs] for k in (0, 1))
+    np.testing.assert_array_equal(moves_float32(updates, params, None), [pair[2] for pair in pairs])
+    assert not moves_float32([jnp.ones(1), jnp.ones(1, int)], [jnp.ones(1, int), jnp.ones(1)], None).any()

@@ -145,6 +145,15 @@ def test_inside_accumulation_it_learns_of_a_cycle_lost_to_overflow() -> None:
     assert float(state.accumulated_state.loss_scale) == 8.0  # 8, halved, doubled
 
 
+def test_a_mean_that_overflows_by_its_small_weights_is_held() -> None:
+    """Each share and their sum are within bounds; nothing looks at the micro-batches themselves."""
+    tx = og.accumulate(og.loss_scaling(optax.sgd(1.0), init=1.0), 2, on_nonfinite="propagate")
+    step = quick_jit(lambda p, s: og.apply_gradients(tx, {"w": jnp.full(3, 1e21)}, s, p, weight=1e-3))
+    params, state = step(*step(PARAMS, tx.init(PARAMS)))
+    np.testing.assert_array_equal(params["w"], 0)
+    assert state.accumulated_state.overflow_total == 1
+
+
 def test_a_guard_inside_halts_on_a_stream_that_is_bad_at_every_scale() -> None:
     tx = og.loss_scaling(og.guard(optax.sgd(1.0), halt_after=3), init=2.0)
     params, state = PARAMS, tx.init(PARAMS)
