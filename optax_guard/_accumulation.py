@@ -129,7 +129,8 @@ def accumulate(
     ================  ================================================================================================
     "drop_micro"      is left out with its weight: the mean is over the others
     "drop_cycle"      spoils its cycle: the others wait for its end, which is a held step (`empty_total`)
-    "propagate"       goes into the sum, unread: the cheapest. A guard inside holds the cycle; a bare optimizer is
+    "propagate"       goes into the sum (its loss into the mean), unread, where it stays until the cycle ends: the
+                      cheapest. A guard inside holds the cycle; a bare optimizer is
                       poisoned. The next cycle starts clean
     ================  ================================================================================================
 

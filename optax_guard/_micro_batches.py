@@ -148,10 +148,11 @@ def accumulate_gradients(
             shares = jax.tree.map(lambda s, x: _plus(s, x, weight), sums[:-1], (value, grads, jnp.ones(())))
             return (*shares, sums[-1] + bad), aux
 
+        no_gradient = jax.tree.map(_zeros, params)  # first, since it refuses parameters that have none
         value_type = jax.eval_shape(lambda: _first(gradient, params, micro_batches, args, key, has_aux))
         zeros = (
             jnp.zeros((), wider_dtype(value_type.dtype, jnp.float32)),
-            jax.tree.map(_zeros, params),
+            no_gradient,
             jnp.zeros(()),  # the weights
             jnp.zeros(()),  # dropped micro-batches, in float32 like the rest, for one all-reduce
         )
