@@ -127,10 +127,10 @@ def _on_own_state(function: str, init: Any, run: Any, whole: bool) -> RunFn:
 
 def as_transformation(function: str, inner: Any, argument: str = "inner") -> optax.GradientTransformationExtraArgs:
     """`inner` as a pair whose `update` takes params and extra arguments, from whatever has `init` and `update`."""
-    init: Any = getattr(inner, "init", None)
-    update: Any = getattr(inner, "update", None)
-    if isinstance(inner, type) or not (callable(init) and callable(update)):
+    functions: tuple[Any, Any] = getattr(inner, "init", None), getattr(inner, "update", None)
+    if isinstance(inner, type) or not all(map(callable, functions)):
         raise ValueError(f"{function}: `{argument}` must be an optax.GradientTransformation; got {inner!r}.")
+    init, update = functions
     if part_of(inner, object) is not None:
         return optax.GradientTransformationExtraArgs(init, update)
     if isinstance(inner, optax.GradientTransformation):

@@ -159,7 +159,7 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
     recorder = guard["recorder"]
     rows = read_rows(FlightRecorder(jnp.asarray(_array(recorder["numbers"])), jnp.asarray(_array(recorder["codes"]))))
     records = [node for node in _nodes(guard["rule_states"]) if {"recorded_norms", "recorded_steps"} <= node.keys()]
-    seen = SeenLeaves(_array(guard["seen_leaves"]["path_hashes"]))
+    seen = SeenLeaves(jnp.asarray(_array(guard["seen_leaves"]["path_hashes"])))
     names = next((seen_names(seen, node["params"]) for node in _nodes(tree) if "params" in node), [])
     leaves = None
     if len(records) == 1:

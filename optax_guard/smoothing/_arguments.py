@@ -99,8 +99,9 @@ def logit_count(name: str, apply_fn: ApplyFn, params: PyTree, inputs: Any, batch
 
 def number(name: str, argument: str, value: Any, low: float, high: float, *, closed_low: bool = False) -> float:
     """A Python float strictly between `low` (or from it on) and `high`; nothing here runs in `jit`, so values count."""
-    ends = {"open_low": not closed_low, "open_high": True}
-    return _validate.scalar(name, argument, value, low=low, high=high, **ends, static=True)
+    return _validate.scalar(
+        name, argument, value, low=low, high=high, open_low=not closed_low, open_high=True, static=True
+    )
 
 
 def whole(name: str, argument: str, value: Any) -> int:
