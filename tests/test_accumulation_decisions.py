@@ -236,3 +236,17 @@ def test_a_loss_of_weight_0_is_handed_on_where_no_other_was_given() -> None:
     params, state = og.apply_gradients(tx, gradient(1.0), tx.init(gradient(1.0)), gradient(1.0))
     _, state = og.apply_gradients(tx, gradient(1.0), state, params, weight=0.0, value=5.0)
     assert state.accumulated_state["value"] == 5
+
+
+def test_what_unscaling_takes_too_far_is_dropped_at_weight_0_too() -> None:
+    tx = og.loss_scaling(og.accumulate(optax.sgd(1.0), 2), init=2.0**-40, min_scale=2.0**-40)
+    _, state = og.apply_gradients(tx, jnp.full(1, 1e15), tx.init(jnp.ones(1)), jnp.ones(1), weight=0.0)
+    assert state.unscaled_state.dropped_total == 1
+
+
+def test_accumulation_in_accumulation() -> None:
+    tx = og.accumulate(og.accumulate(optax.sgd(1.0), 2), 1)
+    params, state = jnp.zeros(1), tx.init(jnp.zeros(1))
+    for size in (1.0, 3.0):
+        params, state = og.apply_gradients(tx, jnp.full(1, size), state, params)
+    np.testing.assert_allclose(params, -2.0)

@@ -142,6 +142,7 @@ def expected(case: dict[str, Any], rules: int, checks: bool) -> dict[str, Any]:
             "grad_norm": total if any(bad) else np.hypot(*norms),
             "clipped_norm": np.hypot(*norms) * scale if applied else 0,
             "scale": min(scale, 1) if applied else 0,
+            "recovery": "",
         },
     }
 
@@ -188,5 +189,6 @@ def test_a_step_is_judged_and_counted_by_the_rules(rules: Any, checks: bool, fas
 
 
 def test_a_new_guard_has_counted_nothing() -> None:
+    og.guard(spoiling(), patience=0, halt_after=1, history=1)  # the least of each
     state = built(RULES).init({"bias": jnp.ones(2)})._replace(recorder=(), seen_leaves=())
     assert not any(x.any() for x in jax.tree.leaves(state))

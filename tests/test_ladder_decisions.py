@@ -40,7 +40,6 @@ def flags(rng: Any, share: float, *shape: int) -> Any:
 
 def levels(rng: Any, *shape: int) -> Any:
     size = rng.uniform(0.2, 5, (CASES, *shape))
-    size = np.where(rng.random(size.shape) < 0.5, np.ceil(size), size)  # whole numbers meet a bound exactly
     return (rng.choice([1.0, -1.0], size.shape, p=[0.8, 0.2]) * size).astype("f")
 
 
@@ -69,8 +68,10 @@ def random_cases(seed: int) -> tuple[Any, _ladder.Seen]:
         rewinds_in_row=ints(rng, 0, ATTEMPTS + 1),
         rewind_total=ints(rng, 0, 9),
     )
+    smoothed, best = levels(rng), levels(rng)
+    smoothed[:100], best[:100] = 2 * np.abs(best[:100]), np.abs(best[:100])  # just not above twice the best
     watch = state.loss_watch._replace(
-        smoothed_loss=levels(rng), best_loss=levels(rng), first_loss=levels(rng), losses_seen=ints(rng, 0, 60)
+        smoothed_loss=smoothed, best_loss=best, first_loss=levels(rng), losses_seen=ints(rng, 0, 60)
     )
     state = state._replace(
         trouble_in_row=ints(rng, 0, 8),
@@ -80,7 +81,7 @@ def random_cases(seed: int) -> tuple[Any, _ladder.Seen]:
         rewind_state=rewind,
         loss_watch=watch,
     )
-    value = np.where(flags(rng, 0.1), np.float32(rng.choice([0.0, np.nan, np.inf, 3e37])), levels(rng))
+    value = np.where(flags(rng, 0.1), rng.choice([0.0, np.nan, np.inf, 3e37], CASES), levels(rng))
     return state, _ladder.Seen(
         step=ints(rng, 0, 12),
         finite=flags(rng, 0.7),
@@ -227,7 +228,7 @@ def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
     sums = np.array([[2.0, 2.0], [4.0, 4.0]])
 
     def finish(state: Any, seen: Any, applied: Any, bad_update: Any, finite: Any) -> Any:
-        moments = jax.tree.map(lambda x: jnp.where(finite, x + 2, jnp.inf), inner)
+        moments = jax.tree.map(lambda x: jnp.where(finite | (x.ndim == 1), x + 2, jnp.inf), inner)
         plan = _ladder.plan(LADDER, state, seen, PARAMS)._replace(state=state)
         return _ladder.finish(LADDER, plan, seen, applied, bad_update, lambda: PARAMS, moments, lambda *_: PARAMS)
 
@@ -249,6 +250,28 @@ def test_a_new_ladder_has_seen_and_done_nothing() -> None:
     known = {"moments_finite": 1, "update_scale": 1, "snapshot_steps": -1, "newest_snapshot": KEEP - 1}
     for name, numbers in fields(state).items():
         np.testing.assert_array_equal(numbers, known.get(name, 0), err_msg=name)
+    for rung, field in zip(RUNGS, ("reset_state", "back_off_state", "rewind_state"), strict=True):
+        alone = _ladder.as_ladder("guard", (rung,), LADDER.inner, 50, None)
+        state = _ladder.init_ladder(alone, PARAMS, LADDER.inner.init(PARAMS))._asdict()
+        there = {field} | ({"loss_watch"} if field != "reset_state" else set())
+        assert {name for name in state if name.endswith(("_state", "_watch")) and state[name] != ()} == there
+
+
+def test_without_a_loss_nothing_diverges() -> None:
+    states, seen = random_cases(3)
+    plan = quick_jit(jax.vmap(lambda state, seen: _ladder.plan(LADDER, state, seen, PARAMS)._asdict()))
+    got = jax.device_get(plan(states, seen._replace(value=None)))
+    for name in ("rewind_diverged", "gave_up"):
+        assert not (got["reason"] >> RECOVERIES.index(name) & 1).any()
+    jax.tree.map(np.testing.assert_array_equal, got["state"].loss_watch.losses_seen, states.loss_watch.losses_seen)
+
+
+def test_only_a_leaf_of_sixteen_bits_can_be_too_coarse_for_its_update() -> None:
+    params = {"coarse": jnp.ones(2, jnp.bfloat16), "fine": jnp.ones(2)}
+    updates = {"coarse": jnp.full(2, 1e-4), "fine": jnp.full(2, 1e-4)}
+    still = jnp.array([True, True])
+    got = _ladder._rounded(params, still, lambda: params, (), lambda *_: updates, None)
+    np.testing.assert_array_equal(got, [True, False])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -154,6 +154,31 @@ def test_a_mean_that_overflows_by_its_small_weights_is_held() -> None:
     assert state.accumulated_state.overflow_total == 1
 
 
+def test_below_a_scale_of_1_the_loss_and_every_leaf_are_judged() -> None:
+    tx = og.loss_scaling(optax.sgd(1.0), init=2.0**-30, min_scale=2.0**-40)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    step = quick_jit(lambda p, s, a, v: og.apply_gradients(tx, {"a": a, "b": jnp.ones(1)}, s, p, value=v))
+    state = tx.init(params)
+    for size, loss, held in ((1e15, 1.0, 1), (1.0, jnp.nan, 2), (1.0, 1.0, 2)):
+        params, state = step(params, state, jnp.full(1, size), jnp.float32(loss))
+        assert state.overflow_total == held
+        assert (params["b"] != 0) == (held == 2 and loss == 1)
+
+
+def test_a_leaf_of_integers_stays_one() -> None:
+    params = {"w": jnp.ones(1, jnp.float16), "n": jnp.ones(1, jnp.int32)}
+    tx = og.loss_scaling(optax.trace(0.9), init=1.0)
+    state = tx.init(params)
+    grads = {"w": jnp.ones(1, jnp.float16), "n": np.zeros(1, jax.dtypes.float0)}
+    chex.assert_trees_all_equal_dtypes(
+        og.apply_gradients(
+            og.loss_scaling(optax.identity()), grads, og.loss_scaling(optax.identity()).init(params), params
+        )[0],
+        params,
+    )
+    assert state.unscaled_state.trace["n"].dtype == jnp.int32
+
+
 def test_a_guard_inside_halts_on_a_stream_that_is_bad_at_every_scale() -> None:
     tx = og.loss_scaling(og.guard(optax.sgd(1.0), halt_after=3), init=2.0)
     params, state = PARAMS, tx.init(PARAMS)
