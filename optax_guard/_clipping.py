@@ -22,6 +22,7 @@ import optax
 
 from optax_guard import _validate
 from optax_guard._rule import Rule, Verdict, rule
+from optax_guard._state_check import state_check
 from optax_guard._statistics import (
     GradientStatistics,
     absolute_square,
@@ -196,12 +197,15 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
       `optax.clip`: the same; refuses complex gradients.
     """
     max_value = _validate.scalar_or_schedule("clip_by_value", "max_value", max_value, low=0, infinite=True)
+    init = init_for(max_value)
+    check_state = state_check("clip_by_value", init)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        updates, _ = checked("clip_by_value", updates, params)
+        updates, params = checked("clip_by_value", updates, params)
+        check_state(state, params, updates)
         bound, state = bound_and_state(max_value, state)
 
         def clip(leaf: jax.Array) -> jax.Array:
@@ -216,7 +220,7 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
 
         return map_gradients(clip, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_for(max_value), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adaptive_grad_clip(
@@ -286,12 +290,15 @@ def adaptive_grad_clip(
     name = "adaptive_grad_clip"
     clipping = _validate.scalar_or_schedule(name, "clipping", clipping, low=0)
     eps = _validate.scalar(name, "eps", eps, low=0, open_low=True)
+    init = init_for(clipping)
+    check_state = state_check(name, init)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
         updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
         ratio, state = bound_and_state(clipping, state)
 
         asked = _axes_by_path(name, axis, params)
@@ -311,7 +318,7 @@ def adaptive_grad_clip(
 
         return jax.tree_util.tree_map_with_path(clip, updates, params, is_leaf=lambda leaf: leaf is None), state
 
-    return optax.GradientTransformationExtraArgs(init_for(clipping), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _clip_rule(max_norm: ScalarOrSchedule, axis_name: AxisName | None, by_leaf: bool) -> Rule:

@@ -20,8 +20,7 @@ class _Static(NamedTuple):
     """What a compiled program is made for: the structure of the arguments, and those leaves that are not numbers."""
 
     structure: Any
-    leaves: tuple[Any, ...]  # `None` where there is a number
-    moving: tuple[bool, ...]
+    leaves: tuple[Any, ...]  # (type, leaf), since True equals Decimal(1); `None` where there is a number
 
 
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,8 +36,8 @@ def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return function(*args, **kwargs)
         moving = tuple(map(_is_number, leaves))
-        still = tuple(None if moves else leaf for leaf, moves in zip(leaves, moving, strict=True))
-        static = _Static(structure, still, moving)
+        still = tuple(None if moves else (type(leaf), leaf) for leaf, moves in zip(leaves, moving, strict=True))
+        static = _Static(structure, still)
         try:
             hash(static)
         except TypeError:
@@ -56,7 +55,7 @@ def _run(*arguments: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _program(function: Callable[..., Any], static: _Static, numbers: list[Any]) -> Any:
     given = iter(numbers)
-    leaves = [next(given) if moves else leaf for leaf, moves in zip(static.leaves, static.moving, strict=True)]
+    leaves = [next(given) if leaf is None else leaf[1] for leaf in static.leaves]
     args, kwargs = jax.tree.unflatten(static.structure, leaves)
     return function(*args, **kwargs)
 

@@ -421,7 +421,7 @@ def clip_by_update_rms(
         refuse_inside(name, "inner", inner_state, HOLDING)
         return inner_state
 
-    check_state = state_check(name, init, whole=False)
+    check_state = state_check(name, init)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any

@@ -29,6 +29,7 @@ from optax_guard import _validate
 from optax_guard._eager import compiled_once
 from optax_guard._prng import Words, bits, leaf_words, normal, raw_key, salt, step_words, uniform
 from optax_guard._rule import scale_leaves
+from optax_guard._state_check import state_check
 from optax_guard._statistics import accumulator_dtype, gradient_statistics
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import (
@@ -400,11 +401,14 @@ def _noise(
             resolve_mask(name, mask, as_arrays(name, params))
         return NoiseState(noise_key=jnp.copy(data), noise_step=jnp.zeros((), jnp.int32))
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        updates, _ = checked(name, updates, params)
+        updates, params = checked(name, updates, params)
+        check_state(state, params, updates)
         noisy = perturb(updates, state)
         return noisy, NoiseState(noise_key=state.noise_key, noise_step=next_step(state.noise_step))
 

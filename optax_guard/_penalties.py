@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard import _validate
+from optax_guard._state_check import state_check
 from optax_guard._statistics import accumulator_dtype, direction, multiplied
 from optax_guard._step import next_step, value_at
 from optax_guard._tree import (
@@ -288,11 +289,14 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: str = "soft") -> optax.G
         params = as_arrays(name, params)
         return _schedule_state((threshold,))
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        updates, _ = checked(name, updates, params)
+        updates, params = checked(name, updates, params)
+        check_state(state, params, updates)
         (bound,), state = _values_and_next((threshold,), state)
 
         def shrink(gradient: jax.Array) -> jax.Array:
@@ -326,11 +330,14 @@ def _penalty(
         penalised(name, mask, params)
         return _schedule_state(strengths)
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
         updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
         values, state = _values_and_next(strengths, state)
 
         def add(gradient: jax.Array, weight: jax.Array, chosen: bool) -> jax.Array:

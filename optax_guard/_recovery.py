@@ -29,6 +29,7 @@ from optax_guard import _validate
 from optax_guard._extra import loss_in, warn_of_misspellings
 from optax_guard._parts import with_part
 from optax_guard._rule import scale_leaves
+from optax_guard._state_check import state_check
 from optax_guard._statistics import first_look
 from optax_guard._step import count_if
 from optax_guard._tree import checked
@@ -273,10 +274,13 @@ def back_off(
         del params
         return empty_back_off(empty_watch() if diverged is not None else ())
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: BackOffState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, BackOffState]:
-        updates, _ = checked(name, updates, params)
+        updates, params = checked(name, updates, params)
+        check_state(state, params, updates)
         warn_of_misspellings(extra)
         finite = jnp.all(first_look(updates, axis_name).finite)
         loss, watch = loss_in(name, extra, axis_name), state.back_off_watch

@@ -22,6 +22,7 @@ from optax_guard import _validate
 from optax_guard._eager import compiled_once
 from optax_guard._extra import warn_of_misspellings, with_value
 from optax_guard._parts import part_of, with_part
+from optax_guard._state_check import state_check
 from optax_guard._statistics import (
     GradientStatistics,
     gradient_statistics,
@@ -116,12 +117,14 @@ def rule(
 
     # What a person called, for messages: the function in which the judgement is written.
     name = getattr(judge, "__qualname__", "rule").partition(".")[0].removeprefix("_")
+    check_state = state_check(name, init)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         warn_of_misspellings(extra)
         updates, params = checked(name, updates, params)
+        check_state(state, params, updates)
         statistics = gradient_statistics(updates, axis_name=axis_name)
         verdict, state = judge(statistics, state, params, **with_value(extra))
         scaled = scale_statistics(statistics, verdict.scale)

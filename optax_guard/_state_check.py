@@ -60,6 +60,8 @@ def _difference(
         wanted = jax.eval_shape(init, params)
     except jax.errors.JAXTypeError:  # an optimizer whose `init` looks at values: nothing to compare with
         return None
+    if not jax.tree.leaves(state) and not jax.tree.leaves(wanted):
+        return None  # one without numbers may be left out: `optax.clip(1.0).update(grads, None)`
     if not whole:
         return None if type(state) is type(wanted) else _kinds("it", state, wanted) + _cure(state, wanted)
     found = _first_difference(state, wanted, (), shapes)

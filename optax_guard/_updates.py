@@ -24,6 +24,7 @@ from optax_guard._axes import min_over, sharding_of
 from optax_guard._eager import compiled_once
 from optax_guard._history import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._rule import scale_leaves
+from optax_guard._state_check import state_check
 from optax_guard._statistics import accumulator_dtype, first_look, multiplied, safe_sqrt
 from optax_guard._step import count_if, next_step, value_at
 from optax_guard._tree import checked, checked_with_params, is_gradient, positions
@@ -134,11 +135,14 @@ def limit_step(
         del params
         return LimitStepState(*_uncounted())
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, LimitStepState]:
         del extra
         updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
         moved = _squares(updates, axis_name)
         weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
@@ -237,11 +241,14 @@ def clip_by_update_norm(
         del params
         return UpdateNormState(*empty_series(window, follow), *_uncounted()[1:])
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra
-        updates, _ = checked(name, updates, params)
+        updates, params = checked(name, updates, params)
+        check_state(state, params, updates)
         squares = _squares(updates, axis_name)
         norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
         finite = jnp.all(jnp.isfinite(squares))
@@ -319,11 +326,14 @@ def clippy(
         del params
         return ClippyState(*_uncounted())
 
+    check_state = state_check(name, init)
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, ClippyState]:
         del extra
         updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
         ratio = jnp.maximum(value_at(relative, state.clippy_step), 0)
 
         def share_of(leaf: Any, weight: Any) -> jax.Array:
