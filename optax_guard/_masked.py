@@ -21,7 +21,7 @@ from optax_guard import _validate
 from optax_guard._parts import part_of
 from optax_guard._rule import Judgement, Rule, Verdict, rule
 from optax_guard._statistics import GradientStatistics
-from optax_guard._tree import as_params, is_gradient, positions, resolve_mask
+from optax_guard._tree import as_arrays, is_gradient, positions, resolve_mask
 from optax_guard._typing import Mask, PyTree
 
 __all__ = ["MaskedRuleState", "chosen", "masked_rule", "only_chosen", "select_statistics", "zeros_elsewhere"]
@@ -90,7 +90,7 @@ def masked_rule(inner: Rule, mask: Mask) -> Rule:
         )
 
     def init(params: optax.Params) -> MaskedRuleState:
-        params = as_params(name, params)
+        params = as_arrays(name, params)
         return MaskedRuleState(
             masked_rule_state=inner.init(params), masked_rule_leaves=jnp.asarray(chosen(name, mask, params))
         )
