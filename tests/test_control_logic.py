@@ -15,6 +15,33 @@ import optax_guard as og
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
+def test_the_axis_of_a_rule_is_that_of_the_guard_or_none() -> None:
+    sharded = og.clip_by_global_norm(1.0, axis_name="x")
+    og.guard(optax.sgd(1.0), sharded, og.skip_large(1.0), axis_name="x")
+    with pytest.raises(ValueError, match="rule 0 has axis_name='x', the guard 'y'"):
+        og.guard(optax.sgd(1.0), sharded, axis_name="y")
+
+
+def test_back_off_may_wait_for_longer_than_the_guard_and_needs_no_parameters() -> None:
+    tx = og.guard(optax.sgd(1.0), recovery=(og.back_off(after=60),), halt_after=50)
+    updates, state = tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+    np.testing.assert_array_equal(updates, -1)
+    assert not state.halted
+
+
+def test_the_optimizer_gets_the_loss_in_the_type_in_which_it_was_given() -> None:
+    seen: list[Any] = []
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any) -> Any:
+        seen.append(value)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(optax.identity().init, update)
+    tx = og.guard(inner)
+    tx.update(jnp.ones(1), tx.init(jnp.ones(1)), value=jnp.bfloat16(0.5))
+    assert {value.dtype for value in seen} == {jnp.dtype("bfloat16")}
+
+
 def test_a_second_rewind_with_one_snapshot_goes_to_that_one_again() -> None:
     run = Run(guarded(og.rewind(every=100, keep=2, after=2), inner=optax.sgd(1.0))).go(0.5)
     snapshot = run.params
@@ -86,30 +113,3 @@ def test_alone_in_a_chain_a_loss_that_is_nan_gives_zeros() -> None:
     skip = og.skip_spikes(on="loss")
     updates, _ = skip.update(jnp.ones(2), skip.init(jnp.ones(2)), value=jnp.float32(jnp.nan))
     np.testing.assert_array_equal(updates, 0)
-
-
-def test_the_axis_of_a_rule_is_that_of_the_guard_or_none() -> None:
-    sharded = og.clip_by_global_norm(1.0, axis_name="x")
-    og.guard(optax.sgd(1.0), sharded, og.skip_large(1.0), axis_name="x")
-    with pytest.raises(ValueError, match="rule 0 has axis_name='x', the guard 'y'"):
-        og.guard(optax.sgd(1.0), sharded, axis_name="y")
-
-
-def test_back_off_may_wait_for_longer_than_the_guard_and_needs_no_parameters() -> None:
-    tx = og.guard(optax.sgd(1.0), recovery=(og.back_off(after=60),), halt_after=50)
-    updates, state = tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
-    np.testing.assert_array_equal(updates, -1)
-    assert not state.halted
-
-
-def test_the_optimizer_gets_the_loss_in_the_type_in_which_it_was_given() -> None:
-    seen: list[Any] = []
-
-    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any) -> Any:
-        seen.append(value)
-        return updates, state
-
-    inner = optax.GradientTransformationExtraArgs(optax.identity().init, update)
-    tx = og.guard(inner)
-    tx.update(jnp.ones(1), tx.init(jnp.ones(1)), value=jnp.bfloat16(0.5))
-    assert {value.dtype for value in seen} == {jnp.dtype("bfloat16")}
