@@ -22,7 +22,7 @@ import optax
 from optax_guard._accumulation import AccumulateState
 from optax_guard._guard import GuardState
 from optax_guard._precision import LossScalingState
-from optax_guard._record import EVENTS, HELD, last_row
+from optax_guard._record import EVENTS, HELD, FlightRecorder, last_row
 from optax_guard._tree import check_same_structure, path_name, unwrapped
 from optax_guard._typing import PyTree
 
@@ -40,6 +40,7 @@ def keep_if_held(state: optax.OptState, new: PyTree, old: PyTree) -> PyTree:
     Guarantees:
       - On a held step every bit of `old` is kept, whatever `new` holds; otherwise every bit of `new`.
       - Works inside and outside of `jit`, `vmap` and `scan`, on any tree. One pass over it, and no multiplication.
+      - The state may be of many runs at once (`jax.vmap`, `jax.pmap`): each keeps its own.
 
     ==========================================  ======================================================================
     The last call                               Held
@@ -116,8 +117,7 @@ def _is_wrapper(node: Any) -> bool:
 def _held(node: Any) -> jax.Array | None:
     """The answer of one wrapper, which knows whether what is inside was asked in the last call."""
     if isinstance(node, GuardState):
-        event = last_row(node.recorder, unwrapped(node.guard_step)).event
-        here = (event >= 0) & jnp.array([name in HELD for name in EVENTS])[event]
+        here = _row_held(FlightRecorder(*map(unwrapped, node.recorder)), unwrapped(node.guard_step))
         return _or(here, last_step_held(node.guarded_state))
     if isinstance(node, AccumulateState):
         inside = last_step_held(node.accumulated_state)
@@ -130,6 +130,14 @@ def _held(node: Any) -> jax.Array | None:
     if isinstance(node, optax.MultiStepsState):
         return (unwrapped(node.mini_step) == 0) & inside
     return ~unwrapped(node.last_finite) | inside
+
+
+def _row_held(recorder: FlightRecorder, step: jax.Array) -> jax.Array:
+    """Whether the newest row is of a held step; of a state of many runs at once, for each."""
+    if jnp.ndim(step) > 0:
+        return jax.vmap(_row_held)(recorder, step)
+    event = last_row(recorder, step).event
+    return (event >= 0) & jnp.array([name in HELD for name in EVENTS])[event]
 
 
 def _or(here: jax.Array, inside: jax.Array | None) -> jax.Array:
@@ -148,7 +156,14 @@ def _select(function: str, held: jax.Array, name: str, new: Any, old: Any) -> An
             f"{function}: leaf `{name}` is {old.dtype}{list(old.shape)} in `old` and {new.dtype}{list(new.shape)} "
             "in `new`: they must agree."
         )
-    return jnp.where(held, old, new)
+    if held.ndim == 0:
+        return jnp.where(held, old, new)
+    if held.shape != new.shape[: held.ndim]:
+        raise ValueError(
+            f"{function}: `state` is of many runs, {list(held.shape)}, and leaf `{name}` has the shape "
+            f"{list(new.shape)}: its first axes must be those of the runs."
+        )
+    return jnp.where(jnp.reshape(held, held.shape + (1,) * (new.ndim - held.ndim)), old, new)
 
 
 def _as_array(leaf: Any, other: Any) -> jax.Array:

@@ -131,6 +131,20 @@ def test_under_vmap_and_scan_each_replica_keeps_its_own() -> None:
     np.testing.assert_array_equal(quick_jit(jax.vmap(run))(sizes), [3.0, 4.0])
 
 
+def test_a_state_of_many_runs_keeps_for_each_of_them() -> None:
+    tx = og.loss_scaling(og.guard(optax.sgd(0.1)), init=1.0)
+    many, grads = jnp.ones((3, 2)), jnp.ones((3, 2)).at[1, 0].set(BAD)
+    states = jax.vmap(tx.init)(many)
+    _, states = quick_jit(jax.vmap(lambda g, s, p: og.apply_gradients(tx, g, s, p)))(grads, states, many)
+    kept = og.keep_if_held(
+        states, {"mean": many, "count": jnp.full(3, 7)}, {"mean": 0 * many, "count": jnp.zeros(3, int)}
+    )
+    np.testing.assert_array_equal(kept["count"], [7, 0, 7])
+    np.testing.assert_array_equal(kept["mean"], [[1, 1], [0, 0], [1, 1]])
+    with pytest.raises(ValueError, match=r"`state` is of many runs, \[3\], and leaf `\(root\)` has the shape \[2, 3\]"):
+        og.keep_if_held(states, jnp.ones((2, 3)), jnp.zeros((2, 3)))
+
+
 def test_the_selection_reads_no_parameters_and_multiplies_nothing() -> None:
     state = og.guard(optax.adam(0.1)).init(LEAF)
     jaxpr = jax.make_jaxpr(lambda s, n, o: og.keep_if_held(s, n, o))(state, jnp.ones(7), jnp.zeros(7))
