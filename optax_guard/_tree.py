@@ -148,16 +148,21 @@ def map_gradients(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> 
 def as_arrays(function: str, tree: PyTree) -> PyTree:
     """The tree with Python numbers as 0-d arrays; a ValueError with the path of the first leaf that is no array."""
     leaves = jax.tree.leaves(tree)
-    if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") and _is_canonical(leaf) for leaf in leaves):
+    if all(_is_array(leaf) and _is_canonical(leaf) for leaf in leaves):
         return tree
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not isinstance(leaf, _NUMBERS) and not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        if not isinstance(leaf, _NUMBERS) and not _is_array(leaf):
             raise ValueError(
                 f"{function}: leaf `{path_name(path)}` is not an array but {type(leaf).__name__} ({leaf!r}). "
                 "Filter the tree first (for instance `eqx.filter(model, eqx.is_inexact_array)`)."
             )
     # By way of NumPy, since `jnp.asarray(1.0)` would be weakly typed, and a state must keep its types.
     return jax.tree.map(lambda leaf: leaf if _is_canonical(leaf) else jnp.asarray(np.asarray(leaf)), tree)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether it is an array of something that JAX knows, which NumPy's objects, texts and dates are not."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "V") not in "OUSmM"
 
 
 def _is_canonical(leaf: Any) -> bool:

@@ -116,3 +116,6 @@ def test_the_derivative_of_the_norm_is_its_direction_and_zero_at_zero() -> None:
 def test_a_leaf_that_is_not_an_array_is_named() -> None:
     with pytest.raises(ValueError, match=r"leaf `net/name` is not an array but str"):
         og.global_norm({"net": {"name": "dense"}})
+    for array in (np.array([None]), np.array(["dense"]), np.array(["2020-01-01"], "datetime64[D]")):
+        with pytest.raises(ValueError, match=r"leaf `w` is not an array but ndarray"):
+            og.global_norm({"w": array})
