@@ -42,6 +42,15 @@ def test_the_optimizer_gets_the_loss_in_the_type_in_which_it_was_given() -> None
     assert {value.dtype for value in seen} == {jnp.dtype("bfloat16")}
 
 
+def test_the_halt_of_a_member_looks_at_its_own_parameters() -> None:
+    tx = og.guard(optax.sgd(1.0), halt_after=1)
+    params = jnp.ones((2, 1))
+    state = jax.vmap(tx.init)(params)
+    _, state = quick_jit(jax.vmap(lambda g, s: tx.update(g, s)))(jnp.array([[1.0], [jnp.nan]]), state)
+    with pytest.raises(og.TrainingHalted, match="The parameters are those before"):
+        og.raise_if_halted(state, params.at[0].set(jnp.nan))
+
+
 def test_a_second_rewind_with_one_snapshot_goes_to_that_one_again() -> None:
     run = Run(guarded(og.rewind(every=100, keep=2, after=2), inner=optax.sgd(1.0))).go(0.5)
     snapshot = run.params
