@@ -1,6 +1,6 @@
 # make demo   the quickstart: four arms, one table, quickstart.png
 # make test   the test suite                make lint   format, lint, types
-# make test-all  the same with what takes long, as CI runs it
+# make test-all  the same with what takes long
 # make upstream  Optax's own tests, with its optimizers guarded
 # make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts what no test notices
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
@@ -37,7 +37,7 @@ mutants: $(VENV)/.installed
 
 # The conformance suite alone, as CI runs it once more with the newest JAX: make conformance VENV=.venv312 PYTHON=python3.12
 conformance: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 tests/test_conformance.py tests/test_guard.py tests/test_accumulation.py
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests/test_conformance.py tests/test_guard.py tests/test_accumulation.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
