@@ -6,6 +6,7 @@ programs also call it `loss`, which is taken for `value` where that is not given
 
 import functools
 import inspect
+import math
 import warnings
 from typing import Any
 
@@ -31,6 +32,8 @@ def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = N
         got = f"an array of shape {np.shape(loss)}" if _is_number(loss) else f"{loss!r}"
         raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is taken for the `value`).")
     if not hasattr(loss, "dtype"):  # a Python number has no dtype of its own
+        if isinstance(loss, int) and abs(loss) > 2**1023:  # beyond every float
+            loss = math.copysign(math.inf, loss)
         array = jnp.asarray(loss, jnp.complex64 if isinstance(loss, complex) else jnp.float32)
     else:
         array = jnp.asarray(loss)

@@ -28,6 +28,7 @@ LOSSES = {
     "python float": (1.5, 1.5),
     "python int": (2, 2.0),
     "large python int": (10**20, 1e20),
+    "python int beyond every float": (10**400, np.inf),
     "bool": (True, 1.0),
     "python complex": (1.5 + 2j, 1.5),
     "numpy": (np.float64(1.5), 1.5),
