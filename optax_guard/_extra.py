@@ -33,7 +33,7 @@ def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = N
         raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is taken for the `value`).")
     if not hasattr(loss, "dtype"):  # a Python number has no dtype of its own
         if isinstance(loss, int) and abs(loss) > 2**1023:  # beyond every float
-            loss = math.copysign(math.inf, loss)
+            loss = math.inf if loss > 0 else -math.inf
         array = jnp.asarray(loss, jnp.complex64 if isinstance(loss, complex) else jnp.float32)
     else:
         array = jnp.asarray(loss)

@@ -146,8 +146,8 @@ def guard(
     NaN, Inf, anything outside `mask`        not seen: neither held nor counted, and `inner` gets zeros there
     zero gradient, empty tree                the inner optimizer steps as it would alone
     float16, update not finite               applied unless `check_updates=True`: held and counted
-    parameter + update beyond the dtype      both finite: the largest number of the dtype; held and counted with
-                                             `check_updates=True`. Through `optax.apply_updates`: Inf, unless checked
+    finite parameter + update beyond the     the largest number of the dtype; held and counted with
+    dtype, or an update of Inf               `check_updates=True`. Through `optax.apply_updates`: Inf, unless checked
     =======================================  ==========================================================================
 
     Args:
