@@ -27,7 +27,7 @@ from jax import lax
 
 from optax_guard import _validate
 from optax_guard._eager import compiled_once
-from optax_guard._prng import Words, bits, leaf_words, normal, raw_key, salt, step_words, uniform
+from optax_guard._prng import Words, bits, leaf_words, normal, raw_key, salt, step_words, uniform, zeros_sharded_as
 from optax_guard._rule import scale_leaves
 from optax_guard._state_check import state_check
 from optax_guard._statistics import accumulator_dtype, gradient_statistics
@@ -449,7 +449,7 @@ def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: j
 
     def nothing(words: Words, leaf: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         del words
-        return jnp.zeros_like(leaf, dtype=dtype), jnp.zeros_like(leaf, dtype=jnp.uint32)
+        return zeros_sharded_as(leaf, dtype), zeros_sharded_as(leaf, jnp.uint32)
 
     return lax.cond(on, lambda: sample(normal), lambda: sample(nothing))
 

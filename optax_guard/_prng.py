@@ -18,7 +18,19 @@ from jax import lax
 from optax_guard import _validate
 from optax_guard._typing import PRNGKeyLike
 
-__all__ = ["Words", "bits", "derive", "leaf_words", "normal", "raw_key", "salt", "step_words", "threefry", "uniform"]
+__all__ = [
+    "Words",
+    "bits",
+    "derive",
+    "leaf_words",
+    "normal",
+    "raw_key",
+    "salt",
+    "step_words",
+    "threefry",
+    "uniform",
+    "zeros_sharded_as",
+]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -100,6 +112,15 @@ def normal(key: Words, like: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Arra
     return lax.complex(real, imag) * jnp.asarray(math.sqrt(0.5), dtype), words.second
 
 
+def zeros_sharded_as(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """Zeros with the leaf's shape and sharding.
+
+    `jnp.zeros_like` loses an explicit sharding where no mesh is set (JAX 0.12); a comparison keeps it, and XLA folds it
+    away.
+    """
+    return ((leaf != leaf) & False).astype(dtype)
+
+
 def uniform(word: jax.Array) -> jax.Array:
     """Uniform float32 in [0, 1), from the upper 23 of 32 bits."""
     mantissa = (word >> np.uint32(9)) | np.uint32(0x3F800000)
@@ -124,7 +145,7 @@ def _indices(like: jax.Array) -> Words:
 
     Built on zeros in the likeness of the leaf, so that under explicit sharding every device hashes only its own part.
     """
-    first = rest = jnp.zeros_like(like, dtype=jnp.uint32)
+    first = rest = zeros_sharded_as(like, jnp.uint32)
     for axis in range(1, like.ndim):
         rest = rest * np.uint32(like.shape[axis]) + lax.broadcasted_iota(jnp.uint32, like.shape, axis)
     if like.ndim:
