@@ -61,6 +61,17 @@ _LADDER = (
     "test_recovery.py::test_through_update_the_rewind_is_right_to_rounding",
     "test_ladder.py::test_a_snapshot_in_the_hosts_memory_comes_back_to_the_replica_that_needs_it",
 )
+_CYCLE = (
+    "test_accumulation_decisions.py",
+    "test_accumulation.py::test_bad_input_is_refused_by_name",
+    "test_accumulation.py::test_flush_and_reduction_refuse_what_they_cannot_use",
+    "test_accumulation.py::test_flush_in_linen_train_state_and_with_frozen_leaves",
+    "test_accumulation.py::test_a_clip_inside_acts_on_the_mean_and_without_one_nothing_does",
+    "test_accumulation.py::test_every_1_gives_the_inner_updates_bit_for_bit",
+    "test_accumulation.py::test_complex_gradients_keep_their_imaginary_part",
+    "test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
+    "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
+)
 OWNERS = {
     "_guard.py": (
         "test_guard_decisions.py",
@@ -89,29 +100,8 @@ OWNERS = {
         "test_ladder_decisions.py",
         "test_recovery.py::test_the_watch_follows_its_equations_and_notices_in_the_stated_time",
     ),
-    "_accumulation.py": (
-        "test_accumulation_decisions.py",
-        "test_accumulation.py::test_bad_input_is_refused_by_name",
-        "test_accumulation.py::test_flush_and_reduction_refuse_what_they_cannot_use",
-        "test_accumulation.py::test_flush_in_linen_train_state_and_with_frozen_leaves",
-        "test_accumulation.py::test_a_clip_inside_acts_on_the_mean_and_without_one_nothing_does",
-        "test_accumulation.py::test_every_1_gives_the_inner_updates_bit_for_bit",
-        "test_accumulation.py::test_complex_gradients_keep_their_imaginary_part",
-        "test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
-        "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
-        "test_masked.py::test_the_gradient_of_a_frozen_leaf_is_never_read",
-    ),
-    "_sums.py": (
-        "test_accumulation_decisions.py",
-        "test_accumulation.py::test_bad_input_is_refused_by_name",
-        "test_accumulation.py::test_flush_and_reduction_refuse_what_they_cannot_use",
-        "test_accumulation.py::test_flush_in_linen_train_state_and_with_frozen_leaves",
-        "test_accumulation.py::test_a_clip_inside_acts_on_the_mean_and_without_one_nothing_does",
-        "test_accumulation.py::test_every_1_gives_the_inner_updates_bit_for_bit",
-        "test_accumulation.py::test_complex_gradients_keep_their_imaginary_part",
-        "test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
-        "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
-    ),
+    "_accumulation.py": (*_CYCLE, "test_masked.py::test_the_gradient_of_a_frozen_leaf_is_never_read"),
+    "_sums.py": _CYCLE,
     "_precision.py": (
         "test_precision.py",
         "test_overflow.py::test_unscaling_by_a_scale_below_1_holds_what_overflows",
