@@ -23,9 +23,9 @@ def judged(on: str, faithful: bool) -> Callable[[np.ndarray], np.ndarray]:
     """Histories -> which steps the rule refuses."""
     rule = og.skip_spikes(on=on, faithful=faithful)
 
-    def step(state: og.SpikeState, x: jax.Array) -> tuple[og.SpikeState, jax.Array]:
+    def step(state: og.rules.SpikeState, x: jax.Array) -> tuple[og.rules.SpikeState, jax.Array]:
         bad = (on == "norm") & ~jnp.isfinite(x)
-        statistics = og.GradientStatistics(
+        statistics = og.rules.GradientStatistics(
             sum_squares=jnp.where(bad, jnp.nan, 1.0)[None],
             magnitude=jnp.where(bad | (on == "loss"), 1.0, x)[None],
         )

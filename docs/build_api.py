@@ -1,4 +1,4 @@
-"""Writes docs/api/*.md from the docstrings: one page per module, every public name on one of them.
+"""Writes docs/api/ from the docstrings: one page per module, in the folders of the package, every public name on one.
 
     python docs/build_api.py            # writes the pages
     python docs/build_api.py --check    # writes nothing; exits with 1 and names what is undocumented
@@ -21,6 +21,28 @@ import optax_guard as og
 HERE = Path(__file__).parent
 # Modules that users import by themselves; everything else is reached as `optax_guard.name`.
 TOP_LEVEL = ("models", "flax", "preflight", "diagnose", "smoothing", "report")
+TITLES = {
+    "accumulation/calls": "Across calls",
+    "accumulation/scan": "Inside one call",
+    "common/axes": "Many devices",
+    "common/bounds": "State of a clip",
+    "recovery/ladder": "State of recovery",
+    "recovery/loss_watch": "Watching the loss",
+    "recovery/reset": "Reset of moments",
+    "rules/clip": "Clipping by a number",
+    "rules/norm_history": "Clipping by history",
+    "rules/published": "Published adaptive clips",
+    "rules/skip": "Skipping",
+    "state/held": "Kept with a held step",
+    "state/metrics": "Metrics and flight log",
+    "state/migration": "Guards in and out",
+    "step/act": "Taking a step",
+    "step/judge": "A rule of your own",
+    "step/observe": "Gradient statistics",
+    "step/reading": "Names of leaves",
+    "step/record": "Flight recorder",
+    "transforms/elementwise": "Bounds on elements",
+}
 SECTIONS = ("Guarantees", "Args", "Returns", "Raises", "Example", "References", "See Also")
 
 
@@ -38,9 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.check:
         folder = HERE / "api"
         folder.mkdir(exist_ok=True)
-        for old in folder.glob("*.md"):
+        for old in folder.rglob("*.md"):
             old.unlink()
         for page, (module, names) in pages.items():
+            (folder / page).parent.mkdir(exist_ok=True)
             (folder / f"{page}.md").write_text(page_text(page, module, names), encoding="utf-8")
         (folder / "index.md").write_text(index_text(pages), encoding="utf-8")
         print(f"{len(pages)} pages in docs/api")
@@ -48,14 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def private_pages() -> dict[str, tuple[ModuleType, list[str]]]:
-    """Page name -> (module, public names), for what `import optax_guard` gives."""
+    """Page name -> (module, public names), for what `import optax_guard` gives: 'rules/skip' for `rules/_skip.py`."""
     pages: dict[str, tuple[ModuleType, list[str]]] = {}
-    for name in og.__all__:
-        module = importlib.import_module(getattr(og, name).__module__)
-        page = module.__name__.removeprefix("optax_guard.").removeprefix("_")
-        pages.setdefault(page, (module, []))[1].append(name)
-    order = {page: lines for page, (_, lines) in pages.items()}
-    return {page: (pages[page][0], by_place(pages[page][0], order[page])) for page in sorted(pages)}
+    rooms = [thing for name in og.__all__ if inspect.ismodule(thing := getattr(og, name))]
+    for room in rooms:
+        pages[f"{room.__name__.removeprefix('optax_guard.')}/index"] = (room, [])
+    for name, thing in ((name, getattr(owner, name)) for owner in (og, *rooms) for name in owner.__all__):
+        if inspect.ismodule(thing):
+            continue
+        module = importlib.import_module(thing.__module__)
+        page = re.sub(r"(^|/)_", r"\1", module.__name__.removeprefix("optax_guard.").replace(".", "/"))
+        names = pages.setdefault(page, (module, []))[1]
+        if name not in names:
+            names.append(name)
+    return {page: (module, by_place(module, names)) for page, (module, names) in sorted(pages.items())}
 
 
 def top_level_pages() -> dict[str, tuple[ModuleType, list[str]]]:
@@ -81,7 +110,7 @@ def by_place(module: ModuleType, names: list[str]) -> list[str]:
 
 def on_a_page(name: str, pages: dict[str, tuple[ModuleType, list[str]]]) -> bool:
     """Whether a public name of the package is documented somewhere."""
-    return any(name in names for _, names in pages.values())
+    return f"{name}/index" in pages or any(name in names for _, names in pages.values())
 
 
 def problems(module: ModuleType, names: list[str]) -> list[str]:
@@ -95,7 +124,7 @@ def problems(module: ModuleType, names: list[str]) -> list[str]:
         if not text:
             missing.append(f"{module.__name__}.{name} has no docstring")
         elif inspect.isfunction(thing):
-            if module.__name__.startswith("optax_guard._") and ">>>" not in text:
+            if module.__name__.partition("optax_guard.")[2] not in TOP_LEVEL and ">>>" not in text:
                 missing.append(f"{module.__name__}.{name} has no example")
             if inspect.signature(thing).parameters and "Args:" not in text:
                 missing.append(f"{module.__name__}.{name} does not describe its arguments")
@@ -104,7 +133,7 @@ def problems(module: ModuleType, names: list[str]) -> list[str]:
 
 def page_text(page: str, module: ModuleType, names: list[str]) -> str:
     """One page of Markdown."""
-    title = page.replace("_", " ")
+    title = TITLES.get(page, page.removesuffix("/index").rpartition("/")[2].replace("_", " "))
     prefix = module.__name__ if page in TOP_LEVEL else "optax_guard"
     first, _, rest = (inspect.getdoc(module) or "").partition("\n")
     parts = [f"# {title[0].upper()}{title[1:]}", first, markdown(rest)]
@@ -123,9 +152,10 @@ def index_text(pages: dict[str, tuple[ModuleType, list[str]]]) -> str:
     """All names, alphabetical, with their first sentence."""
     rows = []
     for page, (module, names) in pages.items():
+        room = page if page in TOP_LEVEL else page.partition("/")[0]
         for name in names:
             text = (inspect.getdoc(getattr(module, name)) or "").split("\n")[0]
-            shown = f"{page}.{name}" if page in TOP_LEVEL else name
+            shown = name if page not in TOP_LEVEL and name in og.__all__ else f"{room}.{name}"
             rows.append((name.lower(), f"| [`{shown}`]({page}.md#{name}) | {text.replace('|', chr(92) + '|')} |"))
     lines = [row for _, row in sorted(rows)]
     return "# All names\n\n| name | |\n|---|---|\n" + "\n".join(lines) + "\n"

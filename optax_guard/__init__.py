@@ -4,91 +4,71 @@
 >>> import optax_guard as og
 >>> tx = og.guard(optax.adamw(3e-4), og.clip_by_global_norm(1.0))
 
-Wrap the optimizer in `guard`, take the step with `apply_gradients`, read what happened with `metrics` and `flight_log`.
+Wrap the optimizer in `guard` or `stabilize`, take the step with `apply_gradients`, and read what happened with
+`metrics` and `flight_log`. Every function is here; the types of states are in the folders: `og.rules.ZClipState`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-# Guard a training step
-from optax_guard._accumulation import AccumulateState, accumulate, flush, has_updated
-from optax_guard._apply import FastTransformation, apply_gradients
+# The step
+from optax_guard._common.axes import leaf_axes
+from optax_guard._guard import guard
+from optax_guard._halt import TrainingHalted, clear_halt, raise_if_halted
+from optax_guard._loss_scaling import loss_scaling, scale_loss
+from optax_guard._stabilize import stabilize
+from optax_guard._step.act import apply_gradients
+from optax_guard._step.judge import Rule, Verdict, rule
+from optax_guard._step.observe import global_norm, gradient_statistics
+from optax_guard._step.reading import leaf_names
 
-# Bound the gradient by its history, as published
-from optax_guard._adaptive import AdaGCState, AutoClipState, ZClipState, adagc, autoclip, zclip
-
-# Count every leaf once on many devices
-from optax_guard._axes import LeafAxes, leaf_axes
-
-# Bound the gradient by a number
-from optax_guard._clipping import (
-    ClipState,
-    adaptive_grad_clip,
+# The rooms
+from optax_guard import accumulation, recovery, rules, state, transforms
+from optax_guard.accumulation import accumulate, accumulate_gradients, flush, has_updated
+from optax_guard.recovery import back_off, reset_moments, rewind
+from optax_guard.rules import (
+    adagc,
+    autoclip,
     clip_by_global_norm,
     clip_by_leaf_norm,
-    clip_by_value,
+    clip_by_median_norm,
+    clip_by_norm_history,
+    leaf_log,
+    masked_rule,
+    record_leaves,
+    skip_large,
+    skip_nonfinite,
+    skip_spikes,
+    zclip,
 )
-from optax_guard._guard import GuardState, TrainingHalted, clear_halt, guard, raise_if_halted
-from optax_guard._held import keep_if_held
-from optax_guard._micro_batches import accumulate_gradients
-
-# Train in float16
-from optax_guard._precision import LossScalingState, loss_scaling, scale_loss
-
-# Recover when holding steps is not enough
-from optax_guard._ladder import RecoveryState
-from optax_guard._recovery import BackOffState, ResetState, RewindState, back_off, reset_moments, rewind
-from optax_guard._watch import LossWatch
-
-# Add a guard to a run in flight
-from optax_guard._migration import find_inner_state, inner_state, with_guard_state
-
-# See what happened
-from optax_guard._leaf_record import LeafLog, LeafRecordState, leaf_log, record_leaves
-from optax_guard._metrics import flight_log, metrics
-
-# Clip by an optimizer's second moment
-from optax_guard._moments import SpamState, StableSpamState, clip_by_update_rms, spam_clip, stable_spam
-
-# Bound the gradient by its own history
-from optax_guard._norm_history import MedianNormState, NormHistoryState, clip_by_median_norm, clip_by_norm_history
-
-# The one line that most people need
-from optax_guard._presets import stabilize
-
-# Change the gradient on purpose
-from optax_guard._noise import NoiseState, anticorrelated_noise, langevin_noise, noise_injection, perturb_weights
-from optax_guard._penalties import PenaltyState, dense_penalty, elastic_net_penalty, l1_penalty, shrink_gradients
-
-# Make weights exactly zero
-from optax_guard._proximal import (
-    ProximalState,
-    Sparsity,
+from optax_guard.state import (
+    find_inner_state,
+    flight_log,
+    inner_state,
+    keep_if_held,
+    metrics,
+    with_guard_state,
+)
+from optax_guard.transforms import (
+    adaptive_grad_clip,
+    anticorrelated_noise,
+    clip_by_update_norm,
+    clip_by_update_rms,
+    clip_by_value,
+    clippy,
+    dense_penalty,
+    elastic_net_penalty,
+    l1_penalty,
+    langevin_noise,
+    limit_step,
+    noise_injection,
+    perturb_weights,
     proximal_elastic_net,
     proximal_group_lasso,
     proximal_l1,
+    shrink_gradients,
+    spam_clip,
     sparsity,
-)
-from optax_guard._record import FlightRecorder
-
-# Write a rule of one's own
-from optax_guard._rule import Rule, Verdict, rule
-
-# Judge some leaves and not others
-from optax_guard._masked import MaskedRuleState, masked_rule
-
-# Hold a step
-from optax_guard._skipping import SpikeState, skip_large, skip_nonfinite, skip_spikes
-from optax_guard._statistics import GradientStatistics, global_norm, gradient_statistics
-from optax_guard._reading import leaf_names
-
-# Bound the finished update
-from optax_guard._updates import (
-    ClippyState,
-    LimitStepState,
-    UpdateNormState,
-    clip_by_update_norm,
-    clippy,
-    limit_step,
+    stable_spam,
 )
 
 try:
@@ -97,42 +77,12 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "AccumulateState",
-    "AdaGCState",
-    "AutoClipState",
-    "BackOffState",
-    "ClipState",
-    "ClippyState",
-    "FastTransformation",
-    "FlightRecorder",
-    "GradientStatistics",
-    "GuardState",
-    "LeafAxes",
-    "LeafLog",
-    "LeafRecordState",
-    "LimitStepState",
-    "LossScalingState",
-    "LossWatch",
-    "MaskedRuleState",
-    "MedianNormState",
-    "NoiseState",
-    "NormHistoryState",
-    "PenaltyState",
-    "ProximalState",
-    "RecoveryState",
-    "ResetState",
-    "RewindState",
     "Rule",
-    "SpamState",
-    "Sparsity",
-    "SpikeState",
-    "StableSpamState",
     "TrainingHalted",
-    "UpdateNormState",
     "Verdict",
-    "ZClipState",
     "accumulate",
     "accumulate_gradients",
+    "accumulation",
     "adagc",
     "adaptive_grad_clip",
     "anticorrelated_noise",
@@ -175,9 +125,11 @@ __all__ = [
     "proximal_l1",
     "raise_if_halted",
     "record_leaves",
+    "recovery",
     "reset_moments",
     "rewind",
     "rule",
+    "rules",
     "scale_loss",
     "shrink_gradients",
     "skip_large",
@@ -187,6 +139,8 @@ __all__ = [
     "sparsity",
     "stabilize",
     "stable_spam",
+    "state",
+    "transforms",
     "with_guard_state",
     "zclip",
 ]

@@ -30,12 +30,13 @@ import jax
 import numpy as np
 import optax
 
-from optax_guard import _guard, _migration
-from optax_guard._apply import apply_gradients
+from optax_guard import _halt
+from optax_guard._common.tree import find_states
+from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
-from optax_guard._held import last_step_held, select_old
-from optax_guard._tree import find_states
-from optax_guard._typing import PyTree
+from optax_guard._step.act import apply_gradients
+from optax_guard.state import _migration
+from optax_guard.state._held import last_step_held, select_old
 
 try:
     from flax import nnx
@@ -195,7 +196,7 @@ def clear_halt(optimizer: nnx.Optimizer) -> None:
       >>> clear_halt(optimizer)
       >>> og.raise_if_halted(optimizer.opt_state)
     """
-    cleared = _guard.clear_halt(nnx.as_pure(optimizer.opt_state))
+    cleared = _halt.clear_halt(nnx.as_pure(optimizer.opt_state))
     nnx.update(optimizer.opt_state, nnx.state(cleared, graph=optimizer.graph))
 
 

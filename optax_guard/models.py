@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from optax_guard import _validate
+from optax_guard._common import validate
 
 try:
     from flax import nnx
@@ -75,7 +75,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         sizes = _sizes("MLP", "sizes", sizes, at_least=2)
-        _validate.function("MLP", "activation", activation, "of an array")
+        validate.function("MLP", "activation", activation, "of an array")
         init_scale = _positive("MLP", "init_scale", init_scale)
         common = _common("MLP", dtype, param_dtype, rngs)
         self.in_features, self.activation, pairs = sizes[0], activation, itertools.pairwise(sizes)
@@ -203,7 +203,7 @@ class RNN(nnx.Module):
         in_features = _whole(owner, "in_features", in_features)
         hidden_features = _whole(owner, "hidden_features", hidden_features)
         num_classes = _whole(owner, "num_classes", num_classes)
-        _validate.function(owner, "activation", activation, "of an array")
+        validate.function(owner, "activation", activation, "of an array")
         gain, input_scale = _positive(owner, "gain", gain), _positive(owner, "input_scale", input_scale)
         common = _common(owner, dtype, param_dtype, rngs)
         square, wide = (hidden_features, hidden_features), self._kernels * hidden_features
@@ -314,11 +314,11 @@ class Transformer(nnx.Module):
         vocab_size = _whole("Transformer", "vocab_size", vocab_size, low=2)
         max_length = _whole("Transformer", "max_length", max_length)
         width, heads = _whole("Transformer", "width", width), _whole("Transformer", "heads", heads)
-        layers = _validate.integer("Transformer", "layers", layers, low=1, high=1000, reason="each is compiled")
+        layers = validate.integer("Transformer", "layers", layers, low=1, high=1000, reason="each is compiled")
         _require(width % heads == 0, "Transformer", "width", width, f"a multiple of `heads` = {heads}")
-        query_key_norm = _validate.boolean("Transformer", "query_key_norm", query_key_norm)
-        residual_scaling = _validate.boolean("Transformer", "residual_scaling", residual_scaling)
-        _validate.one_of("Transformer", "init", init, ("calm", "explosive"))
+        query_key_norm = validate.boolean("Transformer", "query_key_norm", query_key_norm)
+        residual_scaling = validate.boolean("Transformer", "residual_scaling", residual_scaling)
+        validate.one_of("Transformer", "init", init, ("calm", "explosive"))
         common = _common("Transformer", dtype, param_dtype, rngs)
         small = math.sqrt(2 / (5 * width))
         std, embedding_std = (small, 1.0) if init == "calm" else (4 * small, small)
@@ -385,7 +385,7 @@ def _require(valid: bool, owner: str, argument: str, value: Any, expected: str) 
 
 
 def _whole(owner: str, argument: str, value: Any, *, low: int = 1) -> int:
-    return _validate.integer(owner, argument, value, low=low, high=2**24, reason="it is the size of an array")
+    return validate.integer(owner, argument, value, low=low, high=2**24, reason="it is the size of an array")
 
 
 def _sizes(owner: str, argument: str, values: Any, *, at_least: int) -> tuple[int, ...]:
@@ -396,13 +396,13 @@ def _sizes(owner: str, argument: str, values: Any, *, at_least: int) -> tuple[in
 
 def _positive(owner: str, argument: str, value: Any) -> float:
     """At most 1e18, whose square is finite in float32."""
-    return _validate.scalar(owner, argument, value, low=0, high=1e18, open_low=True, static=True)
+    return validate.scalar(owner, argument, value, low=0, high=1e18, open_low=True, static=True)
 
 
 def _common(owner: str, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
     _require(isinstance(rngs, (nnx.Rngs, nnx.RngStream)), owner, "rngs", rngs, "a flax.nnx.Rngs")
-    dtype = _validate.floating_dtype(owner, "dtype", dtype)
-    return {"dtype": dtype, "param_dtype": _validate.floating_dtype(owner, "param_dtype", param_dtype), "rngs": rngs}
+    dtype = validate.floating_dtype(owner, "dtype", dtype)
+    return {"dtype": dtype, "param_dtype": validate.floating_dtype(owner, "param_dtype", param_dtype), "rngs": rngs}
 
 
 def _check_input(owner: str, argument: str, array: jax.Array, rank: int | None, features: int) -> None:

@@ -38,7 +38,7 @@ from compiling import quick_jit
 from registry import ENTRIES, adamw, momentum
 
 import optax_guard as og
-from optax_guard._record import HELD, read_rows
+from optax_guard._step.record import HELD, read_rows
 
 BATCH = 40
 STEPS = 12
@@ -365,7 +365,7 @@ def _may_hold_nan(stack: Stack, name: str) -> bool:
     return stack.on_nonfinite == "propagate" and ("gradient_sum" in name or "value_mean" in name)
 
 
-def _check_guard(old: og.GuardState, new: og.GuardState, where: str) -> Any:
+def _check_guard(old: og.state.GuardState, new: og.state.GuardState, where: str) -> Any:
     """The row that this guard wrote; None if it was not asked."""
     if new.guard_step == old.guard_step:
         assert same_bits(old, new), f"a guard that was not asked changed: {where}"
@@ -404,19 +404,19 @@ def _check_counters(stack: Stack, history: list[Moment]) -> None:
         assert held == [row["event"] in HELD for row in read_rows(guards(last)[0].recorder)], stack
 
 
-def guards(state: Any) -> list[og.GuardState]:
+def guards(state: Any) -> list[og.state.GuardState]:
     """Outer before inner, without those in snapshots."""
     nodes = [
         n
-        for n in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, og.GuardState))
-        if isinstance(n, og.GuardState)
+        for n in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, og.state.GuardState))
+        if isinstance(n, og.state.GuardState)
     ]
     return [each for node in nodes for each in (node, *guards(node.guarded_state))]
 
 
-def accumulators(state: Any) -> list[og.AccumulateState]:
-    leaves = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, og.AccumulateState))
-    return [n for n in leaves if isinstance(n, og.AccumulateState)]
+def accumulators(state: Any) -> list[og.accumulation.AccumulateState]:
+    leaves = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, og.accumulation.AccumulateState))
+    return [n for n in leaves if isinstance(n, og.accumulation.AccumulateState)]
 
 
 def same_bits(one: Any, other: Any) -> bool:

@@ -84,7 +84,7 @@ def judge_norm(rule: og.Rule, log_norm: jax.Array, state: Any, **extra: Any) -> 
     """(log of what passes, touched, new state) for a gradient of one leaf with this log norm."""
     norm = jnp.exp(log_norm.astype(jnp.float32))
     finite = jnp.isfinite(norm)
-    statistics = og.GradientStatistics(
+    statistics = og.rules.GradientStatistics(
         sum_squares=jnp.where(finite, 1, norm).reshape(1), magnitude=jnp.where(finite, norm, 1).reshape(1)
     )
     verdict, new = rule.judge(statistics, state, None, **extra)

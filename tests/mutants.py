@@ -5,9 +5,9 @@ A mutant is one module with one expression changed: a comparison turned, a condi
 the first failure. One that no test notices is alive: a test is missing, or the change makes no difference, which
 `mutants_alive.md` then explains. At most 5 % may be alive.
 
-    python tests/mutants.py                       all of the sample, one process after the other
-    python tests/mutants.py _ladder _recovery     of these modules alone
-    python tests/mutants.py --list                what would be run
+    python tests/mutants.py                           all of the sample, one process after the other
+    python tests/mutants.py _guard recovery/_ladder    of these modules alone
+    python tests/mutants.py --list                    what would be run
 
 Which are drawn depends on the mutant's own text alone, so that an edit elsewhere leaves the sample as it is. Results
 are kept in `.mutants/` with the first test that failed: a run that was stopped goes on, and survivors are tried again
@@ -72,37 +72,41 @@ _CYCLE = (
     "test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
     "test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
 )
+_GUARD = (
+    "test_guard_decisions.py",
+    "test_order.py::test_the_refusal_shows_the_right_order",
+    "test_order.py::test_the_errors_of_a_step_of_stabilize_name_it",
+    "test_own_gradients.py::test_without_the_check_the_halt_says_where_the_nan_is_and_what_would_have_held_it",
+    "test_loss.py::test_the_halt_says_that_it_was_the_loss",
+    "test_overflow.py::test_the_halt_says_what_it_was",
+    "test_states.py::test_a_guard_that_sees_some_of_the_leaves_names_the_right_one",
+    "test_states.py::test_a_nan_that_multi_steps_never_loses_is_called_so",
+    "test_states.py::test_a_halt_looks_at_parameters_and_moments",
+    "test_states.py::test_a_state_of_many_runs_reads_as_those_of_its_members",
+    "test_control_logic.py",
+    "test_guard.py::test_halted_holds_every_later_step_until_the_host_clears_it",
+    "test_guard.py::test_clear_halt_reaches_a_guard_inside_a_guard",
+    "test_guard.py::test_a_held_step_leaves_every_array_bit_identical",
+    "test_masked.py::test_a_masked_guard_equals_one_that_never_met_the_frozen_leaves",
+    "test_recovery.py::test_when_rewinds_do_not_help_the_guard_halts_and_says_why",
+    "test_loss.py::test_a_loss_called_loss_goes_in_as_it_came_and_as_value",
+    "test_flax.py::test_a_halt_is_cleared_in_place_also_for_a_cached_step",
+)
 OWNERS = {
-    "_guard.py": (
-        "test_guard_decisions.py",
-        "test_order.py::test_the_refusal_shows_the_right_order",
-        "test_order.py::test_the_errors_of_a_step_of_stabilize_name_it",
-        "test_own_gradients.py::test_without_the_check_the_halt_says_where_the_nan_is_and_what_would_have_held_it",
-        "test_loss.py::test_the_halt_says_that_it_was_the_loss",
-        "test_overflow.py::test_the_halt_says_what_it_was",
-        "test_states.py::test_a_guard_that_sees_some_of_the_leaves_names_the_right_one",
-        "test_states.py::test_a_nan_that_multi_steps_never_loses_is_called_so",
-        "test_states.py::test_a_halt_looks_at_parameters_and_moments",
-        "test_states.py::test_a_state_of_many_runs_reads_as_those_of_its_members",
-        "test_control_logic.py",
-        "test_guard.py::test_halted_holds_every_later_step_until_the_host_clears_it",
-        "test_guard.py::test_clear_halt_reaches_a_guard_inside_a_guard",
-        "test_guard.py::test_a_held_step_leaves_every_array_bit_identical",
-        "test_masked.py::test_a_masked_guard_equals_one_that_never_met_the_frozen_leaves",
-        "test_recovery.py::test_when_rewinds_do_not_help_the_guard_halts_and_says_why",
-        "test_loss.py::test_a_loss_called_loss_goes_in_as_it_came_and_as_value",
-        "test_flax.py::test_a_halt_is_cleared_in_place_also_for_a_cached_step",
-    ),
-    "_ladder.py": _LADDER,
-    "_recovery.py": _LADDER,
-    "_reset.py": _LADDER,
-    "_watch.py": (
+    "_guard.py": _GUARD,
+    "_halt.py": _GUARD,
+    "recovery/_ladder.py": _LADDER,
+    "recovery/_back_off.py": _LADDER,
+    "recovery/_reset.py": _LADDER,
+    "recovery/_rewind.py": _LADDER,
+    "_step/moments.py": _LADDER,
+    "recovery/_loss_watch.py": (
         "test_ladder_decisions.py",
         "test_recovery.py::test_the_watch_follows_its_equations_and_notices_in_the_stated_time",
     ),
-    "_accumulation.py": (*_CYCLE, "test_masked.py::test_the_gradient_of_a_frozen_leaf_is_never_read"),
-    "_sums.py": _CYCLE,
-    "_precision.py": (
+    "accumulation/_calls.py": (*_CYCLE, "test_masked.py::test_the_gradient_of_a_frozen_leaf_is_never_read"),
+    "accumulation/_sums.py": _CYCLE,
+    "_loss_scaling.py": (
         "test_precision.py",
         "test_overflow.py::test_unscaling_by_a_scale_below_1_holds_what_overflows",
     ),
@@ -135,7 +139,7 @@ class Mutant(NamedTuple):
     @property
     def name(self) -> str:
         number = f" ({self.occurrence + 1})" if self.occurrence else ""
-        return f"{Path(self.module).name} {self.function}: `{self.before}` -> `{self.after}`{number}"
+        return f"{self.module} {self.function}: `{self.before}` -> `{self.after}`{number}"
 
     @property
     def key(self) -> str:
@@ -315,7 +319,7 @@ def known_results() -> dict[str, dict]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help="as `_ladder`; all without")
+    parser.add_argument("modules", nargs="*", help="as `recovery/_ladder`; all without")
     parser.add_argument("--count", type=int, default=240, help="mutants in the sample over all modules")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args(arguments)

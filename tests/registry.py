@@ -11,38 +11,17 @@ import jax.numpy as jnp
 import optax
 
 import optax_guard as og
-from optax_guard._tree import wider_dtype
+from optax_guard._common.tree import wider_dtype
 
 NOT_TRANSFORMATIONS = {
-    "AccumulateState": "a state",
-    "AdaGCState": "a state",
-    "AutoClipState": "a state",
-    "ClipState": "a state",
-    "ClippyState": "a state",
-    "FastTransformation": "the type of `guard(...)` and `accumulate(...)`",
-    "FlightRecorder": "a part of GuardState",
-    "GradientStatistics": "what a rule judges from",
-    "GuardState": "a state",
-    "LeafAxes": "what `leaf_axes` gives",
-    "LeafLog": "what `leaf_log` gives",
-    "LeafRecordState": "a state",
-    "MaskedRuleState": "a state",
-    "MedianNormState": "a state",
-    "LimitStepState": "a state",
-    "LossScalingState": "a state",
-    "NoiseState": "a state",
-    "NormHistoryState": "a state",
-    "PenaltyState": "a state",
-    "ProximalState": "a state",
+    "accumulation": "a folder",
+    "recovery": "a folder",
+    "rules": "a folder",
+    "state": "a folder",
+    "transforms": "a folder",
     "Rule": "the type of a rule",
-    "SpamState": "a state",
-    "Sparsity": "what `sparsity` answers",
-    "SpikeState": "a state",
-    "StableSpamState": "a state",
     "TrainingHalted": "an exception",
-    "UpdateNormState": "a state",
     "Verdict": "what a rule answers",
-    "ZClipState": "a state",
     "accumulate_gradients": "makes a gradient function",
     "apply_gradients": "takes a step with a transformation",
     "clear_halt": "edits a state",
@@ -60,11 +39,6 @@ NOT_TRANSFORMATIONS = {
     "perturb_weights": "wraps a loss",
     "raise_if_halted": "reads a state",
     "sparsity": "a function of a tree",
-    "BackOffState": "a state",
-    "LossWatch": "a part of RecoveryState",
-    "RecoveryState": "a part of GuardState",
-    "ResetState": "a part of RecoveryState",
-    "RewindState": "a part of RecoveryState",
     "inner_state": "takes a state apart",
     "reset_moments": "an argument of `guard`",
     "rewind": "an argument of `guard`",
@@ -191,7 +165,7 @@ def halving_rule(threshold=1.0, axis_name=None):
     def init(params: Any) -> dict[str, jax.Array]:
         return {"largest_norm": jnp.zeros((), jnp.float32)}
 
-    def judge(statistics: og.GradientStatistics, state: Any, params: Any = None, **extra: Any):
+    def judge(statistics: og.rules.GradientStatistics, state: Any, params: Any = None, **extra: Any):
         norm = statistics.norm.astype(jnp.float32)
         scale = jnp.where(norm > state["largest_norm"] + threshold, 0.5, 1.0)
         largest = jnp.where(jnp.isfinite(norm), jnp.maximum(norm, state["largest_norm"]), state["largest_norm"])

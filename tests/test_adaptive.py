@@ -62,7 +62,7 @@ def scales_of(rule: og.Rule, norms: np.ndarray, leaves: int = 1) -> np.ndarray:
     """The scales along one history: norms [steps] or [steps, leaves]."""
 
     def step(state: Any, norm: jax.Array) -> tuple[Any, jax.Array]:
-        statistics = og.GradientStatistics(sum_squares=jnp.square(norm), magnitude=jnp.ones_like(norm))
+        statistics = og.rules.GradientStatistics(sum_squares=jnp.square(norm), magnitude=jnp.ones_like(norm))
         verdict, state = rule.judge(statistics, state)
         return state, jnp.broadcast_to(verdict.scale, norm.shape)
 

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec
 
 import optax_guard as og
 from optax_guard import diagnose, models, preflight, report, smoothing
-from optax_guard._recovery import Reset, Rewind
+from optax_guard.recovery._reset import Reset
+from optax_guard.recovery._rewind import Rewind
 
 PARAMS = {"layer": {"bias": np.full(2, 0.5, np.float32), "kernel": np.full((3, 2), 0.5, np.float32)}}
 GRADS = jax.tree.map(lambda leaf: leaf / 4, PARAMS)

@@ -50,7 +50,7 @@ STRICT = [entry for entry in ENTRIES if entry.strict]
 WRAPPERS = [entry for entry in ENTRIES if entry.wraps]
 STATEFUL = [entry for entry in ENTRIES if jax.tree.leaves(jax.eval_shape(entry.make().init, PARAMS))]
 STATES = [x for x in vars(og).values() if isinstance(x, type) and issubclass(x, tuple) and "State" in x.__name__]
-STATES.append(og.FlightRecorder)
+STATES.append(og.state.FlightRecorder)
 
 each = functools.partial(pytest.mark.parametrize, "entry", ids=str)
 
@@ -488,7 +488,7 @@ def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
     own = ("spam_clip", "stable_spam", "clip_by_update_norm", "clippy", "limit_step", "masked_rule")
     alone = [entry.make() for entry in ENTRIES if entry.name in own and not entry.variant]
     states = [jax.eval_shape(tx.init, PARAMS) for tx in (everything, *alone)]
-    for name in (name for kind in (*STATES, og.LossWatch) for name in kind._fields):
+    for name in (name for kind in (*STATES, og.recovery.LossWatch) for name in kind._fields):
         assert [state for state in states if optax.tree.get(state, name) is not None], name
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_guard._origin import find_origins
 from optax_guard.diagnose import diagnose as loud
 from optax_guard.diagnose import worst_examples
+from optax_guard.diagnose._origin import find_origins
 
 diagnose = partial(loud, progress=False)
 wrong: Any = loud

@@ -11,7 +11,7 @@ import pytest
 from registry import ENTRIES, Entry
 
 import optax_guard as og
-from optax_guard._eager import compiled_once
+from optax_guard._common.eager import compiled_once
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -13,7 +13,7 @@ import pytest
 from compiling import quick_jit
 
 import optax_guard as og
-from optax_guard._record import EVENTS
+from optax_guard._step.record import EVENTS
 
 CASES, PATIENCE, HALT_AFTER, HISTORY = 300, 2, 3, 5
 SPOILS = 7.0  # a gradient of which the optimizer makes NaN

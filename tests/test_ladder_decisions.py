@@ -14,9 +14,9 @@ import pytest
 from compiling import quick_jit
 
 import optax_guard as og
-from optax_guard import _ladder
-from optax_guard._record import RECOVERIES
-from optax_guard._reset import moves_float32
+from optax_guard._step.moments import moves_float32
+from optax_guard._step.record import RECOVERIES
+from optax_guard.recovery import _ladder
 
 CASES = 800
 KEEP, RESET_AFTER, DOWN_AFTER, BACK_AFTER, ATTEMPTS, OWES, EVERY, LOOKS = 3, 3, 2, 4, 2, 4, 5, 4

@@ -14,7 +14,7 @@ from compiling import quick_jit
 from registry import ENTRIES, Entry, momentum
 
 import optax_guard as og
-from optax_guard import _extra
+from optax_guard._common import extra as _extra
 
 PARAMS, GRADS = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.5, 0.25])}
 READS = [

@@ -12,7 +12,7 @@ from jax.extend.random import threefry2x32_p
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_guard as og
-from optax_guard._prng import Words, threefry
+from optax_guard._common.prng import Words, threefry
 
 
 def once(tx: optax.GradientTransformation, grads: Any, params: Any = None) -> Any:
@@ -56,7 +56,7 @@ def test_noise_resumes_from_its_step_and_differs_between_steps() -> None:
     tx = og.noise_injection(1.0, 0.0, key=3)
     first, second, third = noise_of(tx, 5, 3)
     assert not np.array_equal(first, second)
-    resumed = og.NoiseState(noise_key=tx.init(jnp.zeros(5)).noise_key, noise_step=jnp.asarray(2, jnp.int32))
+    resumed = og.transforms.NoiseState(noise_key=tx.init(jnp.zeros(5)).noise_key, noise_step=jnp.asarray(2, jnp.int32))
     np.testing.assert_array_equal(tx.update(jnp.zeros(5), resumed)[0], third)
 
 

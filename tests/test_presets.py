@@ -200,7 +200,7 @@ def test_the_optimizers_state_alone_fits_into_the_one_guard_of_a_larger_whole() 
 
 
 def _is_guard(node: Any) -> bool:
-    return isinstance(node, og.GuardState)
+    return isinstance(node, og.state.GuardState)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -11,7 +11,7 @@ import pytest
 from compiling import quick_jit
 
 import optax_guard as og
-from optax_guard._watch import empty_watch, loss_above, watch_loss
+from optax_guard.recovery._loss_watch import empty_watch, loss_above, watch_loss
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3) - 2.5, "scale": jnp.asarray(1.5)}
 pytestmark = pytest.mark.usefixtures("standard_promotion")

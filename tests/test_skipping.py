@@ -211,7 +211,7 @@ def test_constant_zero_and_non_finite_histories(faithful: bool) -> None:
 def test_counters_come_back_before_they_overflow() -> None:
     tx = og.skip_spikes(window=5, follow=2, on="loss")
     state = tx.init(None)
-    state = og.SpikeState(state[0], state[1], jnp.full(1, 2**30, jnp.int32), state[3])
+    state = og.rules.SpikeState(state[0], state[1], jnp.full(1, 2**30, jnp.int32), state[3])
     state = tx.update(jnp.ones(1), state, value=1.0)[1]
     assert state.spike_accepted_total[0] % 5 == (2**30 + 1) % 5
     assert 5 <= state.spike_accepted_total[0] < 11

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_guard as og
-from optax_guard._statistics import first_look, scale_statistics
+from optax_guard._step.observe import first_look, scale_statistics
 
 statistics = jax.jit(og.gradient_statistics)
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, 1e-30, 1e30, -3e38, 1e-37])

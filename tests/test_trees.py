@@ -18,7 +18,7 @@ import pytest
 from registry import ENTRIES, Entry
 
 import optax_guard as og
-from optax_guard._tree import count_true
+from optax_guard._common.tree import count_true
 
 each = functools.partial(pytest.mark.parametrize, "entry", ids=str)
 STRICT = [entry for entry in ENTRIES if entry.strict]
@@ -375,7 +375,7 @@ def test_functions_of_large_trees_count_without_overflow(shape: tuple[int, ...])
 def test_a_count_in_pieces_is_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_true(np.arange(6) > 1).dtype == jnp.int32
     flags = jnp.arange(5 * 7 * 3).reshape(5, 7, 3) % 4 == 0
-    monkeypatch.setattr("optax_guard._tree._COUNTABLE", 8)
+    monkeypatch.setattr("optax_guard._common.tree._COUNTABLE", 8)
     count = count_true(flags)
     assert count.dtype == jnp.float32
     assert float(count) == np.sum(np.asarray(flags))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import optax
 
-from optax_guard._typing import PyTree
+from optax_guard._common.typing import PyTree
 from optax_guard.report._log import TrainingLog, load, load_checkpoint, load_log, read_log, save_log
 from optax_guard.report._page import write_page
 from optax_guard.report._story import Incident, incidents, story

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_guard._common.tree import find_states, unwrapped
+from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
-from optax_guard._leaf_record import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
-from optax_guard._metrics import flight_log
-from optax_guard._reading import SeenLeaves, axes_in_front, leaf_names, seen_names
-from optax_guard._record import FlightRecorder, read_rows
-from optax_guard._tree import find_states, unwrapped
-from optax_guard._typing import PyTree
+from optax_guard._step.reading import SeenLeaves, axes_in_front, leaf_names, seen_names
+from optax_guard._step.record import FlightRecorder, read_rows
+from optax_guard.rules._record_leaves import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
+from optax_guard.state._metrics import flight_log
 
 __all__ = ["TrainingLog", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from optax_guard.report._log import TrainingLog
 
-__all__ = ["render"]
+__all__ = ["Theme", "render"]
 
 
 class Theme(NamedTuple):

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_guard import _validate
-from optax_guard._record import HELD
+from optax_guard._common import validate
+from optax_guard._step.record import HELD
 from optax_guard.report._log import TrainingLog, leaf_label
 
 __all__ = ["Departure", "Incident", "first_departure", "incidents", "story", "usual_norms"]
@@ -88,7 +88,7 @@ def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:
     Returns:
       What `story` tells, with steps and events apart.
     """
-    most = _validate.integer("incidents", "most", most, low=1)
+    most = validate.integer("incidents", "most", most, low=1)
     rows = log.rows
     acted = np.isin(rows["event"], HELD) | (rows["event"] == "let_through")
     acted |= (rows["event"] == "clipped") & (rows["scale"] < _BOUND)

@@ -25,6 +25,7 @@ Nothing here goes into an optimizer's chain. Only `augment_with_noise` runs insi
 functions themselves and return NumPy arrays. Noise on weights or gradients certifies nothing about inputs.
 """
 
+from optax_guard.smoothing._arguments import ABSTAIN, SmoothedClassifier
 from optax_guard.smoothing._certificate import (
     Certificate,
     certified_accuracy,
@@ -32,14 +33,7 @@ from optax_guard.smoothing._certificate import (
     clopper_pearson_lower,
     plot_certified_accuracy,
 )
-from optax_guard.smoothing._classifier import (
-    ABSTAIN,
-    SmoothedClassifier,
-    augment_with_noise,
-    class_counts,
-    predict,
-    smooth,
-)
+from optax_guard.smoothing._classifier import augment_with_noise, class_counts, predict, smooth
 from optax_guard.smoothing._perturbed import PerturbedAccuracy, perturbed_accuracy
 
 __all__ = [

@@ -12,9 +12,25 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from optax_guard import _validate
-from optax_guard._prng import raw_key
-from optax_guard._typing import PRNGKeyLike, PyTree
+from optax_guard._common import validate
+from optax_guard._common.prng import raw_key
+from optax_guard._common.typing import PRNGKeyLike, PyTree
+
+__all__ = [
+    "ABSTAIN",
+    "ApplyFn",
+    "SmoothedClassifier",
+    "bar",
+    "check_apply_fn",
+    "check_call",
+    "check_floats",
+    "check_inputs",
+    "check_labels",
+    "logit_count",
+    "number",
+    "scipy_special",
+    "whole",
+]
 
 ApplyFn: TypeAlias = Callable[[PyTree, jax.Array], jax.Array]
 
@@ -53,7 +69,7 @@ def check_call(name: str, smoothed: Any, inputs: ArrayLike, key: PRNGKeyLike, pr
     """The inputs as an array, and the raw data of the key."""
     if not isinstance(smoothed, SmoothedClassifier):
         raise ValueError(f"{name}: `smoothed` must come from `smooth(apply_fn, sigma)`; got {smoothed!r}.")
-    progress = _validate.boolean(name, "progress", progress)
+    progress = validate.boolean(name, "progress", progress)
     return check_inputs(name, inputs), raw_key(name, key)
 
 
@@ -99,13 +115,13 @@ def logit_count(name: str, apply_fn: ApplyFn, params: PyTree, inputs: Any, batch
 
 def number(name: str, argument: str, value: Any, low: float, high: float, *, closed_low: bool = False) -> float:
     """A Python float strictly between `low` (or from it on) and `high`; nothing here runs in `jit`, so values count."""
-    return _validate.scalar(
+    return validate.scalar(
         name, argument, value, low=low, high=high, open_low=not closed_low, open_high=True, static=True
     )
 
 
 def whole(name: str, argument: str, value: Any) -> int:
-    return _validate.integer(name, argument, value, low=1)
+    return validate.integer(name, argument, value, low=1)
 
 
 def scipy_special(name: str) -> Any:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard._typing import PRNGKeyLike, PyTree
+from optax_guard._common.typing import PRNGKeyLike, PyTree
 from optax_guard.smoothing import _arguments, _sampling
 from optax_guard.smoothing._arguments import ABSTAIN, SmoothedClassifier
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard import _validate
-from optax_guard._prng import normal, raw_key, step_words
-from optax_guard._statistics import accumulator_dtype
-from optax_guard._typing import PRNGKeyLike, PyTree
+from optax_guard._common import validate
+from optax_guard._common.numerics import accumulator_dtype
+from optax_guard._common.prng import normal, raw_key, step_words
+from optax_guard._common.typing import PRNGKeyLike, PyTree
 from optax_guard.smoothing import _arguments, _sampling
 from optax_guard.smoothing._arguments import ABSTAIN, ApplyFn, SmoothedClassifier
 
-__all__ = ["ABSTAIN", "SmoothedClassifier", "augment_with_noise", "class_counts", "predict", "smooth"]
+__all__ = ["augment_with_noise", "class_counts", "predict", "smooth"]
 
 
 def augment_with_noise(inputs: jax.Array, sigma: ArrayLike, *, key: PRNGKeyLike) -> jax.Array:
@@ -59,7 +59,7 @@ def augment_with_noise(inputs: jax.Array, sigma: ArrayLike, *, key: PRNGKeyLike)
     """
     name = "augment_with_noise"
     inputs = _arguments.check_floats(name, inputs)
-    sigma = _validate.scalar(name, "sigma", sigma, low=0)
+    sigma = validate.scalar(name, "sigma", sigma, low=0)
     stream = step_words(raw_key(name, key), jnp.uint32(_sampling.AUGMENT), _sampling.SALT)
     noise, _ = normal(stream, inputs, accumulator_dtype(inputs.dtype))
     scaled = jnp.maximum(jnp.asarray(sigma).astype(noise.dtype), 0) * noise

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_guard import _validate
-from optax_guard._noise import perturb_weights
-from optax_guard._prng import raw_key, salt, step_words
-from optax_guard._tree import as_arrays, resolve_mask
-from optax_guard._typing import Mask, PRNGKeyLike, PyTree
+from optax_guard._common import validate
+from optax_guard._common.prng import raw_key, salt, step_words
+from optax_guard._common.tree import as_arrays, resolve_mask
+from optax_guard._common.typing import Mask, PRNGKeyLike, PyTree
 from optax_guard.smoothing import _arguments, _sampling
 from optax_guard.smoothing._arguments import ApplyFn
+from optax_guard.transforms._noise import perturb_weights
 
 __all__ = ["PerturbedAccuracy", "perturbed_accuracy"]
 
@@ -111,7 +111,7 @@ def perturbed_accuracy(
     sizes = [_arguments.number(name, size, value, 0, math.inf, closed_low=True) for size, value in given.items()]
     input_sigma, weight_sigma, max_norm = sizes
     draws, batch_size = _arguments.whole(name, "draws", draws), _arguments.whole(name, "batch_size", batch_size)
-    progress = _validate.boolean(name, "progress", progress)
+    progress = validate.boolean(name, "progress", progress)
     images, data = _arguments.check_inputs(name, inputs), raw_key(name, key)
     classes = _arguments.check_labels(name, labels, len(images))
     params = as_arrays(name, params)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_guard._prng import Words, derive, normal, salt, step_words
-from optax_guard._statistics import accumulator_dtype
-from optax_guard._typing import PyTree
+from optax_guard._common.numerics import accumulator_dtype
+from optax_guard._common.prng import Words, derive, normal, salt, step_words
+from optax_guard._common.typing import PyTree
 from optax_guard.smoothing._arguments import ABSTAIN, ApplyFn, SmoothedClassifier, logit_count
+
+__all__ = ["AUGMENT", "CERTIFY", "COUNT", "PERTURB", "PREDICT", "SALT", "SELECT", "answers", "counts", "noise", "shift"]
 
 SALT = salt("smoothing")
 # One stream of noise for each purpose: the samples that choose a class must be independent of those that certify it.

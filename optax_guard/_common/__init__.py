@@ -1,0 +1,1 @@
+"""What every other room uses: trees, numbers, counters, checks of arguments. Imports nothing from above."""

@@ -1,0 +1,214 @@
+"""Numbers that all devices of a `shard_map` agree on, from trees in which some leaves are sharded and some are not.
+
+A sharded leaf has to be summed over the axes that split it, and a leaf that is the same on all devices must count once.
+Which is which, JAX's types say (`shard_map` with `check_vma=True`, its default). Without types (`check_vma=False`,
+`pmap`) every leaf counts as sharded over all of `axis_name`, unless `leaf_axes` says otherwise.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_guard._common.tree import is_gradient, path_name, positions, varying_axes, wider_dtype
+from optax_guard._common.typing import AxisName, PyTree
+
+__all__ = [
+    "LeafAxes",
+    "Sharding",
+    "axes_of",
+    "axis_names",
+    "leaf_axes",
+    "max_over",
+    "mean_over",
+    "min_over",
+    "on_any_device",
+    "sharding_of",
+    "sum_over",
+]
+
+
+class LeafAxes(NamedTuple):
+    """Made by `leaf_axes`: an `axis_name` that knows which axes split which leaf."""
+
+    names: tuple[Hashable, ...]  # all axes that split some leaf
+    leaves: tuple[tuple[tuple[Any, ...], tuple[Hashable, ...]], ...]  # (key path, the axes that split what is below it)
+
+
+class Sharding(NamedTuple):
+    """How the leaves of one tree lie on the devices."""
+
+    names: tuple[Hashable, ...]  # the axes between whose devices some leaf may differ
+    copies: tuple[int, ...]  # for every position: on how many devices along `names` the same part of it lies
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """For every position: over how many devices along `names` it is split."""
+        devices = math.prod(lax.axis_size(name) for name in self.names)
+        return tuple(devices // copies for copies in self.copies)
+
+
+def leaf_axes(specs: PyTree) -> LeafAxes:
+    """An `axis_name` for trees in which some leaves are sharded and others are not, where JAX has no types to tell.
+
+    ||g||^2 = sum_i sum over the axes in specs_i of ||g_i||^2            instead of over all axes for every leaf
+
+    `axis_name="x"` alone says that *every* leaf is sharded over x. Inside `jax.shard_map` with `check_vma=True`, JAX's
+    default, the types of the arrays correct that by themselves, leaf by leaf, and nothing has to be done. With
+    `check_vma=False` and in `jax.pmap` there are no types: a replicated bias would be counted once per device.
+
+    Guarantees:
+      - A leaf counts once, however many devices hold a copy of it. (To rounding, if the number of copies is no power
+        of two.)
+      - Still one all-reduce, and all devices reach the same verdict, also if a copy differs on one of them.
+      - It can be hashed and compared: guard and rules must be given equal ones.
+
+    ==========================================  ===================================================================
+    Case                                        Result
+    ==========================================  ===================================================================
+    `P()`                                       the leaf is replicated; it counts once
+    `P("x", "y")`, `P(("x", "y"))`              summed over both axes
+    a spec above several leaves                 holds for all of them, as in `in_specs`
+    an axis that no spec names                  nothing is summed over it, and losses are not averaged over it
+    types and spec disagree                     an axis counts if both say that the leaf differs along it
+    a leaf of the gradient without a spec       an error that names it
+    ==========================================  ===================================================================
+
+    Args:
+      specs: the gradient's (and parameters') `in_specs`: `PartitionSpec`s, or `NamedSharding`s, in the structure of (a
+        prefix of) the parameters.
+
+    Returns:
+      A `LeafAxes`, to be passed as `axis_name=` wherever that is taken but in `accumulate_gradients`.
+
+    Raises:
+      ValueError: a leaf of `specs` is neither a `PartitionSpec` nor a `NamedSharding`.
+
+    Example:
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import optax, optax_guard as og
+      >>> axes = og.leaf_axes({"kernel": P("x"), "bias": P()})
+      >>> tx = og.guard(optax.adam(1e-3), og.clip_by_global_norm(1.0, axis_name=axes), axis_name=axes)
+      >>> axes.names
+      ('x',)
+    """
+    found = []
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
+        spec = spec.spec if isinstance(spec, NamedSharding) else spec
+        if not isinstance(spec, PartitionSpec):
+            raise ValueError(
+                f"leaf_axes: `specs` must hold PartitionSpecs or NamedShardings; at `{path_name(path)}` it holds "
+                f"{spec!r}."
+            )
+        found.append((path, tuple(name for entry in spec for name in _names_in(entry))))
+    names = dict.fromkeys(name for _, axes in found for name in axes)
+    return LeafAxes(names=tuple(names), leaves=tuple(found))
+
+
+def axis_names(axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    """All axes of an `axis_name=` argument."""
+    if axis_name is None:
+        return ()
+    if isinstance(axis_name, LeafAxes):
+        return axis_name.names
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def axes_of(x: Any, axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    """Those of the axes along which an array may differ: what has to be reduced over them, and nothing else."""
+    known = varying_axes(x)
+    return tuple(name for name in axis_names(axis_name) if name in known or not _typed(name, axis_name))
+
+
+def sharding_of(tree: PyTree, axis_name: AxisName | None) -> Sharding:
+    """How the leaves lie along `axis_name`, by their types and by `leaf_axes`."""
+    if axis_name is None:
+        return Sharding((), (1,) * len(positions(tree)))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    typed = [axes_of(leaf, axis_name) if is_gradient(leaf) else () for _, leaf in leaves]
+    names = tuple(name for name in axis_names(axis_name) if any(name in axes for axes in typed))
+    split = typed
+    if isinstance(axis_name, LeafAxes):
+        split = [
+            tuple(name for name in axes if name in _declared(axis_name, path))
+            for (path, _), axes in zip(leaves, typed, strict=True)
+        ]
+    return Sharding(names, tuple(math.prod(lax.axis_size(n) for n in names if n not in axes) for axes in split))
+
+
+def sum_over(numbers: jax.Array, where: Sharding) -> jax.Array:
+    """The sums over all devices of one number (or row of numbers) per position, in one all-reduce.
+
+    Copies are divided out and not left out: a copy that is not finite on one device alone is seen by all, so that they
+    agree.
+    """
+    if not where.names or numbers.size == 0:
+        return numbers
+    if any(copies > 1 for copies in where.copies):
+        copies = np.asarray(where.copies, numbers.dtype)
+        numbers = numbers / copies.reshape(-1, *(1,) * (numbers.ndim - 1))
+    return lax.psum(numbers, where.names)
+
+
+def on_any_device(condition: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Whether a condition holds on one device at least."""
+    names = axes_of(condition, axis_name)
+    return lax.psum(condition.astype(jnp.int32), names) > 0 if names else condition
+
+
+def mean_over(loss: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The mean over the devices along `axis_name`."""
+    names = axes_of(loss, axis_name)
+    return lax.pmean(loss, names) if names else loss
+
+
+def max_over(numbers: list[jax.Array], names: tuple[Hashable, ...]) -> list[jax.Array]:
+    """The largest on any device of every number, in one all-reduce."""
+    return numbers if not names or not numbers else _together(lambda x: lax.pmax(x, names), numbers)
+
+
+def min_over(numbers: list[jax.Array], names: tuple[Hashable, ...]) -> list[jax.Array]:
+    """The smallest on any device of every number, in one all-reduce."""
+    return numbers if not names or not numbers else _together(lambda x: lax.pmin(x, names), numbers)
+
+
+def _together(reduce: Callable[[jax.Array], jax.Array], numbers: list[jax.Array]) -> list[jax.Array]:
+    """Numbers of any dtypes, reduced as one vector."""
+    wide = functools.reduce(wider_dtype, [x.dtype for x in numbers])
+    reduced = reduce(jnp.stack([x.astype(wide) for x in numbers]))
+    return [x.astype(alone.dtype) for x, alone in zip(reduced, numbers, strict=True)]
+
+
+def _is_spec(node: Any) -> bool:
+    return node is None or isinstance(node, (PartitionSpec, NamedSharding))
+
+
+def _names_in(entry: Any) -> tuple[Hashable, ...]:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+def _declared(axes: LeafAxes, path: tuple[Any, ...]) -> tuple[Hashable, ...]:
+    for above, names in axes.leaves:
+        if path[: len(above)] == above:
+            return names
+    raise ValueError(f"leaf_axes: the gradient has leaf `{path_name(path)}`, for which `specs` holds no PartitionSpec.")
+
+
+def _typed(name: Hashable, axis_name: AxisName | None) -> bool:
+    """Whether types tell what differs along this axis: `shard_map` with `check_vma=True`."""
+    try:
+        return name in varying_axes(lax.axis_index(name))
+    except NameError as error:
+        error.add_note(
+            f"optax_guard: `axis_name={axis_name!r}` must name an axis of an enclosing jax.shard_map; leave it None "
+            "under jit, where arrays are global."
+        )
+        raise

@@ -1,0 +1,44 @@
+"""A bound that is a number, an array or a schedule, and the state that a schedule needs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_guard._common.counters import next_step, value_at
+from optax_guard._common.typing import ScalarOrSchedule
+
+__all__ = ["ClipState", "bound_and_state", "bound_over_norm", "init_for"]
+
+
+class ClipState(NamedTuple):
+    """Carried by a clip whose bound is a schedule; with a fixed bound the state is `optax.EmptyState`."""
+
+    clip_step: jax.Array  # i32[]: calls, the argument of the schedule
+
+
+def init_for(bound: ScalarOrSchedule) -> optax.TransformInitFn:
+    """An `init` that makes the state `bound_and_state` reads: a step count for a schedule, nothing for a number."""
+
+    def init(params: optax.Params) -> optax.OptState:
+        del params
+        return ClipState(clip_step=jnp.zeros((), jnp.int32)) if callable(bound) else optax.EmptyState()
+
+    return init
+
+
+def bound_and_state(bound: ScalarOrSchedule, state: Any) -> tuple[jax.Array, Any]:
+    """The bound of this step (never negative; NaN stays NaN) and the state after it."""
+    if not callable(bound):
+        return jnp.maximum(value_at(bound, None), 0), state
+    return jnp.maximum(value_at(bound, state.clip_step), 0), ClipState(clip_step=next_step(state.clip_step))
+
+
+def bound_over_norm(bound: jax.Array, size: jax.Array, root: jax.Array) -> jax.Array:
+    """The bound over size * root, where that product, the norm itself, may overflow.
+
+    One division after the other would not do: XLA makes one of the two.
+    """
+    smaller = jnp.where(size > 2.0**64, 2.0**-32, 1.0).astype(size.dtype)
+    return bound * smaller / (size * smaller * root)

@@ -1,0 +1,100 @@
+"""The loss among the extra arguments of an update, and keywords that look like a misspelling of one that is read.
+
+Optax hands extra arguments on by name and ignores those that nobody knows. The loss is called `value` there; training
+programs also call it `loss`, which is taken for `value` where that is not given.
+"""
+
+import functools
+import inspect
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_guard._common.axes import mean_over
+from optax_guard._common.typing import AxisName
+
+__all__ = ["loss_in", "named_by", "warn_of_misspellings", "with_value"]
+
+_READ = ("value", "weight", "loss")
+_NEAR = 2  # letters changed, added or left out
+
+
+def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = None) -> jax.Array | None:
+    """The loss as a real scalar, f32[] or wider, that all devices agree on; None if none was given."""
+    loss = with_value(extra).get("value")
+    if loss is None:
+        return None
+    if not _is_number(loss) or np.shape(loss) != ():
+        got = f"an array of shape {np.shape(loss)}" if _is_number(loss) else f"{loss!r}"
+        raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is taken for the `value`).")
+    if not hasattr(loss, "dtype"):  # a Python number has no dtype of its own
+        if isinstance(loss, int) and abs(loss) > 2**1023:  # beyond every float
+            loss = math.inf if loss > 0 else -math.inf
+        array = jnp.asarray(loss, jnp.complex64 if isinstance(loss, complex) else jnp.float32)
+    else:
+        array = jnp.asarray(loss)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.where(jnp.isfinite(array), jnp.real(array), jnp.nan)
+    array = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+    return mean_over(array, axis_name)
+
+
+def with_value(extra: dict[str, Any]) -> dict[str, Any]:
+    """The extra arguments with a loss that came as `loss` (a number or an array of them) also as `value`."""
+    if extra.get("value") is None and _is_number(extra.get("loss")):
+        return {**extra, "value": extra["loss"]}
+    return extra
+
+
+def warn_of_misspellings(extra: dict[str, Any], receiver: Any = None) -> None:
+    """Warns, once a name, of a keyword two letters or fewer away from one that is read.
+
+    Not of one that the `update` of `receiver`, to which it goes, has among its parameters.
+    """
+    near = {name: word for name in extra for word in _READ if name not in _READ and _distance(name, word) <= _NEAR}
+    if not near:
+        return
+    known = named_by(receiver)
+    for name, word in near.items():
+        if name not in known:
+            _warn(name, word)
+
+
+@functools.cache
+def _warn(name: str, word: str) -> None:
+    meant = "a micro-batch's weight is called `weight`" if word == "weight" else "the loss is called `value`"
+    warnings.warn(f"optax_guard: nothing reads the extra argument `{name}`; {meant}.", stacklevel=4)
+
+
+def named_by(receiver: Any) -> set[str]:
+    """The parameters that an `update` has by name."""
+    try:
+        return set(inspect.signature(receiver.update).parameters)
+    except (AttributeError, TypeError, ValueError):  # no receiver, or a function that tells no signature
+        return set()
+
+
+def _is_number(loss: Any) -> bool:
+    """Whether this is a number or an array of numbers; a text, a function or a key is not."""
+    if isinstance(loss, (bool, int, float, complex)):
+        return True
+    dtype = getattr(loss, "dtype", None)
+    return (
+        dtype is not None
+        and hasattr(loss, "shape")
+        and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool))
+    )
+
+
+def _distance(one: str, other: str) -> int:
+    """How many letters must be changed, added or left out (Levenshtein)."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(other, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]

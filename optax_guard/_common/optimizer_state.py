@@ -1,0 +1,233 @@
+"""What an optimizer makes of a constant gradient: its second moment, momentum and learning rate, found in its state.
+
+An optimizer that answers a constant gradient g with the step -learning_rate * gain / C * g has the metric C (1, or
+the root of a second moment) and the gain (1, or 1 / (1 - momentum) for a momentum that sums). A proximal step needs
+both. Optax keeps the moments in the state, but not the constants (decay, eps), unless `optax.inject_hyperparams` does.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax._src.transform import (  # states that Optax makes but does not export
+    ScaleByRmsWithCountState,
+    ScaleByRStdDevWithCountState,
+)
+
+from optax_guard._common import validate
+from optax_guard._common.counters import value_at
+from optax_guard._common.numerics import accumulator_dtype
+from optax_guard._common.tree import check_same_structure, find_states, is_gradient, is_like, path_name, positions
+from optax_guard._common.typing import PyTree
+
+__all__ = ["ANY", "METRICS", "Path", "Reader", "Response", "injected_learning_rate", "reader", "responses"]
+
+METRICS = ("auto", "second_moment", "identity")
+Path: TypeAlias = tuple[Any, ...]  # of keys, since two leaves may have one name
+ANY: Path = ("*",)  # the path of an array that fits no parameter
+
+
+class Reader(NamedTuple):
+    """How to read an optimizer's state: what the user said about it."""
+
+    function: str  # for messages
+    metric: str | Callable[[Any], PyTree]
+    momentum: Any
+    b2: Any
+    eps: Any
+
+
+class Response(NamedTuple):
+    """What a leaf's step is multiplied by, beside the learning rate."""
+
+    metric: jax.Array | None  # C, Inf where the optimizer has only seen zeros; None for 1
+    gain: jax.Array | None  # None for 1
+
+
+class _Moment(NamedTuple):
+    """How a kind of state keeps its second moment; the numbers are the defaults of the Optax function that makes it."""
+
+    field: str
+    b2: float | None  # of the correction for a start at zero; None where there is none
+    eps: float
+    eps_in_sqrt: bool
+    use_of_mean: str = ""  # "subtracted"; "seen": zero where no gradient was seen, as the second moment is not
+
+
+_MOMENTS = {
+    optax.ScaleByAdamState: _Moment("nu", 0.999, 1e-8, False),
+    optax.ScaleByBeliefState: _Moment("nu", 0.999, 1e-16, False, "seen"),
+    optax.ScaleByAmsgradState: _Moment("nu_max", None, 1e-8, False),  # corrected already
+    optax.ScaleByRmsState: _Moment("nu", None, 1e-8, True),
+    ScaleByRmsWithCountState: _Moment("nu", 0.9, 1e-8, True),
+    optax.ScaleByRStdDevState: _Moment("nu", None, 1e-8, True, "subtracted"),
+    ScaleByRStdDevWithCountState: _Moment("nu", 0.9, 1e-8, True, "subtracted"),
+    optax.ScaleByRssState: _Moment("sum_of_squares", None, 1e-7, True),
+}
+
+
+def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Reader:
+    """A `Reader` of checked arguments."""
+    if not callable(metric):
+        validate.one_of(function, "metric", metric, METRICS)
+    below_one = {"low": 0, "high": 1, "open_high": True}
+    momentum = None if momentum is None else validate.scalar(function, "momentum", momentum, **below_one)
+    b2 = None if b2 is None else validate.scalar(function, "b2", b2, **below_one)
+    eps = None if eps is None else validate.scalar(function, "eps", eps, low=0)
+    return Reader(function, metric, momentum, b2, eps)
+
+
+def responses(read: Reader, state: Any, params: PyTree, chosen: PyTree, step: jax.Array) -> list[Response]:
+    """One per position; `step` counts the steps before this one. Raises where the metric cannot be had."""
+    leaves = dict(jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None))
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if is_gradient(leaf)}
+    roots: dict[Path, jax.Array] = {}
+    gains: dict[Path, jax.Array] = {}
+    unknown: dict[Path, str] = {}
+    for node, constants in _states(state, params, {}):
+        kind = type(node).__name__
+        if isinstance(node, optax.TraceState):
+            summed = [path for path, _ in _arrays(node.trace, shapes)]
+            gains |= {path: _gain(read, constants, step) for path in summed}
+            unknown |= {path: kind for path in summed if path == ANY}
+        elif type(node) in _MOMENTS:
+            for path, root in _roots(read, node, constants, shapes):
+                if path in roots:
+                    raise ValueError(f"{read.function}: `inner` keeps two second moments for leaf `{_name(path)}`.")
+                roots[path] = root
+            unknown |= {path: kind for path in roots if path == ANY}
+        elif not isinstance(node, optax.EmaState):
+            unknown |= {path: kind for part in _parts(node, params)[1] for path, _ in _arrays(part, shapes)}
+    needed = [path for path, use in zip(leaves, positions(chosen), strict=True) if use and path in shapes]
+    _check(read, needed, roots, unknown)
+    if callable(read.metric):
+        tree = read.metric(state)
+        check_same_structure(read.function, "metric", tree, "params", params)
+        roots = {
+            path: jnp.asarray(root) for path, root in zip(leaves, positions(tree), strict=True) if root is not None
+        }
+    elif read.metric == "identity":
+        roots = {}
+    return [Response(roots.get(path), gains.get(path)) for path in leaves]
+
+
+def _name(path: Path) -> str:
+    return "*" if path == ANY else path_name(path)
+
+
+def injected_learning_rate(function: str, state: Any, params: PyTree) -> jax.Array:
+    """The `learning_rate` that `optax.inject_hyperparams` keeps in a state."""
+    injected = [_hyperparams(node) for node in find_states(state, tuple, params)]
+    rates = [jnp.asarray(each["learning_rate"]) for each in injected if "learning_rate" in each]
+    if len(rates) != 1:
+        raise ValueError(
+            f"{function}: `learning_rate` must be given, as a number or the schedule of `inner`: it is read from "
+            f"`optax.inject_hyperparams` only where the state holds exactly one; found {len(rates)}."
+        )
+    return rates[0]
+
+
+def _is_state(node: Any) -> bool:
+    return hasattr(node, "_fields")
+
+
+def _hyperparams(node: Any) -> dict[str, Any]:
+    found = getattr(node, "hyperparams", None) if _is_state(node) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _states(node: Any, params: PyTree, constants: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every state inside a state, in any nesting, with the hyperparameters that were injected around it."""
+    injected = _hyperparams(node)
+    constants = {**constants, **injected}
+    if not injected:
+        yield node, constants
+        if type(node) in _MOMENTS or isinstance(node, (optax.TraceState, optax.EmaState)):
+            return  # inside are only arrays
+    for child in _parts(node, params)[0]:
+        yield from _states(child, params, constants)
+
+
+def _parts(node: Any, params: PyTree) -> tuple[list[Any], list[Any]]:
+    """The states directly inside a node; what else is in it: trees like the parameters (of any NamedTuple), arrays."""
+    fields = node if _is_state(node) else (node,)
+    parts = jax.tree.leaves(list(fields), is_leaf=lambda part: _is_state(part) or is_like(part, params))
+    states = [part for part in parts if _is_state(part) and not is_like(part, params)]
+    return states, [part for part in parts if not any(part is state for state in states)]
+
+
+def _arrays(tree: Any, shapes: dict[Path, Any]) -> Iterator[tuple[Path, Any]]:
+    """(path, array) of a tree in the structure of the parameters; the path is `ANY` where no parameter fits."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "ndim") or not is_gradient(leaf):
+            continue
+        if shapes.get(path) == leaf.shape:
+            yield path, leaf
+        elif leaf.ndim > 0:  # a single number is a statistic
+            yield ANY, leaf
+
+
+def _check(read: Reader, needed: list[Path], roots: dict[Path, Any], unknown: dict[Path, str]) -> None:
+    if callable(read.metric) or read.metric == "identity":
+        return
+    if read.metric == "second_moment":
+        missing = [_name(path) for path in needed if path not in roots]
+        if missing:
+            raise ValueError(
+                f"{read.function}: metric='second_moment', but the state of `inner` has none for leaf `{missing[0]}`; "
+                "take metric='identity', or an optimizer that keeps one (Adam, AMSGrad, RMSProp, Adagrad, AdaBelief)."
+            )
+        return
+    for path in needed:
+        kind = unknown.get(path, None if path in roots else unknown.get(ANY))
+        if kind is not None:
+            raise ValueError(
+                f"{read.function}: metric='auto' does not know by what {kind} divides the step of leaf "
+                f"`{_name(path)}`. Give metric=, a function from the state of `inner` to that divisor, or "
+                "'second_moment' to take the one found beside it, or 'identity' to shrink by learning_rate * strength, "
+                "which under a sign or orthogonalised step (Lion, Muon) is a pull in proportion to the step and not a "
+                "penalty of the loss."
+            )
+
+
+def _constant(given: Any, constants: dict[str, Any], names: tuple[str, ...], default: Any) -> jax.Array:
+    """What the user gave, else what was injected, else Optax's default."""
+    injected = [constants[name] for name in names if name in constants]
+    return value_at(given if given is not None else injected[0] if injected else default, None)
+
+
+def _gain(read: Reader, constants: dict[str, Any], step: jax.Array) -> jax.Array:
+    """1 + momentum + ... + momentum^step: `optax.trace` sums gradients and does not average them."""
+    if read.momentum is None and "momentum" not in constants:
+        raise ValueError(
+            f"{read.function}: `inner` has momentum (TraceState), whose constant Optax does not keep in the state: "
+            "give `momentum=`, as to `optax.sgd`; steps are 1 / (1 - momentum) times longer, and so is the shrinkage."
+        )
+    momentum = _constant(read.momentum, constants, ("momentum",), None)
+    return (1 - momentum ** (step + 1).astype(momentum.dtype)) / (1 - momentum)
+
+
+def _roots(read: Reader, node: Any, constants: dict[str, Any], shapes: dict[Path, Any]) -> Iterator[tuple[Path, Any]]:
+    """(path, what the step is divided by, Inf where every gradient was zero)."""
+    kind = _MOMENTS[type(node)]
+    eps = _constant(read.eps, constants, ("eps",), kind.eps)
+    fields = node._asdict()
+    second = dict(_arrays(fields[kind.field], shapes))
+    first = dict(_arrays(fields["mu"], shapes)) if kind.use_of_mean else {}
+    correction = jnp.ones((), jnp.float32)
+    if kind.b2 is not None:
+        b2 = _constant(read.b2, constants, ("b2", "decay"), kind.b2)
+        correction = 1 - b2 ** node.count.astype(b2.dtype)
+    for path, leaf in second.items():
+        real = accumulator_dtype(leaf.dtype)
+        share, small = correction.astype(real), eps.astype(real)
+        v = leaf.real.astype(real) / share
+        seen = v != 0
+        if kind.use_of_mean == "subtracted":
+            v = jnp.maximum(v - jnp.square(jnp.abs(first[path]).astype(real) / share), 0)
+        elif kind.use_of_mean == "seen":
+            seen = first[path] != 0
+        root = jnp.sqrt(jnp.where(seen, v + small, 1)) if kind.eps_in_sqrt else jnp.sqrt(jnp.where(seen, v, 1)) + small
+        yield path, jnp.where(seen, root, jnp.inf)

@@ -1,0 +1,142 @@
+"""Is this state one of this transformation? Asked once per structure, before anything is computed with it.
+
+A state may come from a checkpoint: of the bare optimizer, of a guard with other rules, restored without a target (lists
+and dicts for tuples and named tuples), of other parameters. What differs is said in words, with the way to mend it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_guard._common.tree import is_gradient, path_name
+from optax_guard._common.typing import PyTree
+
+__all__ = ["is_single_leaf", "state_check"]
+
+_Shapes = tuple[tuple[int, ...], ...]
+
+
+def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = True) -> Callable[..., None]:
+    """A check that a state is of the kind that `init` makes: (state, params or None, gradients) -> None, or ValueError.
+
+    It compares structure and shapes with those of `init`, traced once for each structure and remembered, so that a step
+    outside of `jit` pays microseconds. With `whole=False` only the transformation's own node is compared, not what is
+    in it.
+    """
+
+    def check(state: Any, params: PyTree | None, gradients: PyTree) -> None:
+        like = gradients if params is None else params
+        leaves, structure = jax.tree.flatten(like, is_leaf=(lambda leaf: leaf is None) if params is None else None)
+        if params is None and not all(is_gradient(leaf) for leaf in leaves):
+            return  # gradients with holes do not tell what the parameters are
+        state_leaves, state_tree = jax.tree.flatten(state)
+        state_shapes = tuple(np.shape(leaf) for leaf in state_leaves)
+        types = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        # A gradient of another shape is no fault of the state, and is told where gradients are checked.
+        found = _difference(init, whole, params is not None, state_tree, state_shapes, structure, types)
+        if found is not None:
+            raise ValueError(f"{function}: `state` is not a state of this transformation: {found}")
+
+    return check
+
+
+@functools.lru_cache(maxsize=64)
+def _difference(
+    init: Callable[[PyTree], Any],
+    whole: bool,
+    shapes: bool,
+    state_tree: Any,
+    state_shapes: _Shapes,
+    params_tree: Any,
+    params_types: tuple[Any, ...],
+) -> str | None:
+    params = jax.tree.unflatten(params_tree, [jax.ShapeDtypeStruct(*each) for each in params_types])
+    state = jax.tree.unflatten(state_tree, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
+    try:
+        wanted = jax.eval_shape(init, params)
+    except jax.errors.JAXTypeError:  # an optimizer whose `init` looks at values: nothing to compare with
+        return None
+    if not jax.tree.leaves(state) and not jax.tree.leaves(wanted):
+        return None  # one without numbers may be left out: `optax.clip(1.0).update(grads, None)`
+    if not whole:
+        return None if type(state) is type(wanted) else _kinds("it", state, wanted) + _cure(state, wanted)
+    found = _first_difference(state, wanted, (), shapes)
+    return None if found is None else found + _cure(state, wanted)
+
+
+def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...], shapes: bool) -> str | None:
+    """What differs first, from the top down; None if nothing does."""
+    name = f"`{path_name(path)}`" if path else "it"
+    if any(getattr(key, "name", None) == "recorder" for key in path[:-1]):
+        return None  # a flight recorder of another length is read and written all the same
+    leaves = is_single_leaf(got), is_single_leaf(wanted)
+    if all(leaves):
+        same = not shapes or got.shape == wanted.shape
+        return None if same else f"{name} has the shape {got.shape}, {wanted.shape} here, as for other parameters"
+    if any(leaves) or type(got) is not type(wanted):
+        return _kinds(name, got, wanted)
+    if not shapes and not isinstance(wanted, tuple):
+        return None  # as the parameters have it, of which gradients alone tell nothing
+    children, others = _children(got), _children(wanted)
+    if len(path) > 0 and getattr(path[-1], "name", None) == "rule_states" and len(children) != len(others):
+        return f"it has the states of {len(children)} rules, here are {len(others)}"
+    for key in [*others, *children]:
+        below = path_name((*path, key))
+        if key not in children:
+            return f"it lacks `{below}`"
+        if key not in others:
+            return f"it has `{below}`, which is not there here"
+        found = _first_difference(children[key], others[key], (*path, key), shapes)
+        if found is not None:
+            return found
+    if shapes and jax.tree.structure(got) != jax.tree.structure(wanted):
+        return f"{name} has another structure, {jax.tree.structure(got)}, here {jax.tree.structure(wanted)}"
+    return None
+
+
+def _kinds(name: str, got: Any, wanted: Any) -> str:
+    if name == "`recovery_state`":
+        return f"it comes from a guard {'without' if got == () else 'with'} `recovery`, and this one is " + (
+            "without" if wanted == () else "with"
+        )
+    return f"{name} is {_kind(got)}, here {_kind(wanted)}"
+
+
+def _kind(node: Any) -> str:
+    return "an array" if is_single_leaf(node) else "None" if node is None else f"a {type(node).__name__}"
+
+
+def _cure(got: PyTree, wanted: PyTree) -> str:
+    guarded, wants = _holds_guard(got), _holds_guard(wanted)
+    if wants and guarded:
+        return (
+            ". `with_guard_state(tx, params, state)` takes the optimizer's state over into a guard that begins anew; "
+            "`inner_state(state)` gives it without."
+        )
+    if wants:
+        return ". There is no guard in it: `with_guard_state(tx, params, state)` puts the optimizer's state into one."
+    if guarded:
+        return ". There is a guard in it: `inner_state(state)` gives the optimizer's state without."
+    return ". Restore a checkpoint into the structure of `tx.init(params)`."
+
+
+def _holds_guard(tree: PyTree) -> bool:
+    found: list[Any] = []
+    jax.tree.leaves(tree, is_leaf=lambda node: bool(hasattr(node, "guarded_state") and found.append(node)))
+    return bool(found)
+
+
+def _children(node: PyTree) -> dict[Any, PyTree]:
+    """One level of a tree by its keys."""
+    below = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)[0]
+    return {path[0]: child for path, child in below}
+
+
+def is_single_leaf(node: Any) -> bool:
+    """Whether a tree is one array (or what else JAX takes for a leaf)."""
+    structure = jax.tree.structure(node)
+    return structure.num_leaves == 1 and jax.tree_util.treedef_is_leaf(structure)

@@ -1,0 +1,199 @@
+"""Checks of static arguments: every message names function, argument, value and valid range.
+
+A number comes back as a Python float (or int), whatever kind of number it was: a NumPy scalar, a 0-d NumPy array or
+10**20 would be strictly promoted, or overflow, somewhere inside a step. It is looked at as float32 will hold it: 1e300
+is Inf there, 1e-40 is 0 and 1 - 1e-9 is 1.
+
+A JAX array may be a tracer or a hyperparameter that `optax.inject_hyperparams` feeds in at every step, and a value
+inside a step must never raise, so of arrays only the shape is checked. Where an argument decides what is traced (a
+count, a window, a choice), or `static=True` says so of a number, a tracer is refused.
+"""
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from optax_guard._common.axes import LeafAxes
+from optax_guard._common.typing import AxisName
+
+__all__ = [
+    "INT32",
+    "MILLION",
+    "axis_name",
+    "boolean",
+    "floating_dtype",
+    "function",
+    "integer",
+    "one_of",
+    "scalar",
+    "scalar_or_schedule",
+    "shown",
+]
+
+INT32 = 2**31 - 1  # counters are int32
+MILLION = 2**20  # rows of a history: it is in every checkpoint, and some are sorted at every step
+_FLOAT32 = jnp.finfo(jnp.float32)
+
+
+def scalar(
+    function: str,
+    argument: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    infinite: bool = False,
+    static: bool = False,
+    reason: str = "",
+) -> Any:
+    """The number as a float, or a 0-d JAX array as it is; raises unless it is real and in [low, high].
+
+    `reason` says where the ends come from.
+
+    `open_low` and `open_high` exclude an end; Inf is inside only if `infinite`. With `static`, a value that is known is
+    looked at and a traced one refused.
+    """
+    left = "(" if open_low or low == -math.inf else "["
+    right = ")" if open_high or (high == math.inf and not infinite) else "]"
+    expected = f"a number in {left}{low:g}, {high:g}{right}" + (f" ({reason})" if reason else "")
+    if isinstance(value, jax.Array) and not static:
+        if value.shape != () or not _is_real(value):
+            raise ValueError(
+                f"{function}: `{argument}` must be {expected}; got an array {value.dtype}[{value.shape}] that is not a "
+                "real scalar."
+            )
+        return value
+    number = _concrete(value)
+    if number is None:
+        raise ValueError(f"{function}: `{argument}` must be {expected}; got {shown(value)}.")
+    kept = _as_float32(number)
+
+    def inside(number: float) -> bool:
+        above = low < number if open_low else low <= number
+        below = number < high if open_high else number <= high
+        return above and below and (infinite or math.isfinite(number))
+
+    if inside(number) and not inside(kept):
+        expected += f" in float32, where it is {kept:g}"
+    if not (inside(number) and inside(kept)):
+        raise ValueError(f"{function}: `{argument}` must be {expected}; got {shown(value)}.")
+    return number if math.isfinite(kept) else kept
+
+
+def scalar_or_schedule(function: str, argument: str, value: Any, **limits: Any) -> Any:
+    """As `scalar`, and any callable passes: what a schedule gives is known only inside the step."""
+    return value if callable(value) else scalar(function, argument, value, **limits)
+
+
+def integer(function: str, argument: str, value: Any, *, low: int, high: int = INT32, reason: str = "") -> int:
+    """Returns `value` as a Python int, or raises unless it is a whole number in [low, high]; `reason` is of `high`."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:  # JAX's errors for tracers are TypeErrors, too
+        raise ValueError(f"{function}: `{argument}` must be a whole number >= {low}; got {shown(value)}.") from None
+    if number < low:
+        raise ValueError(f"{function}: `{argument}` must be a whole number >= {low}; got {shown(value)}.")
+    if number > high:
+        why = f" ({reason})" if reason else ""
+        raise ValueError(
+            f"{function}: `{argument}` must be a whole number in [{low}, {high}]{why}; got {shown(value)}."
+        )
+    return number
+
+
+def boolean(function: str, argument: str, value: Any) -> bool:
+    """Returns a Python bool, or raises unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{function}: `{argument}` must be True or False; got {shown(value)}.")
+    return bool(value)
+
+
+def one_of(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{function}: `{argument}` must be one of {', '.join(map(repr, choices))}; got {shown(value)}."
+        )
+
+
+def function(function: str, argument: str, value: Any, expected: str) -> None:
+    """Raises unless `value` can be called; `expected` says with what."""
+    if not callable(value):
+        raise ValueError(f"{function}: `{argument}` must be a function {expected}; got {shown(value)}.")
+
+
+def floating_dtype(function: str, argument: str, value: Any, choices: tuple[Any, ...] = ()) -> Any:
+    """Returns the dtype, or raises unless it is a real floating-point one (and among `choices`, if there are any)."""
+    names = ", ".join(f"jnp.{jnp.dtype(choice).name}" for choice in choices)
+    try:
+        dtype = (
+            None
+            if value is None or isinstance(value, (bool, float, jax.Array, np.ndarray, np.generic))
+            else jnp.dtype(value)
+        )
+    except TypeError:
+        dtype = None
+    valid = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if not valid or (choices and dtype not in [jnp.dtype(choice) for choice in choices]):
+        expected = f"one of {names}" if choices else "a floating-point dtype"
+        raise ValueError(f"{function}: `{argument}` must be {expected}; got {shown(value)}.")
+    return dtype
+
+
+def axis_name(function: str, value: Any) -> AxisName | None:
+    """Returns `axis_name`, or raises unless it is one. Whether its axes are bound, JAX says."""
+    names = value if isinstance(value, tuple) else (value,)
+    known = value is None or isinstance(value, LeafAxes)
+    if not known and not (names and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"{function}: `axis_name` must be the name of a mesh axis, a tuple of names, `leaf_axes(specs)`, or None; "
+            f"got {shown(value)}."
+        )
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, and telling where it is traced."""
+    if isinstance(value, Tracer):
+        return f"a traced {value.dtype}{list(value.shape)}, where it must be known when the function is called"
+    if getattr(value, "ndim", 0) and value.size > 8:
+        return f"an array {value.dtype}{list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _is_real(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _concrete(value: Any) -> float | None:
+    """The number that a value is, or None if it is none, or is not known."""
+    if isinstance(value, (Tracer, bool, np.bool_)):
+        return None
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        if value.shape != () or not _is_real(value):
+            return None
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond float64
+        return -math.inf if value < 0 else math.inf
+
+
+def _as_float32(number: float) -> float:
+    """What XLA makes of a number in float32: subnormals are 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        kept = float(np.float32(number))
+    return 0.0 if abs(kept) < float(_FLOAT32.tiny) else kept

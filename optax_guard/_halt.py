@@ -1,0 +1,187 @@
+"""Halts, on the host: what happened, and how to go on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_guard._common.tree import find_states, unwrapped
+from optax_guard._common.typing import PyTree
+from optax_guard._guard import GuardState
+from optax_guard._step.reading import (
+    member,
+    members,
+    nonfinite_leaf,
+    nonfinite_moment,
+    seen_names,
+)
+from optax_guard._step.record import losses_given, read_rows
+from optax_guard.recovery import _ladder
+
+__all__ = ["TrainingHalted", "clear_halt", "raise_if_halted"]
+
+
+class TrainingHalted(RuntimeError):  # noqa: N818 (named after what happened, as StopIteration is)
+    """Raised on the host when a guard has halted: too many non-finite steps in a row, or rewinds that did not help."""
+
+
+def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:
+    """Raises `TrainingHalted` on the host if a guard in `state` has halted.
+
+    Waits for the step that made `state`; call it as often as you log. What it looks at besides the flags, it looks at
+    only after a halt.
+
+    ============================================  =====================================================================
+    Case                                          The message says
+    ============================================  =====================================================================
+    gradients that were not finite                step, leaf and what it held; the parameters are those before
+    NaN or Inf in `params` themselves             which leaf: restore an earlier checkpoint
+    NaN or Inf in a moment of the optimizer       which one: restore, or let `reset_moments` start it anew
+    `optax.MultiSteps` around the guard           that it never loses a NaN: take `accumulate` in its place
+    a state of many runs (`vmap`, `pmap`)         which members halted, and the story of the first
+    the state of an `nnx.Optimizer`               how to go on in place: `optax_guard.flax.clear_halt(optimizer)`
+    ============================================  =====================================================================
+
+    Args:
+      state: any optimizer state that holds a guard.
+      params: the parameters, for the name of the leaf and a look at them; without them the message gives its index.
+
+    Raises:
+      TrainingHalted: names the step, the leaf's path and what was seen there.
+      ValueError: there is no guard in `state`.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), halt_after=1)
+      >>> params = {"dense": {"kernel": jnp.ones(2)}}
+      >>> grads = {"dense": {"kernel": jnp.full(2, jnp.nan)}}
+      >>> params, state = og.apply_gradients(tx, grads, tx.init(params), params)
+      >>> og.raise_if_halted(state, params)  # doctest: +IGNORE_EXCEPTION_DETAIL
+      Traceback (most recent call last):
+      TrainingHalted: halted at step 0 after 1 non-finite step in a row: the gradient of `dense/kernel` held NaN. ...
+    """
+    states = find_states(state, GuardState)
+    if not states:
+        raise ValueError("raise_if_halted: there is no guard in this state; wrap the optimizer in `guard` first.")
+    for each in states:
+        halted = np.asarray(jax.device_get(unwrapped(each.halted)))
+        if halted.any():
+            who = [index for index in members(each.halted) if halted[index]]
+            story = _story(each, who[0], state, params)
+            if halted.ndim > 0:
+                names = ", ".join(str(index[0] if len(index) == 1 else index) for index in who)
+                story = f"{len(who)} of {halted.size} members of this state halted: {names}. The first of them {story}"
+            raise TrainingHalted(story)
+
+
+def clear_halt(state: optax.OptState) -> optax.OptState:
+    """The same state with every guard's `halted` cleared and its counts of non-finite steps and of rewinds at 0.
+
+    Of an `nnx.Optimizer` take `optax_guard.flax.clear_halt(optimizer)`, which writes into its Variables: a step under
+    `nnx.cached_partial` never sees others put in their place.
+
+    Args:
+      state: any optimizer state; of many runs at once (`jax.vmap`, `jax.pmap`) all are cleared.
+
+    Returns:
+      A state of the same structure; everything else in it is unchanged.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), halt_after=1)
+      >>> params = jnp.ones(2)
+      >>> _, state = og.apply_gradients(tx, jnp.full(2, jnp.inf), tx.init(params), params)
+      >>> bool(state.halted), bool(og.clear_halt(state).halted)
+      (True, False)
+    """
+
+    def clear(node: Any) -> Any:
+        if not isinstance(node, GuardState):
+            return node
+        fields = node._asdict()
+        fields["guarded_state"] = clear_halt(node.guarded_state)
+        fields["halted"] = jax.tree.map(jnp.zeros_like, node.halted)
+        fields["nonfinite_in_row"] = jax.tree.map(jnp.zeros_like, node.nonfinite_in_row)
+        fields["recovery_state"] = _ladder.forgive(node.recovery_state)
+        return GuardState(**fields)
+
+    return jax.tree.map(clear, state, is_leaf=lambda node: isinstance(node, GuardState))
+
+
+def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, params: PyTree | None) -> str:
+    """What the last rows of the recorder tell of a member's halt, in words, and how to go on."""
+    recorder, in_row = member((guard_state.recorder, guard_state.nonfinite_in_row), index)
+    rows = read_rows(recorder)
+    in_place = type(guard_state.halted).__module__.startswith("flax.nnx")
+    clear = "`optax_guard.flax.clear_halt(optimizer)`" if in_place else "`clear_halt(state)`"
+    given_up = [row for row in rows[rows["event"] != "halted"][-1:] if "gave_up" in str(row["recovery"])]
+    if given_up:
+        return (
+            f"halted at step {int(given_up[0]['step'])}: the loss diverged again after every rewind, so the batches "
+            f"were not the cause. Lower the learning rate or look at the data, and go on with {clear}: it "
+            "takes the loss as it is for the new level."
+        )
+    bad = np.flatnonzero((rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update"))
+    if len(bad) == 0:
+        return "halted; the flight recorder no longer reaches back to the cause."
+    last, loss_given = rows[bad[-1]], bool(losses_given(recorder)[bad[-1]])
+    count = int(unwrapped(in_row))
+    steps = "step" if count == 1 else "steps"
+    seen = _what_was_seen(last, loss_given, guard_state, params)
+    return (
+        f"halted at step {int(last['step'])} after {count} non-finite {steps} in a row: {seen}. "
+        f"{_what_to_do(guard_state, index, state, params, clear)}"
+    )
+
+
+def _what_was_seen(row: Any, loss_given: bool, guard_state: GuardState, params: PyTree | None) -> str:
+    leaf = int(row["worst_leaf"])
+    where = "the gradient"
+    if leaf >= 0:
+        name = seen_names(guard_state.seen_leaves, params)[leaf]
+        where += f" of {name}" if params is None or name.startswith("leaf ") else f" of `{name}`"
+    if row["event"] == "nonfinite_update":
+        leaf_name = where.removeprefix("the gradient of ")
+        return f"the gradient was finite, but the update of {leaf_name} was not (or its sum with the parameter)"
+    if np.isnan(row["grad_norm"]):
+        return f"{where} held NaN"
+    if np.isinf(row["grad_norm"]):
+        return f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
+    if loss_given and not np.isfinite(row["value"]):
+        return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
+    return "the gradient was finite, but a rule answered with a scale that was not, or that made it overflow"
+
+
+def _what_to_do(
+    guard_state: GuardState, index: tuple[int, ...], state: PyTree, params: PyTree | None, clear: str
+) -> str:
+    """The cause that can be found in the state itself, else where to look."""
+    for around in find_states(state, optax.MultiStepsState):
+        if find_states(around, GuardState) and nonfinite_leaf(around.acc_grads) is not None:
+            return (
+                "The cause is `optax.MultiSteps` around the guard: its sum took in a number that is not finite, which "
+                "it keeps for ever (0 * NaN is NaN), so that every later cycle is lost. The parameters are those "
+                "before the first of them. Take `accumulate(guard(...), every)` in its place, which drops such a "
+                "micro-batch; `with_guard_state` brings the optimizer's state over."
+            )
+    shape = np.shape(unwrapped(guard_state.halted))
+    many = all(np.shape(leaf)[: len(shape)] == shape for leaf in jax.tree.leaves(params))
+    bad = None if params is None else nonfinite_leaf(member(params, index if many else ()))
+    if bad is not None:
+        return (
+            f"The parameters themselves hold {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint. "
+            "If they were finite before, the optimizer made that of a finite gradient: `check_updates=True` holds it."
+        )
+    inside = member(guard_state.guarded_state, index)
+    bad = nonfinite_moment(inside, {} if params is None else params)
+    if bad is not None:
+        return (
+            f"The optimizer's own state holds {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint, or "
+            "start its moments anew: `with_guard_state` into a guard with `recovery=(reset_moments(),)`."
+        )
+    return (
+        "The parameters are those before the first of them. Look at `flight_log(state)`, mend the cause, and go on "
+        f"with {clear}."
+    )

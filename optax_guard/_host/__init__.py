@@ -1,0 +1,1 @@
+"""What the tools that run on the host share: looking at a user's loss, and printing."""

@@ -1,0 +1,101 @@
+"""Looking at a user's loss, parameters and batch from outside: checks, and the part that has a gradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_guard._common.tree import as_arrays, is_gradient, leaf_names, path_name
+from optax_guard._common.typing import PyTree
+
+__all__ = ["Problem", "batch_size", "part_of_batch", "problem"]
+
+
+class Problem(NamedTuple):
+    """A loss as a function of the list of floating-point leaves alone."""
+
+    names: list[str]
+    leaves: list[jax.Array]
+    loss: Callable[[list[Any], PyTree], jax.Array]  # (leaves, batch) -> scalar, in its own dtype
+    tree: Callable[[list[Any]], PyTree]  # back to the structure of the parameters
+
+
+def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, has_aux: bool) -> Problem:
+    """Checks all three, and raises a ValueError that says what is wrong and what to do."""
+    if not callable(loss_fn):
+        raise ValueError(f"{function}: `loss_fn` must be a function of (params, batch); got {loss_fn!r}.")
+    params = as_arrays(function, params)
+    leaves, structure = jax.tree.flatten(params)
+    where = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and leaf.size > 0]
+    if not where:
+        raise ValueError(
+            f"{function}: `params` has no floating-point leaf with an element, so there is nothing to differentiate."
+        )
+    names = [name for name, leaf in zip(leaf_names(params), _positions(params), strict=True) if leaf is not None]
+
+    def tree(chosen: list[Any]) -> PyTree:
+        filled = list(leaves)
+        for i, leaf in zip(where, chosen, strict=True):
+            filled[i] = leaf
+        return jax.tree.unflatten(structure, filled)
+
+    def loss(chosen: list[Any], batch: PyTree) -> jax.Array:
+        result = loss_fn(tree(chosen), batch)
+        return jnp.asarray(result[0] if has_aux else result)
+
+    _check_loss(function, loss_fn, params, batch, has_aux)
+    return Problem([names[i] for i in where], [jnp.asarray(leaves[i]) for i in where], loss, tree)
+
+
+def _positions(params: PyTree) -> list[Any]:
+    return jax.tree.leaves(params, is_leaf=lambda leaf: leaf is None)
+
+
+def _check_loss(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, has_aux: bool) -> None:
+    result = jax.eval_shape(loss_fn, params, batch)
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(f"{function}: with has_aux=True `loss_fn` must return (loss, aux); got {_kind(result)}.")
+        result = result[0]
+    if not (hasattr(result, "shape") and result.shape == () and jnp.issubdtype(result.dtype, jnp.floating)):
+        raise ValueError(
+            f"{function}: `loss_fn` must return one floating-point number; got {_kind(result)}. Take the mean over the "
+            "batch; if it returns (loss, aux), pass has_aux=True."
+        )
+
+
+def _kind(result: Any) -> str:
+    if hasattr(result, "shape"):
+        return f"{result.dtype}{list(result.shape)}"
+    return f"a {type(result).__name__} of {len(jax.tree.leaves(result))} arrays"
+
+
+def batch_size(function: str, batch: PyTree) -> int:
+    """The number of examples, or a ValueError with the path of the leaf that disagrees."""
+    batch = as_arrays(function, batch)
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(f"{function}: `batch` has no arrays.")
+    first, size = path_name(leaves[0][0]), None
+    for path, leaf in leaves:
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"{function}: leaf `{path_name(path)}` of `batch` is a single number; each leaf needs a leading axis "
+                "of examples. Close over what is no example: loss_fn = lambda params, batch: loss(params, batch, rate)."
+            )
+        if size is None:
+            size = leaf.shape[0]
+        elif leaf.shape[0] != size:
+            raise ValueError(
+                f"{function}: the leading axes of `batch` differ: `{first}` has {size} examples, `{path_name(path)}` "
+                f"has {leaf.shape[0]}."
+            )
+    if not size:
+        raise ValueError(f"{function}: `batch` has no examples: its leading axis has length 0.")
+    return size
+
+
+def part_of_batch(batch: PyTree, start: int, stop: int) -> PyTree:
+    """The examples [start, stop)."""
+    return jax.tree.map(lambda leaf: leaf[start:stop], batch)

@@ -1,0 +1,278 @@
+"""Float16: gradients that would underflow are computed of a scaled loss, and unscaled before anything else sees them.
+
+float16 has no number below 6e-8, and a gradient of a trained model is mostly smaller. Multiplying the loss by a large
+number shifts all gradients into range; when one overflows, the step is held and the number halved. bfloat16 has
+float32's range and needs none of this.
+
+==================================  =========================================================================
+Function                            Take it for
+==================================  =========================================================================
+`scale_loss(state, loss)`           the number to differentiate
+`loss_scaling(optimizer)`           the optimizer that takes those gradients: outermost, around `accumulate`
+==================================  =========================================================================
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._common import validate
+from optax_guard._common.counters import count_if
+from optax_guard._common.extra import loss_in, with_value
+from optax_guard._common.parts import part_of
+from optax_guard._common.tree import as_params, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
+from optax_guard._common.typing import AxisName, PyTree
+from optax_guard._step.act import (
+    FastStep,
+    as_transformation,
+    fast_transformation,
+    no_updates,
+    settle,
+    take_step,
+)
+from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
+from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics, squarable
+
+__all__ = ["LossScalingState", "loss_scaling", "scale_loss"]
+
+_LARGEST_SCALE = 2.0**126  # beyond it the inverse, by which gradients are multiplied, is 0 in float32
+
+
+class LossScalingState(NamedTuple):
+    """What `loss_scaling` carries."""
+
+    unscaled_state: Any  # the inner optimizer's state, of float32 parameters
+    loss_scale: jax.Array  # f32[]: what `scale_loss` multiplies by, and the next gradients are divided by
+    clean_in_row: jax.Array  # i32[]: finite steps since the scale last changed
+    overflows_left: jax.Array  # i32[]: overflows until the scale falls; 0 or 1: at the next
+    overflowed: jax.Array  # bool[]: whether the last step's scaled gradient was not finite
+    overflow_total: jax.Array  # i32[]: steps whose scaled gradient was not finite
+
+
+def loss_scaling(
+    inner: optax.GradientTransformation,
+    init: float = 2.0**15,
+    growth_interval: int = 2000,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    min_scale: float = 1.0,
+    max_scale: float = 2.0**24,
+    *,
+    hysteresis: int = 1,
+    axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Dynamic loss scaling: the optimizer for gradients of `scale_loss(state, loss)`.
+
+    g = float32(scaled gradient) / scale
+    finite:      one step of `inner` with g;  scale <- min(scale * growth_factor, max_scale) after `growth_interval`
+                                              in a row
+    not finite:  held;                        scale <- max(scale * backoff_factor, min_scale)
+
+    With `hysteresis` h > 1 the first h - 1 overflows since the scale last grew leave it as it is.
+
+    Guarantees:
+      - Gradients are divided by the scale they were made with; a new scale is used from the next step on.
+      - `inner` works in float32 throughout: it is initialised with float32 parameters and sees float32 gradients.
+      - A step that overflowed leaves no trace in parameters and inner state; its NaN enters no state.
+      - The scale grows exactly at the interval: with `growth_interval=3`, the third finite step in a row raises it.
+      - It is never 0 or Inf: it stays in [min_scale, max_scale].
+      - One read of the gradient tells that it is finite, and serves a `guard` or `accumulate` inside too.
+
+    ============================================  ====================================================================
+    Case                                          Result
+    ============================================  ====================================================================
+    overflow, `inner` is `guard`                  the guard holds, counts and records it; `halt_after` in a row halt it
+    overflow, `inner` is `accumulate`             that micro-batch is dropped and keeps its place in the cycle
+    overflow, any other `inner`                   held here
+    the loss (`value=`) is NaN or Inf             like an overflow: the scale falls to `min_scale`, at worst
+    float32 or bfloat16 gradients                 the same; the scale then changes nothing but rounding
+    float16 parameters                            updated in float32, rounded once. Better: keep them in float32
+    ============================================  ====================================================================
+
+    Args:
+      inner: any Optax transformation; `accumulate` and `guard` go inside.
+      init: the first scale, in [min_scale, max_scale].
+      growth_interval: finite steps in a row until the scale grows (>= 1).
+      growth_factor: by which it grows, in (1, inf). Powers of two round nothing.
+      backoff_factor: by which it falls, in (0, 1).
+      min_scale: the least scale, in [2^-126, 2^126].
+      max_scale: the greatest, in [min_scale, 2^126]: its inverse is a normal float32.
+      hysteresis: overflows since the scale last grew (or since the start) at which it begins to fall, >= 1. With 2, as
+        Megatron-LM has it, a lone bad batch does not cost a halving.
+      axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`.
+
+    Returns:
+      A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. Its updates have the wider
+      dtype of gradients and parameters.
+
+    Raises:
+      ValueError: wrong static arguments.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.loss_scaling(og.guard(optax.sgd(1.0)), init=1024.0)
+      >>> params = jnp.ones(2, jnp.float16)
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(lambda p: og.scale_loss(state, jnp.sum(p * jnp.float16(1e-7))))(params)
+      >>> params, state = og.apply_gradients(tx, grads, state, params)
+      >>> float(state.loss_scale), int(state.overflow_total)
+      (1024.0, 0)
+
+    References:
+      Micikevicius et al., Mixed Precision Training, 2018, arXiv 1710.03740, section 3.2. The schedule (double after
+      2000 clean steps, halve on overflow) is the one in use since, that of PyTorch's `GradScaler`; the bounds are ours,
+      the hysteresis is that of Megatron-LM's `DynamicGradScaler`.
+
+    See Also:
+      `flax.training.dynamic_scale.DynamicScale` and `jmp.DynamicLossScale`, which scale outside the optimizer.
+    """
+    name = "loss_scaling"
+    inner = as_transformation(name, inner)
+    growth_interval = validate.integer(name, "growth_interval", growth_interval, low=1)
+    min_scale = validate.scalar(
+        name, "min_scale", min_scale, low=1 / _LARGEST_SCALE, high=_LARGEST_SCALE, static=True, reason="2^-126 to 2^126"
+    )
+    max_scale = validate.scalar(
+        name, "max_scale", max_scale, low=min_scale, high=_LARGEST_SCALE, static=True, reason="`min_scale` to 2^126"
+    )
+    growth_factor = validate.scalar(name, "growth_factor", growth_factor, low=1, open_low=True)
+    backoff_factor = validate.scalar(
+        name, "backoff_factor", backoff_factor, low=0, high=1, open_low=True, open_high=True
+    )
+    hysteresis = validate.integer(name, "hysteresis", hysteresis, low=1)
+    first_scale = validate.scalar(
+        name, "init", init, low=min_scale, high=max_scale, static=True, reason="`min_scale` to `max_scale`"
+    )
+    validate.axis_name(name, axis_name)
+    inside = part_of(inner, FastStep)
+    judges = inside is not None and inside.judges
+    if inside is not None and judges and inside.axis_name != axis_name:
+        raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inside.axis_name!r}: they must agree.")
+    mask = None if inside is None else inside.mask
+
+    def init_state(params: optax.Params) -> LossScalingState:
+        params = as_params(name, params)
+        unscaled_state = inner.init(jax.tree.map(_widened, params))
+        if find_states(unscaled_state, LossScalingState):
+            raise ValueError(f"{name}: `inner` holds another `{name}`; gradients are scaled once.")
+        return LossScalingState(
+            unscaled_state=unscaled_state,
+            loss_scale=jnp.full((), first_scale, jnp.float32),
+            clean_in_row=jnp.zeros((), jnp.int32),
+            overflows_left=jnp.full((), hysteresis, jnp.int32),
+            overflowed=jnp.zeros((), bool),
+            overflow_total=jnp.zeros((), jnp.int32),
+        )
+
+    def run(
+        total: PyTree,
+        state: LossScalingState,
+        params: PyTree | None,
+        factor: jax.Array | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+        statistics: GradientStatistics | None = None,
+    ) -> tuple[PyTree, LossScalingState]:
+        if statistics is None:
+            statistics = first_look(only_chosen(name, mask, total), axis_name)
+        elif mask is not None:
+            statistics = select_statistics(statistics, chosen(name, mask, total))
+        total = zeros_elsewhere(name, mask, total)
+        finite = jnp.all(statistics.finite)
+        loss = loss_in(name, extra, axis_name)
+        if loss is not None:
+            finite = finite & jnp.isfinite(loss)
+        inverse = 1 / state.loss_scale
+        whole = inverse if factor is None else factor * inverse.astype(factor.dtype)
+        total, like_wide = jax.tree.map(_widened, total), jax.tree.map(_widened, like)
+        if min_scale < 1 or factor is not None:  # dividing by a scale below 1 can overflow
+            finite = finite & jnp.all(squarable(scale_statistics(statistics, whole), like_wide))
+
+        def step() -> tuple[PyTree, Any]:
+            result, new = take_step(
+                inner,
+                total,
+                state.unscaled_state,
+                params,
+                whole,
+                like_wide,
+                with_value(extra),
+                fast=fast,
+                statistics=statistics,
+            )
+            return result if fast else _narrowed(result, like, params), settle(name, new, state.unscaled_state)
+
+        if judges:  # it holds what is not finite by itself, and counts it
+            result, inner_state = step()
+        else:
+            untouched = params if fast else no_updates(jax.eval_shape(step)[0], like)
+            result, inner_state = lax.cond(finite, step, lambda: (untouched, state.unscaled_state))
+        clean = jnp.where(finite, state.clean_in_row + 1, 0)
+        grows = clean >= growth_interval
+        grown = jnp.minimum(state.loss_scale * growth_factor, max_scale)
+        left = jnp.where(finite, state.overflows_left, jnp.maximum(state.overflows_left - 1, 0))
+        shrunk = jnp.where(left > 0, state.loss_scale, jnp.maximum(state.loss_scale * backoff_factor, min_scale))
+        return result, LossScalingState(
+            unscaled_state=inner_state,
+            loss_scale=jnp.where(finite, jnp.where(grows, grown, state.loss_scale), shrunk),
+            clean_in_row=jnp.where(grows, 0, clean),
+            overflows_left=jnp.where(grows, hysteresis, left),
+            overflowed=~finite,
+            overflow_total=count_if(~finite, state.overflow_total),
+        )
+
+    return fast_transformation(name, init_state, run, judges=True, axis_name=axis_name, mask=mask)
+
+
+def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:
+    """The loss times the scale in `state`, in float32 or wider: what to differentiate.
+
+    The last operations of the model should be in float32 (cast the logits before the cross-entropy): the derivative of
+    a float16 loss is the scale itself, which float16 holds up to 65504 only.
+
+    Args:
+      state: an optimizer state that holds one `loss_scaling`, in any nesting.
+      loss: a real scalar (or an array of them).
+
+    Returns:
+      `loss * scale`, float32 for a 16-bit loss. Log the loss, not this.
+
+    Raises:
+      ValueError: there is no `loss_scaling` in `state`, or more than one; the loss is not real.
+
+    Example:
+      >>> import optax_guard as og
+      >>> state = og.loss_scaling(optax.sgd(0.1), init=8.0).init(jnp.ones(2))
+      >>> og.scale_loss(state, jnp.float16(0.5))
+      Array(4., dtype=float32)
+    """
+    states = find_states(state, LossScalingState)
+    if len(states) != 1:
+        raise ValueError(f"scale_loss: expected one `loss_scaling` in this state, found {len(states)}.")
+    loss = jnp.asarray(loss)
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(f"scale_loss: `loss` must be real; got {loss.dtype}.")
+    wide = wider_dtype(loss.dtype, jnp.float32)
+    return loss.astype(wide) * lax.stop_gradient(unwrapped(states[0].loss_scale)).astype(wide)
+
+
+def _widened(leaf: Any) -> Any:
+    """float32 for a 16-bit leaf; also of shapes, which `init` may be given."""
+    if not (hasattr(leaf, "dtype") and is_gradient(leaf)) or wider_dtype(leaf.dtype, jnp.float32) == leaf.dtype:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+    return leaf.astype(jnp.float32)
+
+
+def _narrowed(updates: PyTree, like: PyTree, params: PyTree | None) -> PyTree:
+    """Updates in the wider dtype of gradients and parameters."""
+
+    def narrow(update: Any, leaf: Any, param: Any) -> Any:
+        return update.astype(wider_dtype(leaf.dtype, param.dtype if is_gradient(param) else leaf.dtype))
+
+    return map_gradients(narrow, updates, like, like if params is None else params)

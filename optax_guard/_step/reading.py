@@ -1,0 +1,149 @@
+"""What the readers of a state share: which leaves a guard saw, whose state it is, and whether numbers in it are bad.
+
+A state may be that of one run, or of many at once (`jax.vmap` over seeds, `jax.pmap`): then every leaf has leading
+axes, and so has the scalar field by which a reader tells.
+"""
+
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from optax_guard._common import tree as _tree
+from optax_guard._common.tree import find_states, is_gradient, path_name, unwrapped
+from optax_guard._common.typing import PyTree
+from optax_guard._step.moments import moments
+
+__all__ = [
+    "SeenLeaves",
+    "axes_in_front",
+    "is_traced",
+    "leaf_names",
+    "member",
+    "members",
+    "nonfinite_leaf",
+    "nonfinite_moment",
+    "saw_leaves",
+    "seen_names",
+]
+
+
+class SeenLeaves(NamedTuple):
+    """The leaves that a guard was initialised with: under `masked`, `partition` or nnx's `wrt` not all there are."""
+
+    path_hashes: jax.Array  # u32[n_leaves]: CRC-32 of each leaf's path
+
+
+def saw_leaves(params: PyTree) -> SeenLeaves:
+    """What a guard notes at `init`, without looking at values."""
+    return SeenLeaves(jnp.asarray(_path_hashes(params)))
+
+
+def leaf_names(params: PyTree, state: PyTree | None = None) -> list[str]:
+    """The path of every leaf, in the order that `worst_leaf` and per-leaf statistics count in.
+
+    >>> leaf_names({"dense": {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))}})
+    ['dense/bias', 'dense/kernel']
+
+    A guard inside `optax.masked`, `optax.partition` or an `nnx.Optimizer` with `wrt=` sees and counts only some of the
+    leaves. It knows which; with its state the names are those of the leaves that it saw:
+
+    >>> import optax
+    >>> import optax_guard as og
+    >>> params = {"a": jnp.ones(1), "b": jnp.ones(2)}
+    >>> state = optax.masked(og.guard(optax.sgd(0.1)), {"a": False, "b": True}).init(params)
+    >>> leaf_names(params, state)
+    ['b']
+
+    Args:
+      params: the parameters, or anything with their structure (gradients, `jax.ShapeDtypeStruct`s).
+      state: an optimizer state that holds one guard (pass its part of the state if there are several).
+
+    Returns:
+      One string per position; a `None` in the tree has one too. A leaf that the guard saw and that is not in `params`
+      is called "leaf 3 of 7".
+
+    Raises:
+      ValueError: there is no guard in `state`, or more than one.
+    """
+    if state is None:
+        return _tree.leaf_names(params)
+    seen = find_states(state, SeenLeaves)
+    if len(seen) != 1:
+        raise ValueError(
+            f"leaf_names: expected one guard in this state, found {len(seen)}; pass the guard's own state."
+        )
+    return seen_names(seen[0], params)
+
+
+def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
+    """The names of the leaves that a guard saw, in its order; without `params`, or where they lack one, its index."""
+    hashes = np.asarray(jax.device_get(unwrapped(seen)))
+    hashes = hashes.reshape(-1, hashes.shape[-1])[0]  # all members of many saw the same
+    unknown = [f"leaf {i} of {len(hashes)}" for i in range(len(hashes))]
+    if params is None:
+        return unknown
+    names = _tree.leaf_names(params)
+    known = dict(zip(_path_hashes(params).tolist(), names, strict=True))
+    found = [known.get(code) for code in hashes.tolist()]
+    if not any(found) and len(names) == len(found):  # the same leaves under another root, as `params["params"]`
+        return names
+    return [name or index for name, index in zip(found, unknown, strict=True)]
+
+
+def axes_in_front(scalar: Any) -> int:
+    """How many axes `vmap` or `pmap` have put in front of a field that is a scalar by itself."""
+    return np.ndim(unwrapped(scalar))
+
+
+def members(scalar: Any) -> Iterator[tuple[int, ...]]:
+    """The index of each member of a state of many; one empty index for a state of one run."""
+    return np.ndindex(*np.shape(unwrapped(scalar)))
+
+
+def member(tree: PyTree, index: tuple[int, ...]) -> PyTree:
+    """One member of a state of many, as it would be alone."""
+    return jax.tree.map(lambda leaf: leaf[index], tree) if index else tree
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether a tree holds values that are not known yet."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def nonfinite_leaf(tree: PyTree, only: set[int] | None = None) -> tuple[str, str] | None:
+    """The path of the first leaf that is not finite, and what it holds, "NaN" or "Inf"; looked at on the host."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        held = _what_is_bad(leaf) if only is None or id(leaf) in only else None
+        if held is not None:
+            return _variable_free(path), held
+    return None
+
+
+def nonfinite_moment(state: PyTree, params: PyTree) -> tuple[str, str] | None:
+    """The same for the moments of an optimizer's state; other numbers in it may be infinite by design."""
+    return nonfinite_leaf(state, only={id(leaf) for leaf in moments(state, params)})
+
+
+def _what_is_bad(leaf: Any) -> str | None:
+    if not hasattr(leaf, "dtype") or not is_gradient(leaf):
+        return None
+    with jax.debug_nans(False), jax.debug_infs(False):
+        if bool(jnp.all(jnp.isfinite(leaf))):
+            return None
+        return "NaN" if bool(jnp.any(jnp.isnan(leaf))) else "Inf"
+
+
+def _path_hashes(params: PyTree) -> np.ndarray:
+    paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None)
+    return np.array([zlib.crc32(_variable_free(path).encode()) for path, _ in paths], np.uint32)
+
+
+def _variable_free(path: tuple[Any, ...]) -> str:
+    """The path without the key that an nnx Variable adds: a guard may be initialised with Variables or without."""
+    wraps = len(path) > 1 and getattr(path[-1], "name", None) == "value"
+    return path_name(path[:-1] if wraps else path)

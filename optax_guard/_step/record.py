@@ -1,0 +1,159 @@
+"""The flight recorder: a ring buffer in the guard's state, so that a checkpoint itself tells what happened.
+
+One row a step. No number in it is ever NaN or Inf, since a checkpoint must stay clean: what was seen is stored as a
+code, and reading gives NaN and Inf back.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_guard._common.tree import unwrapped
+
+__all__ = [
+    "EVENTS",
+    "HELD",
+    "RECOVERIES",
+    "FlightRecorder",
+    "Row",
+    "add_row",
+    "empty_recorder",
+    "last_row",
+    "losses_given",
+    "read_rows",
+]
+
+EVENTS = (
+    "applied",  # the gradient went in as it was
+    "clipped",  # a rule scaled it
+    "skipped",  # a rule refused it: held
+    "let_through",  # a rule refused it, for longer than `patience`: applied, as the rules scaled it
+    "nonfinite",  # NaN, Inf, or too large to square: held
+    "nonfinite_update",  # the inner optimizer's update was not finite: held (with `check_updates=True`)
+    "halted",  # the guard had halted before: held
+    "recovery",  # the gradient was good, but the ladder acted in place of the step: held
+)
+HELD = ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery")  # events that left no trace
+RECOVERIES = (  # what the ladder did; several may come together
+    "reset_refused",  # moments re-initialised: steps refused or not finite in a row
+    "reset_nonfinite",  # the same: a moment was not finite
+    "reset_frozen",  # the same: parameters had stopped moving
+    "back_off",  # updates are scaled down from here on
+    "rewind_refused",  # back to a snapshot: steps refused or not finite in a row
+    "rewind_diverged",  # the same: the smoothed loss had diverged
+    "gave_up",  # diverged again after all rewinds: the guard halts
+)
+_NUMBERS = ("value", "grad_norm", "clipped_norm", "scale")
+_FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)
+_RECOVERY = 5 ** len(_NUMBERS)  # where the ladder's bits begin in the packed code
+
+
+class Row(NamedTuple):
+    """One step as the guard saw it."""
+
+    step: jax.Array  # i32[]: calls before this one
+    value: jax.Array | None  # f32[]: the loss, if it was passed
+    grad_norm: jax.Array  # f32[]: before the rules; NaN or Inf tell what a bad gradient held
+    clipped_norm: jax.Array  # f32[]: what went into the optimizer; 0 for a held step
+    scale: jax.Array  # f32[]: the smallest factor of a leaf; 0 for a held step
+    event: jax.Array  # i32[]: index into EVENTS
+    rule: jax.Array  # i32[]: position of the rule that refused, else of the first that scaled; -1 if none
+    worst_leaf: jax.Array  # i32[]: the first leaf that is not finite, else the one of largest norm; -1 without leaves
+    recovery: jax.Array | int = 0  # i32[]: bits of RECOVERIES
+
+
+class FlightRecorder(NamedTuple):
+    """The last `history` rows. Row of step t is at t % history; `codes[:, 0]` is -1 where nothing was written."""
+
+    numbers: jax.Array  # f32[history, 4]: value, grad_norm, clipped_norm, scale; 0 where not finite
+    codes: (
+        jax.Array
+    )  # i32[history, 5]: step, event, rule, worst_leaf, and what the numbers were (base 5) + 625 * recovery
+
+
+def empty_recorder(history: int) -> FlightRecorder:
+    """A recorder with no rows."""
+    return FlightRecorder(
+        numbers=jnp.zeros((history, len(_NUMBERS)), jnp.float32), codes=jnp.full((history, 5), -1, jnp.int32)
+    )
+
+
+def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
+    """Writes one row, in place where the state is donated."""
+    absent = row.value is None
+    value = jnp.zeros((), jnp.float32) if absent else row.value
+    numbers = jnp.stack([jnp.asarray(n, jnp.float32) for n in (value, row.grad_norm, row.clipped_norm, row.scale)])
+    kinds = jnp.select(
+        [jnp.isnan(numbers), jnp.isposinf(numbers), jnp.isneginf(numbers)],
+        [jnp.full(4, kind, jnp.int32) for kind in (_NAN, _PLUS_INF, _MINUS_INF)],
+        jnp.full(4, _FINITE, jnp.int32),
+    )
+    if absent:
+        kinds = kinds.at[0].set(_ABSENT)
+    packed = jnp.sum(kinds * jnp.array([1, 5, 25, 125], jnp.int32), dtype=jnp.int32) + _RECOVERY * row.recovery
+    codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed.astype(jnp.int32)])
+    place = row.step % recorder.codes.shape[0]
+    return FlightRecorder(
+        numbers=recorder.numbers.at[place].set(jnp.where(kinds == _FINITE, numbers, 0)),
+        codes=recorder.codes.at[place].set(codes),
+    )
+
+
+def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
+    """The row of step `step - 1`; works inside `jit`. Before the first step, its event is -1 and its numbers are 0."""
+    all_numbers, all_codes = map(unwrapped, recorder)
+    place = (step - 1) % all_codes.shape[0]
+    codes = all_codes[place]
+    numbers = _unpack(all_numbers[place], jnp.maximum(codes[4], 0), jnp)
+    recovery = jnp.maximum(codes[4], 0) // _RECOVERY
+    return Row(codes[0], *numbers, event=codes[1], rule=codes[2], worst_leaf=codes[3], recovery=recovery)
+
+
+def read_rows(recorder: FlightRecorder) -> np.ndarray:
+    """All rows on the host, oldest first, as a structured array."""
+    numbers, codes = (np.asarray(x) for x in jax.device_get(tuple(map(unwrapped, recorder))))
+    written = codes[:, 0] >= 0
+    numbers, codes = numbers[written], codes[written]
+    order = np.argsort(codes[:, 0], kind="stable")
+    rows = np.zeros(
+        len(order),
+        dtype=[
+            ("step", "i4"),
+            *((n, "f4") for n in _NUMBERS),
+            ("event", "U16"),
+            ("rule", "i4"),
+            ("worst_leaf", "i4"),
+            ("recovery", "U64"),
+        ],
+    )
+    for name, column in zip(_NUMBERS, _unpack(numbers[order].T, codes[order, 4], np), strict=True):
+        rows[name] = column
+    rows["step"], rows["rule"], rows["worst_leaf"] = codes[order, 0], codes[order, 2], codes[order, 3]
+    rows["event"] = np.array(EVENTS)[codes[order, 1]]
+    rows["recovery"] = [_recovery_words(packed // _RECOVERY) for packed in codes[order, 4]]
+    return rows
+
+
+def losses_given(recorder: FlightRecorder) -> np.ndarray:
+    """For every row of `read_rows`, whether a loss was passed: one that was not reads as NaN there."""
+    codes = np.asarray(jax.device_get(unwrapped(recorder.codes)))
+    codes = codes[codes[:, 0] >= 0]
+    return codes[np.argsort(codes[:, 0], kind="stable"), 4] % 5 != _ABSENT
+
+
+def _recovery_words(bits: int) -> str:
+    return "+".join(name for position, name in enumerate(RECOVERIES) if bits >> position & 1)
+
+
+def _unpack(numbers: Any, packed: Any, xp: Any) -> list[Any]:
+    """Gives NaN and Inf back; a number that was never passed reads as NaN."""
+    columns = []
+    for i in range(len(_NUMBERS)):
+        kind = packed // 5**i % 5
+        bad = [xp.float32(x) for x in (xp.nan, xp.inf, -xp.inf, xp.nan)]
+        columns.append(
+            xp.select([kind == k for k in range(1, 5)], [xp.full_like(numbers[i], x) for x in bad], numbers[i])
+        )
+    return columns

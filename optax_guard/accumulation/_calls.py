@@ -1,0 +1,477 @@
+"""Accumulation across calls: one optimizer step from many small batches.
+
+`accumulate` wraps everything else. The optimizer inside does not run on the calls in between: it sees one gradient a
+cycle, so clips, penalties, noise and schedules act once per applied step.
+
+=====================================  ============================================================
+You have                               Take
+=====================================  ============================================================
+a loop that calls the step each batch  `accumulate(tx, every=4)`, and `apply_gradients`
+batches of unequal token counts        the same, and `weight=` the number of tokens in the call
+an epoch that ends within a cycle      `flush`: a step with what the cycle holds
+a batch too large for one pass         `accumulate_gradients`, inside one call
+=====================================  ============================================================
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from optax_guard._common import validate
+from optax_guard._common.counters import count_if
+from optax_guard._common.extra import loss_in
+from optax_guard._common.numerics import widest_accumulator
+from optax_guard._common.parts import part_of
+from optax_guard._common.tree import (
+    as_arrays,
+    as_params,
+    check_same_shapes,
+    check_same_structure,
+    find_states,
+    is_gradient,
+    positions,
+    unwrapped,
+    wider_dtype,
+)
+from optax_guard._common.typing import AxisName, Mask, PyTree
+from optax_guard._step.act import (
+    FastStep,
+    as_transformation,
+    fast_transformation,
+    mean_of,
+    no_updates,
+    settle,
+    take_step,
+)
+from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
+from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics
+from optax_guard.accumulation._sums import (
+    REDUCTIONS,
+    MicroBatch,
+    check_reduction,
+    check_shapes,
+    labels,
+    too_large,
+    with_passengers,
+)
+
+__all__ = ["AccumulateState", "accumulate", "flush", "has_updated"]
+
+
+class AccumulateState(NamedTuple):
+    """What `accumulate` carries: the inner state, one buffer in the shape of the parameters, and counters."""
+
+    accumulated_state: Any  # the inner optimizer's state
+    gradient_sum: PyTree  # f32 (or wider) in the parameters' shapes: weighted sum; stale while `added` is 0
+    accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): sum of the weights in `gradient_sum`
+    value_mean: jax.Array  # f32[] (f64[]): weighted mean of the losses of those micro-batches that came with `value=`
+    value_weight: jax.Array  # f32[] (f64[]): the sum of their weights
+    added: jax.Array  # i32[]: micro-batches in `gradient_sum`
+    micro_step: jax.Array  # i32[]: calls in this cycle, dropped ones included
+    dropped_in_cycle: jax.Array  # i32[]: micro-batches of this cycle that were dropped
+    emitted: jax.Array  # bool[]: whether the last call ran the inner optimizer
+    micro_batch_lost: jax.Array  # bool[]: whether it dropped its micro-batch, or ended a cycle without a step
+    emitted_total: jax.Array  # i32[]: runs of the inner optimizer
+    dropped_total: jax.Array  # i32[]: micro-batches dropped (not finite, or a negative or non-finite weight)
+    empty_total: jax.Array  # i32[]: cycles that ended with nothing to step with
+
+
+class _Sum(NamedTuple):
+    """What a cycle ends with."""
+
+    total: PyTree  # in the structure of the gradient
+    weight: jax.Array  # f32[]
+    dropped: jax.Array  # i32[]
+    statistics: GradientStatistics | None  # of `total`, if the inner optimizer judges
+    seen: GradientStatistics | None  # of the last micro-batch
+    loss: jax.Array | None = None  # of the last micro-batch
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every: int | Callable[[jax.Array], jax.Array],
+    *,
+    on_nonfinite: str = "drop_micro",
+    reduction: Any = "mean",
+    accumulator_dtype: Any = jnp.float32,
+    axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """One step of `inner` with the (weighted) mean of the gradients of `every` calls.
+
+    g = sum_i w_i g_i / sum_i w_i        over the calls i of a cycle whose gradient is finite; w_i = 1 if none is given
+
+    Guarantees:
+      - `inner` runs only in the call that fills a cycle; in between, parameters and inner state keep their bits.
+      - Unequal micro-batches whose `weight` is their number of tokens (or rows) equal the full batch.
+      - A micro-batch that is not finite never touches any state: it is dropped with its weight, and counted. It keeps
+        its place: a cycle is `every` calls.
+      - A stream that stays bad ends: a `guard` as `inner` counts every cycle that lost all its micro-batches like a
+        non-finite step, and halts after `halt_after` of them.
+      - Sums are held in float32 (float64 for float64, complex for complex leaves), and `inner` receives the mean in the
+        gradient's dtype. With `every=1` its updates are those of `inner` alone, bit for bit.
+      - The loss that `inner` receives as `value=` is the weighted mean of the losses of the micro-batches kept.
+      - `has_updated(state)` is True exactly after a call that ran `inner`.
+      - Selected, never multiplied: nothing that was dropped can come back as 0 * NaN.
+
+    =========================================  =======================================================================
+    Case                                       Result
+    =========================================  =======================================================================
+    NaN or Inf in a micro-batch                as `on_nonfinite` says, below; its loss (`value=`) counts as part of it
+    `weight` negative or not finite            that micro-batch is dropped and counted, whatever `on_nonfinite` says
+    `weight` times gradient above 1.8e19       the same as a gradient that is not finite: it could not be squared
+    a "sum" of float16 gradients above 65504   the cycle is lost: a held step, which a guard inside counts
+    nothing left at the end of a cycle         a held step: `inner` does not run; counted in `empty_total`
+    all weights of a cycle are zero            the same; nothing was bad, so a guard inside does not count it
+    a leaf outside the `mask` of a guard       neither read nor summed: it can drop no micro-batch
+    a leaf is an integer, `float0` or `None`   passed to `inner` as the emitting call brought it
+    the last, unfilled cycle of an epoch       `flush` steps with it; else it goes on with the next call
+    =========================================  =======================================================================
+
+    ================  ================================================================================================
+    `on_nonfinite`    A micro-batch with a NaN or an Inf
+    ================  ================================================================================================
+    "drop_micro"      is left out with its weight: the mean is over the others
+    "drop_cycle"      spoils its cycle: the others wait for its end, which is a held step (`empty_total`)
+    "propagate"       goes into the sum (its loss into the mean), unread, where it stays until the cycle ends: the
+                      cheapest. A guard inside holds the cycle; a bare optimizer is
+                      poisoned. The next cycle starts clean
+    ================  ================================================================================================
+
+    Args:
+      inner: any Optax transformation: usually `guard(optimizer, rules...)`.
+      every: calls per cycle (>= 1), or a schedule that maps the number of emitted steps to it (values below 1 count
+        as 1).
+      on_nonfinite: "drop_micro", "drop_cycle" or "propagate".
+      reduction: "mean"; "sum" (weighted, not divided); "max" (elementwise); "last"; or a tree of these in the structure
+        of (a prefix of) the parameters, or a function from the parameters to it. FP8 scales and other numbers that
+        travel as gradients must not be averaged: give their leaves "max" or "last". Micro-batches of weight 0 count for
+        none of them.
+      accumulator_dtype: the narrowest dtype to sum in; a leaf of a wider dtype is summed in its own.
+      axis_name: as in `gradient_statistics`: needed inside `jax.shard_map` on sharded gradients, so that all devices
+        drop the same micro-batches. A guard inside must have the same.
+
+    Returns:
+      A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. Its `update` takes
+      `weight=`, a non-negative scalar, and forwards every other extra argument to `inner` in the emitting call. Between
+      emissions it returns -0.0, which `optax.apply_updates` adds without changing a bit.
+
+    Raises:
+      ValueError: wrong static arguments; gradients whose structure or shapes differ from the parameters', with the
+        path of the first leaf that does.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.accumulate(og.guard(optax.sgd(1.0)), every=2)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> for grad, tokens in ((1.0, 30), (5.0, 10)):
+      ...     params, state = og.apply_gradients(tx, {"w": jnp.full(2, grad)}, state, params, weight=tokens)
+      >>> params["w"], bool(og.has_updated(state))
+      (Array([-2., -2.], dtype=float32), True)
+
+    See Also:
+      `accumulate_gradients`: the same mean inside one call, with one all-reduce.
+      `optax.MultiSteps`: equal weights, runs the inner optimizer at every call and discards the result, and keeps a NaN
+      for ever.
+    """
+    name = "accumulate"
+    inner = as_transformation(name, inner)
+    if not callable(every):
+        every = validate.integer(name, "every", every, low=1)
+    validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
+    if isinstance(reduction, str):
+        validate.one_of(name, "reduction", reduction, REDUCTIONS)
+    accumulator_dtype = validate.floating_dtype(name, "accumulator_dtype", accumulator_dtype)
+    validate.axis_name(name, axis_name)
+    inside = part_of(inner, FastStep)
+    judges = inside is not None and inside.judges
+    if inside is not None and judges and inside.axis_name != axis_name:
+        raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inside.axis_name!r}: must agree.")
+    mask = None if inside is None else inside.mask
+
+    def buffer(leaf: Any) -> jax.Array:
+        if not is_gradient(leaf):
+            return jnp.zeros((), jnp.float32)  # a placeholder: the emitting call's leaf is passed on
+        return jnp.zeros_like(leaf, dtype=wider_dtype(accumulator_dtype, leaf.dtype))
+
+    def init(params: optax.Params) -> AccumulateState:
+        params = as_params(name, params)
+        if positions(params):  # Optax also calls `init` with a placeholder without leaves
+            check_reduction(reduction, params)
+        return AccumulateState(
+            accumulated_state=inner.init(params),
+            gradient_sum=jax.tree.map(buffer, params),
+            accumulated_weight=jnp.zeros((), widest_accumulator(params)),
+            value_mean=jnp.zeros((), widest_accumulator(params)),
+            value_weight=jnp.zeros((), widest_accumulator(params)),
+            added=jnp.zeros((), jnp.int32),
+            micro_step=jnp.zeros((), jnp.int32),
+            dropped_in_cycle=jnp.zeros((), jnp.int32),
+            emitted=jnp.zeros((), bool),
+            micro_batch_lost=jnp.zeros((), bool),
+            emitted_total=jnp.zeros((), jnp.int32),
+            dropped_total=jnp.zeros((), jnp.int32),
+            empty_total=jnp.zeros((), jnp.int32),
+        )
+
+    def run(
+        total: PyTree,
+        state: AccumulateState,
+        params: PyTree | None,
+        factor: jax.Array | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+        statistics: GradientStatistics | None = None,
+    ) -> tuple[PyTree, AccumulateState]:
+        updates = mean_of(zeros_elsewhere(name, mask, total), factor, like)
+        check_shapes(state.gradient_sum, updates)
+        if statistics is not None and factor is not None:
+            statistics = scale_statistics(statistics, factor)
+        judged = only_chosen(name, mask, updates)
+        call = MicroBatch(state, judged, extra, reduction, alone=every == 1)
+        length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
+        full = state.micro_step + 1 >= length
+        loss = loss_in(name, extra, axis_name)
+        if on_nonfinite == "propagate":
+            good, seen = call.usable, None
+        else:
+            seen = call.look(judged, axis_name) if statistics is None else _selected(statistics, mask, updates)
+            good = call.usable & call.fits(seen, scaled=factor is not None)
+            if loss is not None:
+                good = good & jnp.isfinite(loss)
+        adds = good & (call.weight > 0)
+        sums = call.written(adds)
+        finished = None
+        if judges:
+            known = call.alone and seen is not None and not call.weighted
+            finished = seen if known else call.look_if(full, sums, axis_name)
+        dropped = state.dropped_in_cycle + (~good).astype(jnp.int32)
+        weight_sum = jnp.where(state.added == 0, 0, state.accumulated_weight) + jnp.where(adds, call.weight, 0)
+        value_mean, value_weight = _with_loss(state, loss, call.weight, adds)
+        if loss is not None:
+            extra = {**extra, "value": jnp.where(value_weight > 0, value_mean.astype(loss.dtype), loss)}
+        end = _Sum(with_passengers(sums, updates), weight_sum, dropped, finished, seen, loss)
+        whole = call.alone and not call.weighted  # its mean is itself: a product with 1 changes what XLA fuses
+        result, inner_state, emit = close(end, full, state, params, updates, extra, fast, divides=not whole)
+        added = state.added + adds.astype(jnp.int32)
+        return result, AccumulateState(
+            accumulated_state=inner_state,
+            gradient_sum=call.stored(sums),
+            accumulated_weight=jnp.where(full, 0, weight_sum),
+            value_mean=jnp.where(full, 0, value_mean),
+            value_weight=jnp.where(full, 0, value_weight),
+            added=jnp.where(full, 0, added),
+            micro_step=jnp.where(full, 0, state.micro_step + 1),
+            dropped_in_cycle=jnp.where(full, 0, dropped),
+            emitted=emit,
+            micro_batch_lost=~good | (full & ~emit),
+            emitted_total=count_if(emit, state.emitted_total),
+            dropped_total=count_if(~good, state.dropped_total),
+            empty_total=count_if(full & ~emit, state.empty_total),
+        )
+
+    def close(
+        end: _Sum,
+        closing: jax.Array,
+        state: AccumulateState,
+        params: PyTree | None,
+        like: PyTree,
+        extra: dict[str, Any],
+        fast: bool,
+        divides: bool = True,
+    ) -> tuple[PyTree, Any, jax.Array]:
+        """Ends a cycle where `closing`: a step of the inner optimizer, or none."""
+        emit = closing & (end.weight >= jnp.finfo(end.weight.dtype).tiny)
+        if on_nonfinite == "drop_cycle":
+            emit = emit & (end.dropped == 0)
+        kinds = labels(reduction, state.gradient_sum)
+        lost = end.dropped > 0
+        overflow = too_large(emit, end.total, like, kinds, axis_name)
+        if overflow is not None:
+            emit, lost = emit & ~overflow, lost | overflow
+        active, statistics = emit, None
+        if end.statistics is not None:
+            # A cycle lost to bad numbers is told to the guard as what it is, a step that was not finite.
+            active = emit | (closing & lost)
+            bad = _never_finite(end.statistics, end.seen, end.loss)
+            statistics = _where(emit, end.statistics, bad)
+        if end.loss is not None:
+            extra = {**extra, "value": jnp.where(emit, extra["value"], end.loss)}
+        inverse = 1 / jnp.where(emit, end.weight, 1)
+        factor = None
+        if "mean" in kinds and divides:
+            means = np.array([kind == "mean" for kind in kinds])
+            factor = inverse if means.all() else jnp.where(means, inverse, 1)
+
+        def step() -> tuple[PyTree, Any]:
+            result, new_state = take_step(
+                inner, end.total, state.accumulated_state, params, factor, like, extra, fast=fast, statistics=statistics
+            )
+            return result, settle(name, new_state, state.accumulated_state)
+
+        untouched = params if fast else no_updates(jax.eval_shape(step)[0], like)
+        return *lax.cond(active, step, lambda: (untouched, state.accumulated_state)), emit
+
+    def flush_cycle(
+        state: AccumulateState, params: PyTree, like: PyTree, extra: dict[str, Any]
+    ) -> tuple[PyTree, AccumulateState]:
+        check_shapes(state.gradient_sum, like)
+        total = with_passengers(positions(state.gradient_sum), like)
+        holds = state.micro_step > 0
+        weight = jnp.where(state.added == 0, 0, state.accumulated_weight)
+        look = first_look(only_chosen(name, mask, total), axis_name) if judges else None
+        end = _Sum(total, weight, state.dropped_in_cycle, look, None)
+        params, inner_state, emit = close(end, holds, state, params, like, extra, fast=True)
+        nothing = jnp.zeros((), jnp.int32)
+        return params, AccumulateState(
+            accumulated_state=inner_state,
+            gradient_sum=state.gradient_sum,
+            accumulated_weight=jnp.zeros_like(state.accumulated_weight),
+            value_mean=jnp.zeros_like(state.value_mean),
+            value_weight=jnp.zeros_like(state.value_weight),
+            added=nothing,
+            micro_step=nothing,
+            dropped_in_cycle=nothing,
+            emitted=emit,
+            micro_batch_lost=holds & ~emit,
+            emitted_total=count_if(emit, state.emitted_total),
+            dropped_total=state.dropped_total,
+            empty_total=count_if(holds & ~emit, state.empty_total),
+        )
+
+    return fast_transformation(name, init, run, judges=True, axis_name=axis_name, flush=flush_cycle, mask=mask)
+
+
+def flush(
+    tx: optax.GradientTransformation,
+    state: AccumulateState,
+    params: PyTree,
+    *,
+    like: PyTree | None = None,
+    **extra: Any,
+) -> tuple[PyTree, AccumulateState]:
+    """Ends the cycle here: one step with the micro-batches it holds, as for the last batch of an epoch.
+
+    params, inner <- inner step with sum_i w_i g_i / sum_i w_i       over the calls since the last step
+
+    Guarantees:
+      - The same numbers as a cycle of just that many calls.
+      - A cycle that holds nothing (flushed right after a step) changes nothing: parameters and inner state keep their
+        bits, and `has_updated` is False.
+      - The next call starts a new cycle.
+
+    Args:
+      tx: what `accumulate` returned; it must be outermost.
+      state: its state. Of a linen `TrainState` pass `tx`, `opt_state` and `params`.
+      params: the parameters.
+      like: gradients (or their shapes) of any call, if their dtypes or `None`s differ from the parameters'.
+      **extra: forwarded to the inner optimizer as it is. A rule that judges the loss needs `value=` here too: whether
+        the cycle's calls brought losses is not known when this is compiled.
+
+    Returns:
+      The new (params, state).
+
+    Raises:
+      ValueError: `tx` or `state` is not of `accumulate`; `like` does not match the parameters.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.accumulate(optax.sgd(1.0), every=4)
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
+      >>> for _ in range(6):
+      ...     params, state = og.apply_gradients(tx, jnp.ones(1), state, params)
+      >>> params, state = og.flush(tx, state, params)
+      >>> params, int(state.emitted_total)
+      (Array([-2.], dtype=float32), 2)
+    """
+    step = part_of(tx, FastStep)
+    if step is None or step.flush is None or not isinstance(state, AccumulateState):
+        raise ValueError(
+            "flush: `tx` and `state` must be those of `accumulate`, outermost; got "
+            f"{type(tx).__name__} and {type(state).__name__}."
+        )
+    if params is None:
+        raise ValueError("flush: `params` must be the parameters, from which the step is taken; got None.")
+    params = as_params("flush", params)
+    check_same_structure("flush", "params", params, "params at init", state.gradient_sum)
+    if like is None:
+        like = jax.tree.map(lambda x: x if is_gradient(x) else np.zeros(x.shape, jax.dtypes.float0), params)
+    like = as_arrays("flush", like)
+    check_same_shapes("flush", "like", like, "params", params)
+    return step.flush(state, params, like, extra)
+
+
+def has_updated(state: optax.OptState) -> jax.Array:
+    """Whether the call that returned this state ran the inner optimizer.
+
+    Args:
+      state: an optimizer state that holds one `accumulate`, in any nesting.
+
+    Returns:
+      `bool[]`.
+
+    Raises:
+      ValueError: there is no `accumulate` in `state`, or more than one.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.accumulate(optax.sgd(1.0), every=2)
+      >>> params = jnp.zeros(1)
+      >>> state = tx.init(params)
+      >>> seen = []
+      >>> for _ in range(4):
+      ...     params, state = og.apply_gradients(tx, jnp.ones(1), state, params)
+      ...     seen.append(bool(og.has_updated(state)))
+      >>> seen
+      [False, True, False, True]
+    """
+    states = find_states(state, AccumulateState)
+    if len(states) != 1:
+        raise ValueError(f"has_updated: expected one `accumulate` in this state, found {len(states)}.")
+    return unwrapped(states[0].emitted)
+
+
+def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _selected(statistics: GradientStatistics, mask: Mask | None, updates: PyTree) -> GradientStatistics:
+    return statistics if mask is None else select_statistics(statistics, chosen("accumulate", mask, updates))
+
+
+def _never_finite(
+    statistics: GradientStatistics, seen: GradientStatistics | None, loss: jax.Array | None
+) -> GradientStatistics:
+    """Statistics that are not finite: those of the last micro-batch if its gradient is bad, which names the leaf.
+
+    If only its loss is, which is handed on beside them, they are its own too.
+    """
+    nan, one = jnp.full_like(statistics.sum_squares, jnp.nan), jnp.ones_like(statistics.magnitude)
+    if seen is None:
+        return GradientStatistics(sum_squares=nan, magnitude=one)
+    tells = ~jnp.all(seen.finite) if loss is None else ~(jnp.all(seen.finite) & jnp.isfinite(loss))
+    seen = jax.tree.map(lambda x: x.astype(nan.dtype), seen)
+    return _where(tells, seen, GradientStatistics(sum_squares=nan, magnitude=one))
+
+
+def _with_loss(
+    state: AccumulateState, loss: jax.Array | None, weight: jax.Array, adds: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The cycle's weighted mean of losses, and the sum of their weights, with this call's in it.
+
+    A running mean, since weight times loss may overflow where the mean does not.
+    """
+    first = state.added == 0
+    mean, weights = jnp.where(first, 0, state.value_mean), jnp.where(first, 0, state.value_weight)
+    if loss is None:
+        return mean, weights
+    after = jnp.where(adds, weights + weight.astype(weights.dtype), weights)
+    share = weight.astype(weights.dtype) / jnp.where(after > 0, after, 1)
+    return jnp.where(adds, mean * (1 - share) + loss.astype(mean.dtype) * share, mean), after

@@ -1,0 +1,313 @@
+"""Accumulation inside one call: the gradient of a large batch from small ones, in a `lax.scan`, with one all-reduce.
+
+=========================================  =========================================================================
+You have                                   Take
+=========================================  =========================================================================
+a batch too large for memory               `accumulate_gradients(loss_fn, 8)` in place of `jax.value_and_grad(loss_fn)`
+data parallelism (`jit` or `shard_map`)    the same with `axis_name=`: one all-reduce a step, whatever the number
+batches that come one call at a time       `accumulate`, whose gradients were already reduced
+=========================================  =========================================================================
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from optax_guard._common import validate
+from optax_guard._common.eager import compiled_once
+from optax_guard._common.tree import as_arrays, is_gradient, path_name, varying_axes, wider_dtype
+from optax_guard._common.typing import PyTree
+from optax_guard._step.observe import first_look, scale_statistics, squarable
+
+__all__ = ["accumulate_gradients"]
+
+
+def accumulate_gradients(
+    loss_fn: Callable[..., Any],
+    num_micro_batches: int,
+    *,
+    has_aux: bool = False,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    on_nonfinite: str = "drop_micro",
+    remainder: str = "error",
+    axis_name: str | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[..., tuple[Any, PyTree]]:
+    """`jax.value_and_grad` of a mean loss over a batch, one micro-batch at a time.
+
+    value = sum_i w_i loss(params, batch_i) / sum_i w_i          grads = sum_i w_i grad_i / sum_i w_i
+
+    over the micro-batches i whose loss and gradient are finite.
+
+    Guarantees:
+      - Equals the gradient of the whole batch, if `loss_fn` is a mean and `weight_fn` says of how many.
+      - Sums are held in float32 or wider, divided once, and given back in the parameters' dtypes.
+      - With `axis_name`, one all-reduce of all sums at the end, and none in the loop: each device drops its own.
+      - A micro-batch of weight 0, or one that is dropped, is selected away: its NaN does not come back as 0 * NaN.
+      - A stream that stays bad is not lost in silence: with no micro-batch left, value and gradient are NaN, so that a
+        `guard` holds the step, counts it, and halts in the end.
+      - Micro-batch i draws from `fold_in(key, i)`: the same numbers in a scan, a loop, or a resumed run.
+
+    ============================================  ====================================================================
+    Case                                          Result
+    ============================================  ====================================================================
+    NaN or Inf in a micro-batch                   as `on_nonfinite` says, below; its loss counts as part of it
+    weight negative or not finite                 the same
+    weight times gradient above 1.8e19            the same: it could not be squared
+    all micro-batches dropped                     value and gradient are NaN: `guard` holds and counts the step
+    all weights zero                              value 0, gradient 0
+    batch not divisible                           an error, or zero rows by `remainder="pad"`
+    more micro-batches than rows                  an error
+    ============================================  ====================================================================
+
+    ================  ================================================================================================
+    `on_nonfinite`    A micro-batch (of one device) with a NaN or an Inf
+    ================  ================================================================================================
+    "drop_micro"      is left out with its weight: the means are over the others
+    "drop_cycle"      spoils the whole: value and gradient are NaN
+    "propagate"       goes into the sums, unread: the cheapest. The gradient is NaN or Inf; a NaN weight makes all NaN
+    ================  ================================================================================================
+
+    Args:
+      loss_fn: (params, micro_batch, *args) -> mean loss, or (loss, aux) with `has_aux`; takes `key=` if one is given.
+      num_micro_batches: n (>= 1). Micro-batch i holds rows i, i + n, i + 2n, ...: so the rows of a sharded batch stay
+        on their devices.
+      has_aux: as in `jax.value_and_grad`.
+      weight_fn: micro_batch -> its weight, for instance the number of tokens that its mask leaves. None: equal weights.
+      on_nonfinite: "drop_micro", "drop_cycle" or "propagate", as for `accumulate`. The first two read each
+        micro-gradient once more. Nothing counts what was dropped: return `jnp.isfinite(loss)` as `aux` to see it.
+      remainder: "error" refuses a batch that is not divisible; "pad" appends rows of zeros, which `weight_fn`
+        (required) and `loss_fn` must count as nothing, as a mask in the batch does.
+      axis_name: the mesh axis over which the batch is split (axis 0 of every leaf) and the parameters are not. Inside
+        `jax.shard_map` its manual axis; under `jit` the gradient then runs in a `shard_map` over that axis alone, other
+        axes (tensor parallelism) stay with `jit`. None under `jit`: XLA places the communication, one per micro-batch.
+        With parameters sharded over the same axis (FSDP) leave it None: they are gathered and scattered per micro-batch
+        anyway.
+      mesh: under `jit`, the mesh that has the axis; None takes the one of `jax.set_mesh`.
+
+    Returns:
+      (params, batch, *args, key=None) -> (value, grads), or ((value, aux), grads). Each leaf of `aux` has a new first
+      axis: one entry per micro-batch (and device, under `jit` with `axis_name`), dropped ones included, as it came.
+
+    Raises:
+      ValueError: wrong arguments; leaves of the batch that disagree in their first axis, by path.
+      NameError: JAX's, if `axis_name` is an axis of no mesh.
+
+    Example:
+      >>> import optax_guard as og
+      >>> def loss_fn(w, batch):
+      ...     return jnp.mean((batch @ w) ** 2)
+      >>> w, batch = jnp.ones(2), jnp.arange(12.0).reshape(6, 2)
+      >>> value, grads = og.accumulate_gradients(loss_fn, 3)(w, batch)
+      >>> expected = jax.value_and_grad(loss_fn)(w, batch)
+      >>> bool(jnp.allclose(value, expected[0])), bool(jnp.allclose(grads, expected[1]))
+      (True, True)
+
+    See Also:
+      `optax.microbatch`: sums in the dtype of the output (256 bfloat16 gradients may stall), equal weights.
+    """
+    name = "accumulate_gradients"
+    n = validate.integer(name, "num_micro_batches", num_micro_batches, low=1)
+    has_aux = validate.boolean(name, "has_aux", has_aux)
+    validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
+    validate.one_of(name, "remainder", remainder, ("error", "pad"))
+    if remainder == "pad" and weight_fn is None:
+        raise ValueError(f"{name}: remainder='pad' needs a `weight_fn` that counts rows of zeros as nothing; got None.")
+    validate.function(name, "loss_fn", loss_fn, "of (params, micro_batch, ...)")
+    if weight_fn is not None:
+        validate.function(name, "weight_fn", weight_fn, "of a micro-batch")
+    validate.axis_name(name, axis_name)
+    if mesh is not None and not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise ValueError(f"{name}: `mesh` must be a jax.sharding.Mesh or None; got {validate.shown(mesh)}.")
+    if isinstance(axis_name, (tuple, list)):
+        raise ValueError(
+            f"{name}: `axis_name` must be one mesh axis, over which the batch is split and no parameter is; got "
+            f"{axis_name!r}."
+        )
+    gradient = jax.value_and_grad(_returning(loss_fn, has_aux), has_aux=has_aux)
+
+    def local(params: PyTree, batch: PyTree, args: tuple[Any, ...], key: Any) -> tuple[Any, PyTree, Any]:
+        """Sums over this device's rows and then over all devices, divided."""
+        micro_batches = jax.tree.map(lambda x: _split(x, n), batch)
+        params = _varying(params, axis_name)
+
+        def body(sums: Any, each: Any) -> tuple[Any, Any]:
+            index, micro_batch = each
+            keys = {} if key is None else {"key": _fold_in(key, index, axis_name)}
+            (value, aux), grads = _with_aux(gradient(params, micro_batch, *args, **keys), has_aux)
+            weight = jnp.ones(()) if weight_fn is None else _checked(weight_fn(micro_batch))
+            bad = jnp.zeros(())
+            if on_nonfinite != "propagate":
+                good = (weight == 0) | _fits(value, grads, weight)
+                weight, bad = jnp.where(good, weight, 0), jnp.where(good, 0.0, 1.0)
+            shares = jax.tree.map(lambda s, x: _plus(s, x, weight), sums[:-1], (value, grads, jnp.ones(())))
+            return (*shares, sums[-1] + bad), aux
+
+        no_gradient = jax.tree.map(_zeros, params)  # first, since it refuses parameters that have none
+        value_type = jax.eval_shape(lambda: _first(gradient, params, micro_batches, args, key, has_aux))
+        zeros = (
+            jnp.zeros((), wider_dtype(value_type.dtype, jnp.float32)),
+            no_gradient,
+            jnp.zeros(()),  # the weights
+            jnp.zeros(()),  # dropped micro-batches, in float32 like the rest, for one all-reduce
+        )
+        sums, aux = lax.scan(body, _varying(zeros, axis_name), (jnp.arange(n), micro_batches))
+        if axis_name is not None:
+            sums = lax.psum(sums, axis_name)
+        value, grads, weight, dropped = sums
+        spoiled = (dropped > 0) & ((weight == 0) | (on_nonfinite == "drop_cycle"))
+        divide = jnp.where(weight == 0, 1, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
+        divide = jnp.where(spoiled, jnp.nan, divide)
+        mean = jax.tree.map(lambda s, p: (s / divide.astype(s.dtype)).astype(p.dtype), grads, params)
+        return value / divide.astype(value.dtype), mean, aux
+
+    def value_and_grads(params: PyTree, batch: PyTree, *args: Any, key: Any = None) -> tuple[Any, PyTree]:
+        params, batch = as_arrays(name, params), as_arrays(name, batch)
+        if axis_name is None or _bound(axis_name):
+            value, grads, aux = local(params, _padded(batch, n, 1, remainder), args, key)
+        else:
+            where = _mesh_with(axis_name, mesh)
+            batch = _padded(batch, n, where.shape[axis_name], remainder)
+            split, whole = PartitionSpec(axis_name), PartitionSpec()
+            value, grads, aux = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(whole, split, whole, whole),
+                out_specs=(whole, whole, split),
+                axis_names={axis_name},
+            )(params, batch, args, key)
+        return ((value, aux) if has_aux else value), grads
+
+    return compiled_once(value_and_grads)
+
+
+def _returning(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The loss function; what it returns is looked at before JAX does."""
+
+    @functools.wraps(loss_fn)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = loss_fn(*args, **kwargs)
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError("accumulate_gradients: with `has_aux` True, `loss_fn` must return (loss, aux).")
+        return result
+
+    return checked
+
+
+def _split(x: jax.Array, n: int) -> jax.Array:
+    """[rows, ...] -> [n, rows / n, ...], rows i, i + n, ... together: a sharded first axis keeps its devices."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
+
+
+def _padded(batch: PyTree, n: int, devices: int, remainder: str) -> PyTree:
+    """The batch with its first axis divisible by n on every device, or an error."""
+    name = "accumulate_gradients"
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(f"{name}: the batch has no leaves.")
+    first, rows = leaves[0][0], None
+    for path, leaf in leaves:
+        if leaf.ndim == 0:
+            raise ValueError(f"{name}: leaf `{path_name(path)}` of the batch has no axis to split.")
+        if rows is None:
+            rows = leaf.shape[0]
+        elif leaf.shape[0] != rows:
+            raise ValueError(
+                f"{name}: the first axes of the batch disagree: `{path_name(first)}` has {rows} rows, "
+                f"`{path_name(path)}` has {leaf.shape[0]}."
+            )
+    assert rows is not None  # for the type checker: there are leaves
+    pieces = n * devices
+    if pieces > rows:
+        raise ValueError(f"{name}: `num_micro_batches` must be at most the rows per device; got {n} for {rows} rows.")
+    missing = -rows % pieces
+    if missing and remainder == "error":
+        raise ValueError(
+            f"{name}: `num_micro_batches`: {rows} rows are not divisible into {n} micro-batches"
+            + (f" on {devices} devices" if devices > 1 else "")
+            + '; remainder="pad" appends rows of zeros.'
+        )
+    if not missing:
+        return batch
+    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros((missing, *x.shape[1:]), x.dtype)]), batch)
+
+
+def _plus(total: jax.Array, share: jax.Array, weight: jax.Array) -> jax.Array:
+    """Selected, since a weight of 0 must also silence a NaN."""
+    weight = weight.astype(total.dtype)
+    return total + jnp.where(weight == 0, 0, weight * share.astype(total.dtype))
+
+
+def _fits(value: jax.Array, grads: PyTree, weight: jax.Array) -> jax.Array:
+    """Whether loss and weight are finite, and weight times gradient can be squared in the dtype of its sum."""
+    statistics = first_look(grads)
+    scaled = scale_statistics(statistics, weight.astype(statistics.sum_squares.dtype))
+    return jnp.all(squarable(scaled, grads)) & jnp.isfinite(value) & jnp.isfinite(weight)
+
+
+def _checked(weight: Any) -> jax.Array:
+    weight = jnp.asarray(weight)
+    if weight.shape != () or jnp.issubdtype(weight.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"accumulate_gradients: `weight_fn` must return a real scalar; got {weight.dtype}{list(weight.shape)}."
+        )
+    weight = weight.astype(wider_dtype(weight.dtype, jnp.float32))
+    return jnp.where(jnp.isfinite(weight) & (weight >= 0), weight, jnp.nan)
+
+
+def _zeros(param: Any) -> jax.Array:
+    if not is_gradient(param):
+        raise ValueError(f"accumulate_gradients: parameters must be floating-point arrays; got {param!r}.")
+    return jnp.zeros_like(param, dtype=wider_dtype(param.dtype, jnp.float32))
+
+
+def _with_aux(result: Any, has_aux: bool) -> tuple[Any, PyTree]:
+    value, grads = result
+    return (value if has_aux else (value, ())), grads
+
+
+def _first(gradient: Any, params: Any, micro_batches: Any, args: Any, key: Any, has_aux: bool) -> jax.Array:
+    keys = {} if key is None else {"key": key}
+    result = gradient(params, jax.tree.map(lambda x: x[0], micro_batches), *args, **keys)
+    return _with_aux(result, has_aux)[0][0]
+
+
+def _fold_in(key: jax.Array, index: jax.Array, axis_name: str | None) -> jax.Array:
+    if axis_name is not None:  # devices hold different rows: their dropout must differ too
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
+    return jax.random.fold_in(key, index)
+
+
+def _bound(axis_name: str) -> bool:
+    """Whether a surrounding `shard_map` (or `vmap`) has the axis."""
+    try:
+        lax.axis_index(axis_name)
+    except NameError:
+        return False
+    return True
+
+
+def _mesh_with(axis_name: str, mesh: Mesh | None) -> Any:
+    where = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if axis_name not in where.axis_names:
+        raise NameError(
+            f"unbound axis name: {axis_name}. `axis_name` of accumulate_gradients must be an axis of an enclosing "
+            f"shard_map, of `mesh=`, or of the mesh of `jax.set_mesh`; the mesh here has {where.axis_names}."
+        )
+    return where
+
+
+def _varying(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Typed as differing between devices, so that JAX sums the gradient of no micro-batch over them."""
+    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+
+    def cast(x: Any) -> Any:
+        return x if axis_name in varying_axes(x) else lax.pcast(x, axis_name, to="varying")
+
+    return jax.tree.map(cast, tree)

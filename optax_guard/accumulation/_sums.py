@@ -1,0 +1,182 @@
+"""The sums of an accumulation cycle: how one micro-batch goes into them, leaf by leaf."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_guard._common.axes import axis_names, on_any_device
+from optax_guard._common.numerics import widest_accumulator
+from optax_guard._common.tree import (
+    check_leaf_count,
+    check_same_shapes,
+    check_same_structure,
+    is_function,
+    is_gradient,
+    leaf_names,
+    path_name,
+    positions,
+    varying_axes,
+)
+from optax_guard._common.typing import AxisName, PyTree
+from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics, squarable
+
+__all__ = [
+    "REDUCTIONS",
+    "MicroBatch",
+    "check_reduction",
+    "check_shapes",
+    "labels",
+    "too_large",
+    "weight_of",
+    "with_passengers",
+]
+
+REDUCTIONS = ("mean", "sum", "max", "last")
+
+
+class MicroBatch:
+    """One micro-batch on its way into the sum."""
+
+    def __init__(self, state: Any, updates: PyTree, extra: dict[str, Any], reduction: Any, alone: bool):
+        self.state, self.updates, self.alone = state, updates, alone
+        self.weighted = extra.get("weight") is not None
+        self.weight = weight_of(extra, state.accumulated_weight.dtype)
+        self.first = state.added == 0
+        whole = self.weight + jnp.where(self.first, 0, state.accumulated_weight)  # finite only if the weight is
+        self.usable = jnp.isfinite(whole) & (self.weight >= 0)
+        self.sums = positions(state.gradient_sum)
+        self.kinds = labels(reduction, state.gradient_sum)
+
+    def written(self, adds: jax.Array) -> list[Any]:
+        """The sums with this micro-batch in them, if it adds."""
+        if self.alone:
+            return self._each(self._share)
+        # One branch per outcome: a `where` over the buffer would cost a second copy of it.
+        return lax.cond(adds, lambda: self._each(self._added), lambda: self.sums)
+
+    def stored(self, sums: list[Any]) -> PyTree:
+        """The buffer after this call; cycles of one call need none."""
+        return self.state.gradient_sum if self.alone else with_passengers(sums, self.state.gradient_sum)
+
+    def look(self, tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
+        """First look in the dtype of the sums."""
+        dtype = widest_accumulator(self.state.gradient_sum)
+        return jax.tree.map(lambda x: x.astype(dtype), first_look(tree, axis_name))
+
+    def look_if(self, wanted: jax.Array, sums: list[Any], axis_name: AxisName | None) -> GradientStatistics:
+        """The statistics of the sums if they are wanted, and of no finite number otherwise."""
+
+        def look() -> GradientStatistics:
+            return self.look(with_passengers(sums, self.updates), axis_name)
+
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
+        return lax.cond(wanted, look, lambda: _varying_like(nothing, sums, axis_name))
+
+    def fits(self, seen: GradientStatistics, scaled: bool) -> jax.Array:
+        """Whether weight times gradient is finite and can be squared in the dtype of its sum.
+
+        `scaled` tells that `seen` is of a gradient multiplied since it was looked at.
+        """
+        if not (self.weighted or scaled):
+            return jnp.all(seen.finite)
+        weight = jnp.where(self.weight > 0, self.weight, 1).astype(seen.magnitude.dtype)
+        return jnp.all(squarable(scale_statistics(seen, weight), with_passengers(self.sums, self.updates)))
+
+    def _each(self, function: Callable[[Any, Any, str], Any]) -> list[Any]:
+        leaves = zip(positions(self.updates), self.sums, self.kinds, strict=True)
+        return [function(leaf, old, kind) if is_gradient(leaf) else old for leaf, old, kind in leaves]
+
+    def _share(self, leaf: Any, old: Any, kind: str) -> jax.Array:
+        leaf = leaf.astype(old.dtype)
+        return leaf * self.weight.astype(old.dtype) if self.weighted and kind in ("mean", "sum") else leaf
+
+    def _added(self, leaf: Any, old: Any, kind: str) -> jax.Array:
+        share = self._share(leaf, old, kind)
+        both = {"max": jnp.maximum, "last": lambda _, new: new}.get(kind, jnp.add)(old, share)
+        return jnp.where(self.first, share, both)  # the first of a cycle overwrites what was there
+
+
+def too_large(
+    wanted: jax.Array, total: PyTree, like: PyTree, kinds: list[str], axis_name: AxisName | None
+) -> jax.Array | None:
+    """If `wanted`, whether a sum that is not divided leaves the range of its gradient's dtype; None if none could."""
+    narrow = [
+        (leaf, jnp.finfo(old.dtype))
+        for leaf, old, kind in zip(positions(total), positions(like), kinds, strict=True)
+        if kind == "sum" and is_gradient(old) and jnp.finfo(old.dtype).maxexp < jnp.finfo(leaf.dtype).maxexp
+    ]
+    if not narrow:
+        return None
+
+    def look() -> jax.Array:
+        return jnp.any(jnp.stack([jnp.any(jnp.abs(leaf) > float(info.max)) for leaf, info in narrow]))
+
+    beyond = lax.cond(wanted, look, lambda: jnp.zeros((), bool))
+    return on_any_device(beyond, axis_name)
+
+
+def labels(reduction: Any, tree: PyTree) -> list[str]:
+    """The reduction of every position."""
+    if isinstance(reduction, str):
+        return [reduction] * len(positions(tree))
+    chosen = reduction(tree) if is_function(reduction) else reduction
+    for path, label in jax.tree_util.tree_leaves_with_path(chosen):
+        if not isinstance(label, str) or label not in REDUCTIONS:
+            raise ValueError(
+                f"accumulate: `reduction` must hold {', '.join(map(repr, REDUCTIONS))}; at `{path_name(path)}` it "
+                f"holds {label!r}."
+            )
+    try:
+        spread = jax.tree.map(
+            lambda label, part: jax.tree.map(lambda _: label, part, is_leaf=lambda x: x is None), chosen, tree
+        )
+    except (ValueError, TypeError) as error:
+        check_same_structure("accumulate", "reduction", chosen, "params", tree, prefix=True)
+        raise ValueError(f"accumulate: `reduction` does not match the structure of the parameters: {error}") from error
+    return jax.tree.leaves(spread)
+
+
+def check_reduction(reduction: Any, params: PyTree) -> None:
+    for path, leaf, kind in zip(leaf_names(params), positions(params), labels(reduction, params), strict=True):
+        if kind == "max" and is_gradient(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(f"accumulate: `reduction` 'max' needs real numbers; `{path}` is {leaf.dtype}.")
+
+
+def weight_of(extra: dict[str, Any], dtype: Any) -> jax.Array:
+    """The call's weight as a scalar; 1 if none was given."""
+    weight = jnp.asarray(1 if extra.get("weight") is None else extra["weight"])
+    if weight.shape != () or not (
+        jnp.issubdtype(weight.dtype, jnp.integer) or jnp.issubdtype(weight.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"accumulate: `weight` must be a real scalar (for instance the number of tokens); got "
+            f"{weight.dtype}{list(weight.shape)}."
+        )
+    return weight.astype(dtype)
+
+
+def _varying_like(statistics: GradientStatistics, leaves: list[Any], axis_name: AxisName | None) -> GradientStatistics:
+    """Constants beside numbers that differ between the devices of a `shard_map` must be typed as differing too."""
+    axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)} - set(axis_names(axis_name))
+    return lax.pcast(statistics, tuple(axes), to="varying") if axes else statistics
+
+
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
+
+
+def with_passengers(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
+    """The sums in the structure of `updates`, whose own leaves stay where they carry no gradient."""
+    leaves = positions(updates)
+    chosen = [total if is_gradient(leaf) else leaf for leaf, total in zip(leaves, sums, strict=True)]
+    return jax.tree.unflatten(_structure(updates), chosen)
+
+
+def check_shapes(gradient_sum: PyTree, updates: PyTree) -> None:
+    """Adding would broadcast silently where shapes differ."""
+    gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, updates)  # passengers have no sum
+    check_same_shapes("accumulate", "updates", gradients, "params at init", gradient_sum)
+    check_leaf_count("accumulate", len(positions(gradient_sum)), len(positions(updates)))

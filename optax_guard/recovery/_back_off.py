@@ -1,0 +1,182 @@
+"""The rung `back_off`: scales updates down after trouble, and gives the scale back over healthy steps."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_guard._common import validate
+from optax_guard._common.counters import count_if
+from optax_guard._common.extra import loss_in, warn_of_misspellings
+from optax_guard._common.parts import with_part
+from optax_guard._common.state_check import state_check
+from optax_guard._common.tree import checked
+from optax_guard._common.typing import AxisName
+from optax_guard._step.judge import scale_leaves
+from optax_guard._step.observe import first_look
+from optax_guard.recovery._loss_watch import empty_watch, loss_above, watch_loss
+from optax_guard.recovery._seen import Seen, Trouble
+
+__all__ = ["BackOff", "BackOffState", "back_off", "empty_back_off", "reasons_to_back_off", "step_down", "step_up"]
+
+
+class BackOffState(NamedTuple):
+    """What `back_off` carries. The scale is factor ** (owed / recover_after)."""
+
+    healthy_steps_owed: jax.Array  # i32[]: healthy steps until updates are whole again
+    back_off_total: jax.Array  # i32[]: how often it stepped down
+    update_scale: jax.Array  # f32[]: what the last update was multiplied by
+    back_off_watch: Any  # LossWatch, if `diverged` was given and it stands alone; else ()
+
+
+class BackOff(NamedTuple):
+    """The settings of `back_off`, kept on its `update`."""
+
+    factor: float
+    recover_after: int
+    after: int
+    most_owed: int
+    diverged: float | None
+
+
+def back_off(
+    factor: float = 0.5,
+    recover_after: int = 100,
+    *,
+    after: int = 1,
+    lowest: float = 0.01,
+    diverged: float | None = None,
+    axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scale the finished updates down after trouble, and back to 1 over healthy steps.
+
+    owed <- min(owed + recover_after, most)      at trouble
+    u    <- u * factor ** (owed / recover_after)
+    owed <- max(owed - 1, 0)                     after a healthy step
+
+    That is a learning rate that is reduced when it must be, and given back.
+
+    Guarantees:
+      - The scale is exactly 1, and updates keep their bits, until there is trouble, and again `recover_after` healthy
+        steps after each step down.
+      - It never falls below `lowest`.
+
+    What trouble is, under `guard(..., recovery=(back_off(),))`: the `after`-th step of trouble in a row (once a row: a
+    shard of a hundred bad batches steps down once), a reset because of dead moments, a rewind, and with `diverged` the
+    step at which the smoothed loss comes to exceed `diverged` times its best. The *finished* update is scaled, weight
+    decay and penalties with it; moments are not.
+    Alone, last in a chain: an update or a loss (`value=`) that is not finite, and the loss as above. `value=` is not
+    demanded.
+
+    ==========================  ==========================================================
+    Case                        Result
+    ==========================  ==========================================================
+    NaN or Inf in the update    alone: all zeros, one step down; under `guard`: held
+    loss NaN or Inf             the same
+    zero update, empty tree     unchanged
+    no `value=`                 `diverged` has nothing to judge
+    around `proximal_*`         weights land on exact zeros only while the scale is 1
+    ==========================  ==========================================================
+
+    Args:
+      factor: what each step down multiplies the scale by, in (0, 1).
+      recover_after: healthy steps that make up for one step down (>= 1).
+      after: steps of trouble in a row until it steps down (>= 1).
+      lowest: bound on the scale, in (0, 1).
+      diverged: also step down when the smoothed loss exceeds this multiple (> 1) of its best; None does not look.
+      axis_name: as in `gradient_statistics`, for use alone; the loss is averaged over the axis.
+
+    Returns:
+      A rung for `guard(..., recovery=(...,))`, which is also an Optax transformation.
+
+    Raises:
+      ValueError: wrong static arguments.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), back_off(0.5, recover_after=2))
+      >>> state, seen = tx.init(jnp.zeros(1)), []
+      >>> for size in (1.0, jnp.nan, 1.0, 1.0, 1.0):
+      ...     updates, state = tx.update(jnp.full(1, size), state)
+      ...     seen.append(round(float(updates[0]), 3))
+      >>> seen
+      [-1.0, 0.0, -0.5, -0.707, -1.0]
+
+    See Also:
+      `optax.contrib.reduce_on_plateau`, which lowers the scale of updates for a loss that stopped falling, for good.
+    """
+    name = "back_off"
+    inside = {"low": 0, "high": 1, "open_low": True, "open_high": True, "static": True}
+    factor = validate.scalar(name, "factor", factor, **inside)
+    lowest = validate.scalar(name, "lowest", lowest, **inside)
+    recover_after = validate.integer(name, "recover_after", recover_after, low=1)
+    after = validate.integer(name, "after", after, low=1)
+    if diverged is not None:
+        diverged = validate.scalar(name, "diverged", diverged, low=1, open_low=True, static=True)
+    validate.axis_name(name, axis_name)
+    most_owed = max(math.floor(recover_after * math.log(lowest) / math.log(factor)), 0)
+
+    def init(params: optax.Params) -> BackOffState:
+        del params
+        return empty_back_off(empty_watch() if diverged is not None else ())
+
+    check_state = state_check(name, init)
+
+    def update(
+        updates: optax.Updates, state: BackOffState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, BackOffState]:
+        updates, params = checked(name, updates, params)
+        check_state(state, params, updates)
+        warn_of_misspellings(extra)
+        finite = jnp.all(first_look(updates, axis_name).finite)
+        loss, watch = loss_in(name, extra, axis_name), state.back_off_watch
+        if loss is not None:
+            finite = finite & jnp.isfinite(loss)
+        trouble = ~finite
+        if loss is not None and diverged is not None:
+            watch = watch_loss(watch, loss, finite)
+            trouble = trouble | loss_above(watch, diverged) & ~loss_above(state.back_off_watch, diverged)
+        state = step_down(rung, state, trouble)
+        scaled = scale_leaves(updates, state.update_scale, ~finite)
+        return scaled, step_up(state, ~trouble, watch)
+
+    rung = BackOff(factor, recover_after, after, most_owed, diverged)
+    return optax.GradientTransformationExtraArgs(init, with_part(update, rung))
+
+
+def empty_back_off(watch: Any) -> BackOffState:
+    """The state before any trouble."""
+    return BackOffState(
+        healthy_steps_owed=jnp.zeros((), jnp.int32),
+        back_off_total=jnp.zeros((), jnp.int32),
+        update_scale=jnp.ones((), jnp.float32),
+        back_off_watch=watch,
+    )
+
+
+def reasons_to_back_off(rung: BackOff, seen: Seen, trouble: Trouble, loss_rises: jax.Array) -> jax.Array:
+    """Before the step: whether to step down for a reason of one's own; a reset or a rewind is another."""
+    return trouble.now & (trouble.in_row == rung.after) | seen.alive & loss_rises
+
+
+def step_down(rung: BackOff, state: BackOffState, trouble: jax.Array) -> BackOffState:
+    """The scale of this step's update, lowered at trouble."""
+    owed = jnp.minimum(state.healthy_steps_owed + jnp.where(trouble, rung.recover_after, 0), rung.most_owed)
+    level = owed.astype(jnp.float32) / rung.recover_after
+    return BackOffState(
+        healthy_steps_owed=owed,
+        back_off_total=count_if(trouble, state.back_off_total),
+        update_scale=jnp.exp(level * math.log(rung.factor)),
+        back_off_watch=state.back_off_watch,
+    )
+
+
+def step_up(state: BackOffState, healthy: jax.Array, watch: Any) -> BackOffState:
+    """One step less owed after a healthy one."""
+    return BackOffState(
+        healthy_steps_owed=jnp.maximum(state.healthy_steps_owed - healthy.astype(jnp.int32), 0),
+        back_off_total=state.back_off_total,
+        update_scale=state.update_scale,
+        back_off_watch=watch,
+    )

@@ -1,0 +1,299 @@
+"""The order of the rungs: decide before the step, go back before it, look and remember after it.
+
+`plan` looks only at scalars. `recover` is what the step starts from: parameters and state as they are, reset, or from a
+snapshot. `finish` looks at the moments and takes snapshots, when they are due. What a rung needs stands in its file.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._common.counters import next_step
+from optax_guard._common.parts import part_of
+from optax_guard._common.tree import check_has_params
+from optax_guard._common.typing import AxisName, Mask, PyTree
+from optax_guard._step.judge import scale_leaves
+from optax_guard._step.record import RECOVERIES
+from optax_guard.recovery._back_off import BackOff, empty_back_off, reasons_to_back_off, step_down, step_up
+from optax_guard.recovery._loss_watch import anew, empty_watch, loss_above, watch_loss
+from optax_guard.recovery._reset import Reset, after_reset, empty_reset, look_at_moments, reasons_to_reset, start_anew
+from optax_guard.recovery._rewind import (
+    Rewind,
+    RewindState,
+    after_rewind,
+    empty_rewind,
+    forgiven,
+    go_back,
+    reasons_to_rewind,
+    take_snapshot,
+    updates_to,
+    watch_after_rewind,
+)
+from optax_guard.recovery._seen import Seen, Trouble
+
+__all__ = [
+    "Ladder",
+    "Plan",
+    "RecoveryState",
+    "as_ladder",
+    "finish",
+    "forgive",
+    "held_updates",
+    "init_ladder",
+    "plan",
+    "recover",
+    "scaled",
+]
+
+_BIT = {name: 1 << position for position, name in enumerate(RECOVERIES)}
+
+
+class RecoveryState(NamedTuple):
+    """What the ladder of a guard carries; `()` for a rung that is not there."""
+
+    trouble_in_row: jax.Array  # i32[]: steps of trouble since the last healthy one
+    bad_update_before: jax.Array  # bool[]: whether the last update was not finite (with `check_updates=True`)
+    reset_state: Any  # ResetState
+    back_off_state: Any  # BackOffState
+    rewind_state: Any  # RewindState
+    loss_watch: Any  # LossWatch, if a rung looks at the loss
+
+
+class Ladder(NamedTuple):
+    """The rungs of a guard, and whose they are."""
+
+    function: str  # what the caller called
+    reset: Reset | None
+    back_off: BackOff | None
+    rewind: Rewind | None
+    inner: optax.GradientTransformation
+    axis_name: AxisName | None
+    mask: Mask | None
+
+
+class Plan(NamedTuple):
+    """What the ladder does in this step."""
+
+    state: RecoveryState  # after all that is known before the step
+    resets: jax.Array  # bool[]
+    rewinds: jax.Array  # bool[]
+    gives_up: jax.Array  # bool[]: the guard halts
+    place: jax.Array  # i32[]: of the snapshot to go back to
+    update_scale: jax.Array | None  # f32[]; None without `back_off`
+    reason: jax.Array  # i32[]: bits of RECOVERIES
+
+    @property
+    def replaces(self) -> jax.Array:
+        """Whether the gradient of this step is not applied."""
+        return self.resets | self.rewinds | self.gives_up
+
+
+def as_ladder(
+    function: str,
+    recovery: Any,
+    inner: optax.GradientTransformation,
+    halt_after: int,
+    axis_name: AxisName | None,
+    mask: Mask | None = None,
+) -> Ladder | None:
+    """Sorts the rungs; None if there are none."""
+    names = {Reset: "reset_moments", BackOff: "back_off", Rewind: "rewind"}
+    wanted = "a tuple of `reset_moments(...)`, `back_off(...)`, `rewind(...)`"
+    if _rung(recovery) is not None or not isinstance(recovery, (tuple, list)):
+        raise ValueError(f"{function}: `recovery` must be {wanted}; got {recovery!r}.")
+    found: dict[str, Any] = {}
+    for each in recovery:
+        rung = _rung(each)
+        if rung is None:
+            raise ValueError(f"{function}: `recovery` must be {wanted}; it holds {each!r}.")
+        name = names[type(rung)]
+        if name in found:
+            raise ValueError(f"{function}: `recovery` holds `{name}` twice; each rung may be there once.")
+        if name != "back_off" and rung.after > halt_after:
+            raise ValueError(
+                f"{function}: `{name}(after={rung.after})` would never act on non-finite steps, since `halt_after` is "
+                f"{halt_after}; `after` must be in [1, halt_after]."
+            )
+        found[name] = rung
+    if not found:
+        return None
+    reset, back_off, rewind = (found.get(name) for name in names.values())
+    return Ladder(function, reset, back_off, rewind, inner, axis_name, mask)
+
+
+def _rung(each: Any) -> Reset | BackOff | Rewind | None:
+    return each if isinstance(each, (Reset, Rewind)) else part_of(each, BackOff)
+
+
+def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> RecoveryState | tuple[()]:
+    """The ladder's state before the first step; nothing at all without a ladder."""
+    if ladder is None:
+        return ()
+    return RecoveryState(
+        trouble_in_row=jnp.zeros((), jnp.int32),
+        bad_update_before=jnp.zeros((), bool),
+        reset_state=() if ladder.reset is None else empty_reset(params),
+        back_off_state=() if ladder.back_off is None else empty_back_off(()),
+        rewind_state=() if ladder.rewind is None else empty_rewind(ladder.rewind, params, inner_state),
+        loss_watch=empty_watch() if _watches(ladder) else (),
+    )
+
+
+def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree | None) -> Plan | None:
+    """What to do in this step, and the state that follows from what is known before it; None without a ladder."""
+    if ladder is None:
+        return None
+    for rung, option in ((ladder.reset, "reset_moments"), (ladder.rewind, "rewind")):
+        if rung is not None:
+            check_has_params(ladder.function, params, f"`recovery=({option}(...),)`")
+    reasons = dict.fromkeys(RECOVERIES, jnp.zeros((), bool))
+    bad = ~seen.finite | seen.refused | state.bad_update_before
+    in_row = jnp.where(seen.alive, jnp.where(bad, next_step(state.trouble_in_row), 0), state.trouble_in_row)
+    trouble = Trouble(now=bad & seen.alive, in_row=in_row)
+    watch = state.loss_watch
+    if _watches(ladder) and seen.value is not None:
+        watch = watch_loss(watch, seen.value, seen.alive & seen.finite)
+
+    place = jnp.zeros((), jnp.int32)
+    if ladder.reset is not None:
+        reasons |= reasons_to_reset(ladder.reset, state.reset_state, seen, trouble)
+    if ladder.rewind is not None:
+        diverged = _diverged(watch, ladder.rewind.diverged, seen)
+        found, place = reasons_to_rewind(ladder.rewind, state.rewind_state, seen, trouble, diverged)
+        reasons |= found
+    rewinds = reasons["rewind_refused"] | reasons["rewind_diverged"]
+    for name in ("reset_refused", "reset_nonfinite", "reset_frozen"):  # a higher rung takes precedence
+        reasons[name] = reasons[name] & ~rewinds & ~reasons["gave_up"]
+    dead = reasons["reset_nonfinite"] | reasons["reset_frozen"]
+    resets = dead | reasons["reset_refused"]
+
+    reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
+    if ladder.back_off is not None:
+        bar = ladder.back_off.diverged
+        rises = _diverged(watch, bar, seen) & ~_diverged(state.loss_watch, bar, seen)
+        reasons["back_off"] = dead | rewinds | reasons_to_back_off(ladder.back_off, seen, trouble, rises)
+        back_off = step_down(ladder.back_off, back_off, reasons["back_off"])
+    if ladder.reset is not None:
+        reset = after_reset(reset, resets, dead)
+    if ladder.rewind is not None:
+        watch = watch_after_rewind(watch, rewind, rewinds, place)
+        rewind = after_rewind(ladder.rewind, rewind, rewinds, place)
+    return Plan(
+        state=RecoveryState(
+            trouble_in_row=in_row,
+            bad_update_before=state.bad_update_before,
+            reset_state=reset,
+            back_off_state=back_off,
+            rewind_state=rewind,
+            loss_watch=watch,
+        ),
+        resets=resets,
+        rewinds=rewinds,
+        gives_up=reasons["gave_up"],
+        place=place,
+        update_scale=None if ladder.back_off is None else back_off.update_scale,
+        reason=sum(jnp.where(on, _BIT[name], 0) for name, on in reasons.items()) + jnp.zeros((), jnp.int32),
+    )
+
+
+def recover(
+    ladder: Ladder | None, planned: Plan | None, state: RecoveryState, params: PyTree, inner_state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Parameters and inner state to go on from: the very same, or reset, or those of a snapshot.
+
+    One `lax.cond` after the other, each of the form (change, keep), before that of the step. As branches of the step's
+    own cond they cost JAX 0.10 up to three copies of the parameters.
+    """
+    if ladder is None or planned is None:
+        return params, inner_state
+    if ladder.reset is not None:
+        params, inner_state = start_anew(planned.resets, ladder.inner, params, inner_state)
+    if ladder.rewind is not None:
+        snapshots = state.rewind_state
+        params, inner_state = go_back(ladder.rewind, planned.rewinds, planned.place, snapshots, params, inner_state)
+    return params, inner_state
+
+
+def held_updates(planned: Plan | None, before: PyTree, after: PyTree, untouched: PyTree) -> PyTree:
+    """Optax's updates for a step that was not applied: those that lead to a snapshot, or to where one is."""
+    if planned is None or before is None:
+        return untouched
+    return lax.cond(planned.rewinds, lambda: updates_to(after, before, untouched), lambda: untouched)
+
+
+def scaled(planned: Plan | None, updates: PyTree) -> PyTree:
+    """The finished updates as `back_off` scales them."""
+    if planned is None or planned.update_scale is None:
+        return updates
+    return scale_leaves(updates, planned.update_scale)
+
+
+def finish(
+    ladder: Ladder | None,
+    planned: Plan | None,
+    seen: Seen,
+    applied: jax.Array,
+    bad_update: jax.Array,
+    params: Callable[[], PyTree],
+    inner_state: PyTree,
+    next_updates: Callable[[PyTree, PyTree], PyTree],
+) -> RecoveryState | tuple[()]:
+    """The state after the step: looks at the moments and takes a snapshot where they are due.
+
+    `applied` is whether the step's update was; `params` gives the parameters after it, and `next_updates` what the
+    optimizer makes of this step's gradient in a state and at parameters.
+    """
+    if ladder is None or planned is None:
+        return ()
+    state = planned.state
+    healthy = applied & ~seen.refused
+    reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
+    if ladder.reset is not None:
+        reset = look_at_moments(ladder.reset, ladder.axis_name, reset, seen, applied, params, inner_state, next_updates)
+    if ladder.back_off is not None:
+        back_off = step_up(back_off, healthy, ())
+    if ladder.rewind is not None:
+        low = ~_diverged(state.loss_watch, (1 + ladder.rewind.diverged) / 2, seen)
+        rewind = take_snapshot(
+            ladder.rewind,
+            ladder.mask,
+            ladder.axis_name,
+            rewind,
+            healthy & low,
+            seen.step,
+            state.loss_watch,
+            params,
+            inner_state,
+        )
+    return RecoveryState(
+        trouble_in_row=state.trouble_in_row,
+        # What Adam makes of zeros in float16 (0 / 0) is held; moments and parameters have nothing to do with it.
+        bad_update_before=jnp.where(seen.alive, bad_update & jnp.any(seen.has_gradient), state.bad_update_before),
+        reset_state=reset,
+        back_off_state=back_off,
+        rewind_state=rewind,
+        loss_watch=state.loss_watch,
+    )
+
+
+def forgive(state: RecoveryState | tuple[()]) -> RecoveryState | tuple[()]:
+    """The state after `clear_halt`: rewinds are counted anew, and the loss as it now is becomes the level."""
+    if not isinstance(state, RecoveryState):
+        return state
+    return state._replace(
+        trouble_in_row=jax.tree.map(jnp.zeros_like, state.trouble_in_row),
+        loss_watch=anew(state.loss_watch),
+        rewind_state=forgiven(state.rewind_state) if isinstance(state.rewind_state, RewindState) else (),
+    )
+
+
+def _watches(ladder: Ladder) -> bool:
+    return ladder.rewind is not None or (ladder.back_off is not None and ladder.back_off.diverged is not None)
+
+
+def _diverged(watch: Any, factor: float | None, seen: Seen) -> jax.Array:
+    return jnp.zeros((), bool) if factor is None or seen.value is None else loss_above(watch, factor)

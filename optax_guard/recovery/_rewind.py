@@ -1,0 +1,371 @@
+"""The rung `rewind`: goes back to a snapshot of parameters and inner state when the loss has diverged."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._common import validate
+from optax_guard._common.counters import count_if
+from optax_guard._common.tree import cast_like, is_gradient, positions, wider_dtype
+from optax_guard._common.typing import AxisName, Mask, PyTree
+from optax_guard._step.mask import only_chosen
+from optax_guard._step.moments import all_finite, moments
+from optax_guard.recovery._loss_watch import LossWatch
+from optax_guard.recovery._seen import Seen, Trouble
+
+__all__ = [
+    "Rewind",
+    "RewindState",
+    "after_rewind",
+    "empty_rewind",
+    "forgiven",
+    "go_back",
+    "reasons_to_rewind",
+    "rewind",
+    "take_snapshot",
+    "updates_to",
+    "watch_after_rewind",
+]
+
+_MOST_SNAPSHOTS = 100  # each is a copy of parameters and state, and has a branch of its own
+
+
+class RewindState(NamedTuple):
+    """What `rewind` carries."""
+
+    snapshots: tuple[Any, ...]  # `keep` copies of parameters and inner state, without the names of its fields
+    snapshot_steps: jax.Array  # i32[keep]: the guard's step count at each; -1 where there is none
+    snapshot_losses: jax.Array  # f32[keep]: the smoothed loss at each
+    newest_snapshot: jax.Array  # i32[]: its place
+    snapshots_held: jax.Array  # i32[]: how many may be restored
+    snapshot_due_in: jax.Array  # i32[]: healthy steps until the next is taken
+    rewinds_in_row: jax.Array  # i32[]: since the last snapshot was taken
+    rewind_total: jax.Array  # i32[]
+
+
+class Rewind(NamedTuple):
+    """Made by `rewind`."""
+
+    every: int
+    keep: int
+    after: int
+    diverged: float
+    attempts: int
+    dtype: Any
+    memory: str
+
+
+def rewind(
+    every: int = 100,
+    *,
+    keep: int = 2,
+    after: int = 20,
+    diverged: float = 2.0,
+    attempts: int = 3,
+    dtype: Any = None,
+    memory: str = "device",
+) -> Rewind:
+    """Go back to a snapshot when the loss has diverged or steps were refused in a row. The data go on.
+
+    params, inner state <- the newest snapshot       and the next batch, so that those which hurt are passed by
+
+    A snapshot is taken after the first healthy step, and then after every `every` of them, counted anew after a rewind.
+    Healthy is a step without trouble whose smoothed loss is in the lower half of the way to `diverged`; parameters and
+    moments must be finite.
+
+    Guarantees:
+      - Through `apply_gradients`, parameters and inner state after a rewind equal the snapshot bit for bit
+        (`dtype=None`): moments, counters, schedules, keys. Rules, counters of the guard and the data are not rewound,
+        nor are the hyperparameters in the state of `optax.inject_hyperparams`: a learning rate lowered by hand stays
+        lowered, and one that follows a schedule is set anew from its counter.
+      - Snapshots carry no name of a field: `optax.tree.get(state, "learning_rate")` finds the one that counts.
+      - A second rewind before another snapshot was taken goes to the snapshot before, if there is one.
+      - After `attempts` rewinds without a new snapshot there are no more; if the loss is still diverged, the guard
+        halts: the batches were not the cause. `clear_halt` goes on and takes the loss as it then is for the new level.
+
+    The loss (`value=`) is watched by s, an average over 50 steps in which one loss can count for at most four times s;
+    diverged means s - best > (diverged - 1) * max(|best|, |first loss| / 100), judged from the 25th loss on. A loss of
+    eight times the best is noticed after 12 steps, one of three times after 35; five spikes in a row do nothing.
+
+    ==========================================  =====================================================================
+    Case                                        Result
+    ==========================================  =====================================================================
+    no `value=`                                 only steps of trouble in a row lead back
+    no snapshot yet                             nothing to go back to: the guard goes on
+    the loss is NaN, the gradient finite        held, a step of trouble; not taken into the average
+    a loss of exactly 0 (an empty batch)        not taken into the average
+    no `params`                                 ValueError: there is nothing to keep
+    16-bit parameters in `loss_scaling`         kept in float32, as it shows them to the guard: exact, twice the memory
+    `memory="host"` under `vmap`                right, but every snapshot is moved to the device and back at every step
+    through `update` instead of the fast way    the update leads back to the snapshot to rounding
+    `dtype=jnp.bfloat16`                        restored to 3 digits: half the memory, not bit for bit
+    ==========================================  =====================================================================
+
+    Memory: `keep` times what parameters and inner state take. Per float32 parameter and snapshot that is 12 bytes with
+    Adam (4 with SGD, 8 with momentum or Lion), 6 with Adam and `dtype=jnp.bfloat16`. A write costs one copy, so a step
+    costs 1 / `every` of one on average.
+
+    Args:
+      every: healthy steps between snapshots (>= 1).
+      keep: snapshots (1 to 100).
+      after: steps of trouble in a row (>= 1) that lead back; counted anew after each rewind. Above `halt_after` it
+        would never act on non-finite steps, so `guard` refuses that.
+      diverged: multiple (> 1) of the best smoothed loss that counts as diverged.
+      attempts: rewinds without a snapshot in between (>= 1).
+      dtype: of the floating-point numbers in a copy: None keeps each as it is, `jnp.bfloat16` or `jnp.float32` narrow
+        the wider ones. Others have too small a range for second moments.
+      memory: "device", or "host" for the host's memory beside an accelerator (pinned; JAX moves the arrays inside the
+        compiled step).
+
+    Returns:
+      A rung for `guard(..., recovery=(...,))`.
+
+    Raises:
+      ValueError: wrong static arguments.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(1.0), og.skip_large(10.0), recovery=(og.rewind(every=100, after=2),))
+      >>> params, state = jnp.zeros(1), tx.init(jnp.zeros(1))
+      >>> for size in (1.0, 1.0, 99.0, 99.0):  # a snapshot after the first
+      ...     params, state = og.apply_gradients(tx, jnp.full(1, size), state, params)
+      >>> float(params[0]), str(og.flight_log(state)["recovery"][-1])
+      (-1.0, 'rewind_refused')
+
+    References:
+      Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311), section 5.1: restart about 100 steps before a spike and skip the
+      batches; there by hand.
+    """
+    name = "rewind"
+    diverged = validate.scalar(name, "diverged", diverged, low=1, open_low=True, static=True)
+    if dtype is not None:  # others are too narrow in range for second moments
+        dtype = validate.floating_dtype(name, "dtype", dtype, (jnp.bfloat16, jnp.float32))
+    validate.one_of(name, "memory", memory, ("device", "host"))
+    return Rewind(
+        every=validate.integer(name, "every", every, low=1),
+        keep=validate.integer(
+            name, "keep", keep, low=1, high=_MOST_SNAPSHOTS, reason="each is a copy of the whole state"
+        ),
+        after=validate.integer(name, "after", after, low=1),
+        diverged=diverged,
+        attempts=validate.integer(name, "attempts", attempts, low=1),
+        dtype=dtype,
+        memory=memory,
+    )
+
+
+def empty_rewind(rung: Rewind, params: PyTree, inner_state: PyTree) -> RewindState:
+    """The state before the first step, with room for the snapshots."""
+    return RewindState(
+        snapshots=tuple(_empty_snapshot(rung, params, inner_state) for _ in range(rung.keep)),
+        snapshot_steps=jnp.full(rung.keep, -1, jnp.int32),
+        snapshot_losses=jnp.zeros(rung.keep, jnp.float32),
+        newest_snapshot=jnp.full((), rung.keep - 1, jnp.int32),
+        snapshots_held=jnp.zeros((), jnp.int32),
+        snapshot_due_in=jnp.zeros((), jnp.int32),
+        rewinds_in_row=jnp.zeros((), jnp.int32),
+        rewind_total=jnp.zeros((), jnp.int32),
+    )
+
+
+def reasons_to_rewind(
+    rung: Rewind, state: RewindState, seen: Seen, trouble: Trouble, diverged: jax.Array
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Before the step: which reasons there are, by their names in the flight log, and the place of the snapshot."""
+    may = (state.rewinds_in_row < rung.attempts) & (state.snapshots_held > 0)
+    diverged = seen.alive & seen.finite & diverged
+    reasons = {
+        "rewind_refused": trouble.now & (trouble.in_row % rung.after == 0) & may,
+        "rewind_diverged": diverged & may,
+        "gave_up": diverged & (state.rewinds_in_row >= rung.attempts),
+    }
+    again = (state.rewinds_in_row > 0) & (state.snapshots_held > 1)
+    return reasons, (state.newest_snapshot - again.astype(jnp.int32)) % rung.keep
+
+
+def go_back(
+    rung: Rewind, rewinds: jax.Array, place: jax.Array, state: RewindState, params: PyTree, inner_state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Instead of the step: parameters and inner state of the snapshot."""
+    load, kept = functools.partial(_loaded, rung), (params, inner_state)
+    for position, snapshot in enumerate(state.snapshots):
+        here = rewinds & (place == position)
+        if rung.memory == "host":
+            kept = _cond_on_host(here, load, _second_of, snapshot, kept)
+        else:
+            kept = lax.cond(here, load, _second_of, snapshot, kept)
+    return kept
+
+
+def updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:
+    """Updates that lead from `params` to `target`, in the types of `untouched`."""
+
+    def difference(update: Any, param: Any, wanted: Any) -> Any:
+        if not is_gradient(update):
+            return update
+        wide = wider_dtype(param.dtype, update.dtype)
+        return (wanted.astype(wide) - param.astype(wide)).astype(update.dtype)
+
+    return jax.tree.map(difference, untouched, params, target, is_leaf=lambda leaf: leaf is None)
+
+
+def after_rewind(rung: Rewind, state: RewindState, rewinds: jax.Array, place: jax.Array) -> RewindState:
+    """The state that a rewind leaves, with its counters."""
+    dropped = (rewinds & (place != state.newest_snapshot)).astype(jnp.int32)
+    return RewindState(
+        snapshots=state.snapshots,
+        snapshot_steps=state.snapshot_steps,
+        snapshot_losses=state.snapshot_losses,
+        newest_snapshot=jnp.where(rewinds, place, state.newest_snapshot),
+        snapshots_held=state.snapshots_held - dropped,
+        # counted anew, so that a snapshot after a rewind proves that it helped
+        snapshot_due_in=jnp.where(rewinds, rung.every - 1, state.snapshot_due_in),
+        rewinds_in_row=state.rewinds_in_row + rewinds.astype(jnp.int32),
+        rewind_total=count_if(rewinds, state.rewind_total),
+    )
+
+
+def watch_after_rewind(watch: LossWatch, state: RewindState, rewinds: jax.Array, place: jax.Array) -> LossWatch:
+    """The loss at the snapshot is the level from which a rise counts."""
+    loss = state.snapshot_losses[place]
+    return LossWatch(
+        smoothed_loss=jnp.where(rewinds, loss, watch.smoothed_loss),
+        best_loss=jnp.where(rewinds, loss, watch.best_loss),
+        first_loss=watch.first_loss,
+        losses_seen=watch.losses_seen,
+    )
+
+
+def take_snapshot(
+    rung: Rewind,
+    mask: Mask | None,
+    axis_name: AxisName | None,
+    state: RewindState,
+    healthy: jax.Array,
+    step: jax.Array,
+    watch: LossWatch,
+    params: Callable[[], PyTree],
+    inner_state: PyTree,
+) -> RewindState:
+    """After the step: copies parameters and inner state if a snapshot is due and nothing speaks against it."""
+    due = healthy & (state.snapshot_due_in <= 0)
+
+    def clean() -> jax.Array:
+        now = params()
+        trained = only_chosen("guard", mask, now)
+        return all_finite([*positions(trained), *moments(inner_state, now)], axis_name)
+
+    takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
+    target = (state.newest_snapshot + 1) % rung.keep
+
+    def written(position: int, snapshot: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+        writes = takes & (target == position)
+        if rung.memory == "host":
+            return _cond_on_host(writes, store, _second_of, _parts(params(), inner_state)[0], snapshot, host=True)
+        return lax.cond(writes, lambda: store(_parts(params(), inner_state)[0], snapshot), lambda: snapshot)
+
+    store = functools.partial(_stored, rung)
+    snapshots = tuple(written(position, snapshot) for position, snapshot in enumerate(state.snapshots))
+    here = takes & (jnp.arange(rung.keep, dtype=jnp.int32) == target)
+    waits = jnp.maximum(state.snapshot_due_in - healthy.astype(jnp.int32), 0)
+    return RewindState(
+        snapshots=snapshots,
+        snapshot_steps=jnp.where(here, step + 1, state.snapshot_steps),
+        snapshot_losses=jnp.where(here, watch.smoothed_loss, state.snapshot_losses),
+        newest_snapshot=jnp.where(takes, target, state.newest_snapshot),
+        snapshots_held=jnp.minimum(state.snapshots_held + takes.astype(jnp.int32), rung.keep),
+        snapshot_due_in=jnp.where(takes, rung.every - 1, waits),
+        rewinds_in_row=jnp.where(takes, 0, state.rewinds_in_row),
+        rewind_total=state.rewind_total,
+    )
+
+
+def forgiven(state: RewindState) -> RewindState:
+    """The state after `clear_halt`: rewinds are counted anew."""
+    return state._replace(rewinds_in_row=jax.tree.map(jnp.zeros_like, state.rewinds_in_row))
+
+
+def _parts(params: PyTree, inner_state: PyTree) -> tuple[tuple[PyTree, ...], Any]:
+    """What a snapshot holds, and the structure that makes (parameters, inner state) of it again.
+
+    Trees shaped like the parameters, for whoever maps over those (`optax.tree.map_params`), and single arrays: no field
+    of the inner state has its name there, so that `optax.tree.get` finds the one that counts.
+    """
+    shape = jax.tree.structure(params, is_leaf=_is_hole)
+    parts, structure = jax.tree.flatten(
+        (params, inner_state), is_leaf=lambda node: jax.tree.structure(node, is_leaf=_is_hole) == shape
+    )
+    return tuple(parts), structure
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _empty_snapshot(rung: Rewind, params: PyTree, inner_state: PyTree) -> tuple[PyTree, ...]:
+    def empty(leaf: Any) -> Any:
+        narrows = rung.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if narrows and wider_dtype(leaf.dtype, rung.dtype) != rung.dtype:
+            return _placed(rung, jnp.zeros_like(leaf, dtype=rung.dtype))
+        return _placed(rung, jnp.zeros_like(leaf))
+
+    return jax.tree.map(empty, _parts(params, inner_state)[0])
+
+
+def _stored(rung: Rewind, now: tuple[PyTree, ...], snapshot: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """`now` in the dtypes that the snapshot has had since `init`, which `loss_scaling` shows wider parameters."""
+    return jax.tree.map(functools.partial(_placed, rung), cast_like(now, snapshot))
+
+
+def _loaded(rung: Rewind, snapshot: tuple[PyTree, ...], now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    """What `_stored` stored, with the hyperparameters that `optax.inject_hyperparams` holds now."""
+    if rung.memory == "host":
+        snapshot = jax.device_put(snapshot, jax.memory.Space.Device)
+    params, inner_state = cast_like(jax.tree.unflatten(_parts(*now)[1], snapshot), now)
+
+    def choose(path: tuple[Any, ...], restored: Any, present: Any) -> Any:
+        return present if any(getattr(key, "name", None) == "hyperparams" for key in path) else restored
+
+    return params, jax.tree_util.tree_map_with_path(choose, inner_state, now[1])
+
+
+def _placed(rung: Rewind, leaf: Any) -> Any:
+    return jax.device_put(leaf, jax.memory.Space.Host) if rung.memory == "host" else leaf
+
+
+def _second_of(first: Any, second: Any) -> Any:
+    del first
+    return second
+
+
+def _cond_on_host(predicate: jax.Array, yes: Any, no: Any, *operands: Any, host: bool = False) -> Any:
+    """`lax.cond` with operands in the host's memory; the result is there too if `host`.
+
+    Under `vmap` JAX 0.10 makes of a cond a `select` on its operands, and refuses one between two memories. Here the
+    results are brought to the device and chosen there.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def choose(predicate: jax.Array, operands: Any) -> Any:
+        return lax.cond(predicate, yes, no, *operands)
+
+    @choose.def_vmap
+    def chosen(size: int, batched: Any, predicate: jax.Array, operands: Any) -> tuple[Any, Any]:
+        def whole(x: Any, has_axis: bool) -> Any:
+            return x if has_axis else jnp.broadcast_to(jax.device_put(x, jax.memory.Space.Device), (size, *x.shape))
+
+        def one(predicate: jax.Array, first: Any, second: Any) -> Any:
+            result = jnp.where(predicate, *(jax.device_put(x, jax.memory.Space.Device) for x in (first, second)))
+            return jax.device_put(result, jax.memory.Space.Host) if host else result
+
+        operands = jax.tree.map(whole, operands, batched[1])
+        each = functools.partial(jax.vmap(one), whole(predicate, batched[0]))
+        result = jax.tree.map(each, jax.vmap(yes)(*operands), jax.vmap(no)(*operands))
+        return result, jax.tree.map(lambda _: True, result)
+
+    return choose(predicate, operands)

@@ -1,0 +1,188 @@
+"""The norm of every leaf, step by step: which layer went first?
+
+=========================  ========================================================================
+Function                   Take it for
+=========================  ========================================================================
+`record_leaves(window)`    a rule of `guard` that never acts: keeps the last `window` steps
+`leaf_log(state)`          reading it, on the host
+=========================  ========================================================================
+
+The flight recorder names one leaf a step. This keeps all of them, so that the leaf whose norm left its usual range
+*before* the step that failed can be found: `optax_guard.report` does that. The guard has the norms already, so a row
+costs as many stores as there are leaves.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_guard._common import validate
+from optax_guard._common.counters import next_step
+from optax_guard._common.tree import as_arrays, check_leaf_count, find_states, leaf_names, positions, unwrapped
+from optax_guard._common.typing import AxisName, PyTree
+from optax_guard._step.judge import Rule, Verdict, rule
+from optax_guard._step.observe import GradientStatistics
+from optax_guard._step.reading import SeenLeaves, seen_names
+
+__all__ = ["LeafLog", "LeafRecordState", "decoded_leaf_log", "leaf_log", "record_leaves"]
+
+# A checkpoint must hold no NaN or Inf, and a norm is never negative: what was not a finite norm is stored as a code.
+_EMPTY, _NAN, _INF = -1.0, -2.0, -3.0
+
+
+class LeafRecordState(NamedTuple):
+    """A ring buffer. The row of call t is at t % window."""
+
+    recorded_norms: jax.Array  # f32[window, n_leaves]: -1 where nothing was written, -2 for NaN, -3 for Inf
+    recorded_steps: jax.Array  # i32[]: calls so far
+
+
+class LeafLog(NamedTuple):
+    """The recorded norms on the host, oldest first."""
+
+    steps: np.ndarray  # i64[rows]; with the axes of the members in front, if there are many
+    norms: np.ndarray  # f32[rows, n_leaves], the same: NaN and Inf as they were
+    names: list[str]  # of the leaves; "leaf 0", ... if the parameters were not given
+
+
+def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Rule:
+    """Keep the norm of every leaf of the last `window` gradients; never scale, never skip.
+
+    recorded[t % window, i] <- ||g_i||_2
+
+    As a rule of `guard` it sees the gradient as the rules before it left it: put it first. Non-finite steps are
+    recorded too, which is what it is for; they are stored as codes, so the state stays finite.
+
+    Guarantees:
+      - The gradient is returned bit for bit.
+      - Under `guard` no number is read that the guard has not read already.
+
+    ====================================  =====================================================
+    Case                                  Result
+    ====================================  =====================================================
+    NaN in a leaf                         recorded as NaN
+    Inf, or squares that overflow         recorded as Inf (under `guard`; alone the norm is told)
+    integer, `float0`, `None` leaf        recorded as 0
+    a step that a guard holds             recorded
+    empty tree                            rows of length 0
+    ====================================  =====================================================
+
+    Args:
+      window: steps to keep (>= 1); the memory is 4 bytes * window * leaves. Equal to the guard's `history`, it tells
+        the same steps. Under `optax.inject_hyperparams` list it in `static_args`.
+      axis_name: as in `gradient_statistics`.
+
+    Returns:
+      A `Rule`.
+
+    Raises:
+      ValueError: `window` is not a whole number >= 1.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), og.record_leaves(window=8), og.clip_by_global_norm(1.0))
+      >>> params = {"a": jnp.ones(2), "b": jnp.ones(1)}
+      >>> state = tx.init(params)
+      >>> for b in (1.0, jnp.nan):
+      ...     params, state = og.apply_gradients(tx, {"a": jnp.array([3.0, 4.0]), "b": jnp.full(1, b)}, state, params)
+      >>> og.leaf_log(state, params).norms
+      array([[ 5.,  1.],
+             [ 5., nan]], dtype=float32)
+
+    See Also:
+      `flight_log`, one row a step; `optax_guard.report`, which draws both. `optax.monitor` keeps what a function says
+      of the last step alone.
+    """
+    name = "record_leaves"
+    window = validate.integer(name, "window", window, low=1, high=validate.MILLION)
+    validate.axis_name(name, axis_name)
+
+    def init(params: optax.Params) -> LeafRecordState:
+        params = as_arrays(name, params)
+        leaves = len(positions(params))
+        return LeafRecordState(
+            recorded_norms=jnp.full((window, leaves), _EMPTY, jnp.float32), recorded_steps=jnp.zeros((), jnp.int32)
+        )
+
+    def judge(
+        statistics: GradientStatistics, state: LeafRecordState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[Verdict, LeafRecordState]:
+        del params, extra
+        check_leaf_count(name, state.recorded_norms.shape[1], statistics.sum_squares.shape[0])
+        norms = statistics.leaf_norms.astype(jnp.float32)
+        coded = jnp.where(jnp.isnan(norms), _NAN, jnp.where(jnp.isinf(norms), _INF, norms))
+        place = state.recorded_steps % window
+        verdict = Verdict(scale=jnp.ones((), statistics.sum_squares.dtype), skip=jnp.zeros((), bool))
+        return verdict, LeafRecordState(
+            recorded_norms=jnp.asarray(state.recorded_norms).at[place].set(coded),
+            recorded_steps=next_step(state.recorded_steps),
+        )
+
+    return rule(init, judge, axis_name=axis_name, sees_nonfinite=True)
+
+
+def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
+    """The recorded norms on the host, oldest first.
+
+    Args:
+      state: an optimizer state that holds one `record_leaves`.
+      params: the parameters (or `jax.ShapeDtypeStruct`s), for the names of the leaves. Of a guard that sees only some
+        of them (inside `masked`, `partition`, nnx's `wrt`) pass a state with the guard in it, which knows which.
+
+    Returns:
+      A `LeafLog`; at most `window` rows. Of a state of many runs at once (`jax.vmap`, `jax.pmap`) `steps` and `norms`
+      have the axes of the members in front.
+
+    Raises:
+      ValueError: there is no `record_leaves` in `state`, or more than one; `params` has another number of leaves.
+
+    Example:
+      >>> import optax_guard as og
+      >>> recorder = og.record_leaves(window=2)
+      >>> state = recorder.init(jnp.zeros(2))
+      >>> for size in (1.0, 2.0, 3.0):
+      ...     _, state = recorder.update(jnp.array([size, 0.0]), state)
+      >>> og.leaf_log(state).steps, og.leaf_log(state).norms[:, 0]
+      (array([1, 2]), array([2., 3.], dtype=float32))
+    """
+    states = find_states(state, LeafRecordState)
+    if len(states) != 1:
+        raise ValueError(
+            f"leaf_log: expected one `record_leaves` in this state, found {len(states)}. Give it to the guard as a "
+            "rule: og.guard(optimizer, og.record_leaves(256), ...)."
+        )
+    coded, calls = (np.asarray(x) for x in jax.device_get(tuple(map(unwrapped, states[0]))))
+    names, guards = None, find_states(state, SeenLeaves)
+    if params is not None:
+        names = leaf_names(params)
+        if len(guards) == 1 and len(names) > coded.shape[-1]:
+            names = seen_names(guards[0], params)
+    logs = [decoded_leaf_log(coded[index], int(calls[index]), names) for index in np.ndindex(*calls.shape)]
+    if calls.ndim == 0:
+        return logs[0]
+    if len({len(log.steps) for log in logs}) > 1:
+        raise ValueError(
+            f"leaf_log: the members of this state made {calls.tolist()} calls: read one, `jax.tree.map(lambda x: x[0], "
+            "state)`."
+        )
+    steps, norms = np.stack([log.steps for log in logs]), np.stack([log.norms for log in logs])
+    shape = calls.shape
+    return LeafLog(steps.reshape(*shape, -1), norms.reshape(*shape, *norms.shape[1:]), logs[0].names)
+
+
+def decoded_leaf_log(coded: np.ndarray, calls: int, names: list[str] | None) -> LeafLog:
+    """A `LeafLog` from the ring buffer."""
+    window, leaves = coded.shape
+    if names is None:
+        names = [f"leaf {i}" for i in range(leaves)]
+    if len(names) != leaves:
+        raise ValueError(
+            f"leaf_log: the state has {leaves} leaves, `params` has {len(names)}: they do not belong together."
+        )
+    steps = np.arange(max(calls - window, 0), calls)
+    rows = coded[steps % window]
+    norms = np.select([rows == _NAN, rows == _INF, rows < 0], [np.nan, np.inf, np.nan], rows).astype(np.float32)
+    return LeafLog(steps=steps, norms=norms, names=names)

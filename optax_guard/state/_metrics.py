@@ -1,0 +1,265 @@
+"""Reading a state: what the guards and accumulators in it saw.
+
+=====================  ============================================================
+Function               Take it for
+=====================  ============================================================
+`metrics(state)`       numbers for a logger, inside or outside `jit`
+`flight_log(state)`    the last steps one by one, on the host, after a bad night
+=====================  ============================================================
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_guard._common.tree import find_states, unwrapped
+from optax_guard._guard import GuardState
+from optax_guard._loss_scaling import LossScalingState
+from optax_guard._step.reading import axes_in_front, member, members
+from optax_guard._step.record import EVENTS, HELD, last_row, read_rows
+from optax_guard.accumulation._calls import AccumulateState
+from optax_guard.recovery._ladder import RecoveryState
+from optax_guard.recovery._rewind import RewindState
+from optax_guard.rules._norm_history import NormHistoryState
+from optax_guard.transforms._update_bounds import ClippyState, LimitStepState, UpdateNormState
+
+__all__ = ["flight_log", "metrics"]
+
+
+def metrics(state: optax.OptState) -> dict[str, jax.Array]:
+    """Scalars under flat names, as loggers take them. Works inside `jit` and on any nesting.
+
+    ============================  ====================================================================================
+    Name                          What it is
+    ============================  ====================================================================================
+    guard/grad_norm               f32: the last gradient's norm before the rules; NaN or Inf if it was not finite
+    guard/clipped_norm            f32: the norm that went into the optimizer; 0 if the step was held
+    guard/scale                   f32: the smallest factor of a leaf; 0 if the step was held
+    guard/skipped                 i32: 1 if the last step was held, for whatever reason
+    guard/worst_leaf              i32: index into `leaf_names(params, state)`: first non-finite leaf, else largest norm
+    guard/step                    i32: calls, held ones included
+    guard/clipped_total           i32: applied steps that a rule had scaled
+    guard/skipped_total           i32: held steps
+    guard/nonfinite_total         i32: steps held because the gradient (or checked update) was not finite
+    guard/let_through_total       i32: refused steps applied since patience was over
+    guard/refused_in_row          i32: finite refusals in a row
+    guard/nonfinite_in_row        i32: non-finite steps in a row
+    guard/halted                  bool: every further step is held
+    guard/trouble_in_row          i32: with `recovery`: steps in a row that were refused or not finite
+    guard/reset_total             i32: with `reset_moments`: resets, for whatever reason
+    guard/silent_death_total      i32: the same: resets because moments were not finite or parameters stood still
+    guard/moments_finite          bool: the same: what the last look saw
+    guard/frozen_leaves           i32: the same: leaves that stood still at the last look though they have a gradient
+    guard/standing_still          i32: the same: leaves of 16 bits that stood still, whose update would move float32
+    guard/update_scale            f32: with `back_off`: what the last update was multiplied by
+    guard/back_off_total          i32: the same: steps down
+    guard/rewind_total            i32: with `rewind`
+    guard/snapshot_step           i32: the same: the step count at the snapshot a rewind would go to; -1 if none
+    guard/smoothed_loss           f32: the same, or with `back_off(diverged=...)`
+    guard/best_loss               f32: the lowest of it, or what it was at the snapshot gone back to
+    norm_history/threshold        f32: the norm that `clip_by_norm_history` will let pass at the next step; 0 at first
+    norm_history/touched_in_row   i32: steps it scaled in a row; a long run is a lasting rise, or an explosion
+    norm_history/leaf             i32: with `scope="leaf"` the two are those of the leaf with the longest run: its index
+                                  into `leaf_names(params)`; -1 with `scope="tree"`
+    limit_step/step               i32: updates that `limit_step` has seen
+    limit_step/bound_total        i32: those that it scaled down: how often it binds
+    limit_step/scale              f32: the smallest factor of a leaf of the last one
+    clippy/..., update_norm/...   the same of `clippy`, and of `clip_by_update_norm` (without `step`)
+    accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated
+    loss_scaling/...              scale (f32), clean_in_row, overflow_total
+    ============================  ====================================================================================
+
+    A second guard in the same state appears as `guard_1/...`, a third as `guard_2/...`, outer before inner.
+
+    Args:
+      state: any optimizer state, also the `opt_state` of `flax.nnx.Optimizer`.
+
+    Returns:
+      A dict of 0-d arrays; empty if there is nothing of this library in `state`. Before the first step, norms are 0
+      and indices -1. On the host, `jax.device_get(metrics(state))` fetches all of it at once. Of a state of many runs
+      at once (`jax.vmap` over seeds, `jax.pmap`) each array has the axes of the members.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), og.clip_by_global_norm(1.0))
+      >>> params = jnp.ones(2)
+      >>> _, state = og.apply_gradients(tx, jnp.array([3.0, 4.0]), tx.init(params), params)
+      >>> {name: round(float(x), 3) for name, x in og.metrics(state).items() if "norm" in name}
+      {'guard/grad_norm': 5.0, 'guard/clipped_norm': 1.0}
+    """
+    result: dict[str, jax.Array] = {}
+    readers = (
+        (GuardState, "guard", _guard_metrics),
+        (NormHistoryState, "norm_history", _norm_history),
+        (LimitStepState, "limit_step", _bound("limit_step", "step", "bound_total", "scale")),
+        (ClippyState, "clippy", _bound("clippy", "step", "bound_total", "scale")),
+        (UpdateNormState, "update_norm", _bound("update_norm", "bound_total", "scale")),
+        (AccumulateState, "accumulate", _accumulate),
+        (LossScalingState, "loss_scaling", _loss_scaling),
+    )
+    axes = _member_axes(state)
+    with jax.debug_nans(False), jax.debug_infs(False):  # a NaN that was seen is told as NaN; it is no bug to stop at
+        for kind, prefix, read in readers:
+            for index, each in enumerate(find_states(state, kind)):
+                label = prefix if index == 0 else f"{prefix}_{index}"
+                numbers = _of_members(read, axes)(_own_numbers(each))
+                result |= {f"{label}/{name}": number for name, number in numbers.items()}
+    return result
+
+
+def flight_log(state: optax.OptState) -> np.ndarray:
+    """The flight recorder's rows on the host, oldest first.
+
+    Args:
+      state: an optimizer state that holds one guard (pass its part of the state if there are several).
+
+    Returns:
+      A NumPy structured array with columns `step`, `value` (the loss; NaN if none was passed), `grad_norm` (NaN or Inf
+      as they were), `clipped_norm`, `scale`, `event` (applied, clipped, skipped, let_through, nonfinite,
+      nonfinite_update, halted, recovery), `rule` (of the rule that refused, else of the first that scaled; -1),
+      `worst_leaf` (index into `leaf_names(params, state)`) and `recovery` (what the ladder did: reset_refused,
+      reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up; several are joined by `+`). At
+      most `history` rows. Of a state of many runs at once (`jax.vmap`, `jax.pmap`) the array has the axes of the
+      members before that of the rows; a member with fewer rows than another begins with rows of step -1 and no event.
+
+    Raises:
+      ValueError: there is no guard in `state`, or more than one.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), og.skip_large(10.0))
+      >>> params, state = jnp.ones(2), tx.init(jnp.ones(2))
+      >>> for size in (1.0, 100.0, jnp.nan):
+      ...     params, state = og.apply_gradients(tx, jnp.full(2, size), state, params)
+      >>> [str(event) for event in og.flight_log(state)["event"]]
+      ['applied', 'skipped', 'nonfinite']
+    """
+    states = find_states(state, GuardState)
+    if len(states) != 1:
+        raise ValueError(
+            f"flight_log: expected one guard in this state, found {len(states)}; pass the guard's own state."
+        )
+    logs = [read_rows(member(states[0].recorder, index)) for index in members(states[0].guard_step)]
+    shape = np.shape(unwrapped(states[0].guard_step))
+    if not shape:
+        return logs[0]
+    longest = max(len(log) for log in logs)
+    rows = np.zeros((len(logs), longest), logs[0].dtype)
+    rows["step"] = -1
+    for row, log in zip(rows, logs, strict=True):
+        row[longest - len(log) :] = log
+    return rows.reshape(*shape, longest)
+
+
+def _member_axes(state: optax.OptState) -> int:
+    """The axes in front of every leaf, told by a field that is a scalar by itself."""
+    scalars = (
+        (GuardState, "guard_step"),
+        (AccumulateState, "micro_step"),
+        (LossScalingState, "loss_scale"),
+        (LimitStepState, "limit_step_scale"),
+        (ClippyState, "clippy_scale"),
+        (UpdateNormState, "update_norm_scale"),
+    )
+    found = [axes_in_front(getattr(each, field)) for kind, field in scalars for each in find_states(state, kind)]
+    return found[0] if found else 0
+
+
+def _of_members(read: Callable[[Any], dict[str, jax.Array]], axes: int) -> Callable[[Any], dict[str, jax.Array]]:
+    return read if axes == 0 else _of_members(jax.vmap(read), axes - 1)
+
+
+def _own_numbers(state: Any) -> Any:
+    """The state without the arrays of the optimizer, which no number comes from."""
+    if isinstance(state, GuardState):
+        ladder = state.recovery_state
+        if isinstance(ladder, RecoveryState) and isinstance(ladder.rewind_state, RewindState):
+            ladder = ladder._replace(rewind_state=ladder.rewind_state._replace(snapshots=()))
+        return state._replace(guarded_state=(), rule_states=(), seen_leaves=(), recovery_state=ladder)
+    if isinstance(state, AccumulateState):
+        return state._replace(accumulated_state=(), gradient_sum=())
+    return state._replace(unscaled_state=()) if isinstance(state, LossScalingState) else state
+
+
+def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
+    step = unwrapped(state.guard_step)
+    row = last_row(state.recorder, step)
+    held = jnp.array([event in HELD for event in EVENTS], jnp.int32)
+    return {
+        "grad_norm": row.grad_norm,
+        "clipped_norm": row.clipped_norm,
+        "scale": row.scale,
+        "skipped": jnp.where(row.event >= 0, held[row.event], 0),
+        "worst_leaf": row.worst_leaf,
+        "step": step,
+        **{
+            name: unwrapped(getattr(state, name))
+            for name in (
+                "clipped_total",
+                "skipped_total",
+                "nonfinite_total",
+                "let_through_total",
+                "refused_in_row",
+                "nonfinite_in_row",
+                "halted",
+            )
+        },
+        **(_recovery_metrics(state.recovery_state) if isinstance(state.recovery_state, RecoveryState) else {}),
+    }
+
+
+def _recovery_metrics(state: RecoveryState) -> dict[str, jax.Array]:
+    """Of the rungs that are there."""
+    numbers = {"trouble_in_row": unwrapped(state.trouble_in_row)}
+    for part, names in (
+        (state.reset_state, ("reset_total", "silent_death_total", "moments_finite", "frozen_leaves", "standing_still")),
+        (state.back_off_state, ("update_scale", "back_off_total")),
+        (state.rewind_state, ("rewind_total",)),
+        (state.loss_watch, ("smoothed_loss", "best_loss")),
+    ):
+        numbers |= {name: unwrapped(getattr(part, name)) for name in names if part != ()}
+    if state.rewind_state != ():
+        steps, newest = unwrapped(state.rewind_state.snapshot_steps), unwrapped(state.rewind_state.newest_snapshot)
+        numbers["snapshot_step"] = steps[newest]
+    return numbers
+
+
+def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
+    return {
+        "micro_step": unwrapped(state.micro_step),
+        "weight": unwrapped(state.accumulated_weight),
+        "emitted_total": unwrapped(state.emitted_total),
+        "dropped_total": unwrapped(state.dropped_total),
+        "empty_total": unwrapped(state.empty_total),
+        "updated": unwrapped(state.emitted),
+    }
+
+
+def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
+    threshold, seen = unwrapped(state.log_threshold), unwrapped(state.norms_seen)
+    in_row = unwrapped(state.touched_in_row)
+    leaf = jnp.full((), -1, jnp.int32)
+    threshold = jnp.where(seen > 0, jnp.exp(threshold), 0)
+    if in_row.size == 0:
+        return {"threshold": jnp.zeros(()), "touched_in_row": jnp.zeros((), jnp.int32), "leaf": leaf}
+    if in_row.ndim > 0:
+        leaf = jnp.argmax(in_row).astype(jnp.int32)
+        threshold, in_row = threshold[leaf], in_row[leaf]
+    return {"threshold": threshold, "touched_in_row": in_row, "leaf": leaf}
+
+
+def _bound(prefix: str, *names: str) -> Callable[[Any], dict[str, jax.Array]]:
+    """A reader of fields that are called `prefix` and what they are."""
+    return lambda state: {name: unwrapped(getattr(state, f"{prefix}_{name}")) for name in names}
+
+
+def _loss_scaling(state: LossScalingState) -> dict[str, jax.Array]:
+    return {
+        "scale": unwrapped(state.loss_scale),
+        "clean_in_row": unwrapped(state.clean_in_row),
+        "overflow_total": unwrapped(state.overflow_total),
+    }

@@ -1,0 +1,403 @@
+"""Bounds on the finished update: what the optimizer is about to add to the parameters.
+
+==========================  ===========================================================  ==============================
+Function                    Bounds the update by                                         Take it against
+==========================  ===========================================================  ==============================
+`limit_step(max_change)`    the norm of the parameters, of the tree or of each leaf      a learning rate too large
+`clip_by_update_norm()`     its own history                                              spikes that pass the optimizer
+`clippy()`                  every single weight, leaf by leaf                            one coordinate that blows up
+==========================  ===========================================================  ==============================
+
+They go last, inside `guard`: `guard(optax.chain(optax.adamw(3e-4), limit_step(0.01)), ...)`. None is a rule, since a
+rule of `guard` judges the gradient. How often each takes hold is in `metrics`: `limit_step/bound_total` and its kin.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_guard._common import validate
+from optax_guard._common.axes import min_over, sharding_of
+from optax_guard._common.counters import count_if, next_step, value_at
+from optax_guard._common.eager import compiled_once
+from optax_guard._common.numerics import accumulator_dtype, multiplied, safe_sqrt
+from optax_guard._common.series import Series, empty_series, published_threshold, push, push_published, threshold
+from optax_guard._common.state_check import state_check
+from optax_guard._common.tree import checked, checked_with_params, is_gradient, positions
+from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule
+from optax_guard._step.judge import scale_leaves
+from optax_guard._step.observe import first_look
+
+__all__ = ["ClippyState", "LimitStepState", "UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
+
+_LEAST_LOG_NORM = 0.6931472  # an update within x2 of its level is never touched
+
+
+class LimitStepState(NamedTuple):
+    """What `limit_step` counts."""
+
+    limit_step_step: jax.Array  # i32[]: updates seen, the argument of a schedule
+    limit_step_bound_total: jax.Array  # i32[]: those that were scaled down
+    limit_step_scale: jax.Array  # f32[]: the smallest factor of the last one; 0 if it was NaN
+
+
+class ClippyState(NamedTuple):
+    """What `clippy` counts."""
+
+    clippy_step: jax.Array  # i32[]: updates seen, the argument of a schedule
+    clippy_bound_total: jax.Array  # i32[]: those of which a leaf was scaled down
+    clippy_scale: jax.Array  # f32[]: the smallest factor of a leaf of the last one; 0 if it was NaN
+
+
+class UpdateNormState(NamedTuple):
+    """What `clip_by_update_norm` remembers: norms of updates (their logarithms, unless it is the published rule)."""
+
+    update_norms_kept: jax.Array  # f32[window]: after the clip (published: before it), a ring
+    update_norms_recent: jax.Array  # f32[2 * follow - 1]: before the clip, a ring
+    update_norms_kept_total: jax.Array  # i32[]: how many were kept; a place in the ring once it is full
+    update_norms_recent_total: jax.Array  # i32[]
+    update_norm_bound_total: jax.Array  # i32[]: updates that were scaled down
+    update_norm_scale: jax.Array  # f32[]: the factor of the last one
+
+
+def limit_step(
+    max_change: ScalarOrSchedule, *, scope: str = "tree", floor: float = 0.01, axis_name: AxisName | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Bound the finished update relative to the parameters.
+
+    u <- u * min(1, max_change * max(||w||_2, floor * sqrt(size)) / ||u||_2)         over the tree, or for every leaf
+
+    A clip bounds the gradient, and so the step only where it happens to fit the learning rate. This bounds the step
+    itself: where it binds, the learning rate no longer matters, and a schedule of `max_change` takes its place.
+
+    Guarantees:
+      - ||u|| <= max_change * max(||w||, floor * sqrt(size)) (1 + 4 eps of the dtype), for the tree or for every leaf.
+      - An update within the bound is returned bit for bit; its direction (of the tree, or of every leaf) never changes.
+      - Weights that are all zero can move: `floor` stands for their root mean square.
+
+    =================================  ================================================================================
+    Case                               Result
+    =================================  ================================================================================
+    zero update, empty tree            unchanged
+    `max_change` = 0                   zero
+    schedule or array below 0          as 0
+    schedule or array NaN              NaN, which `guard(..., check_updates=True)` holds
+    NaN in a leaf of the update       that leaf is left as it is; the others are bounded by the norm of the rest
+    Inf in the update, or > 1.8e19    zero: its squares overflow; the elements that are Inf become NaN
+    NaN or Inf in the parameters       those leaves count as zero ("leaf": they are bounded by the floor)
+    finite parameters above 1.8e19     likewise: their squares overflow
+    norm above 8e37 times the bound    zero: the factor is below the smallest normal float32
+    =================================  ================================================================================
+
+    Args:
+      max_change: bound on the relative change of one step, >= 0: a number, a 0-d array or a schedule of this
+        transformation's own step count. There is no default, since no number serves all: 0.001 to 0.003 was best for a
+        recurrent net, where 0.01 was too loose, and 0.01 for a transformer, which 0.001 slowed.
+      scope: "tree": one bound for all; layers keep their share of the step. "leaf": each its own; a leaf of small
+        weights cannot be swept away by a step that is small for the tree.
+      floor: the smallest root mean square of weights assumed, > 0. The default is what 1 / sqrt(fan_in) gives a layer
+        of width 10 000: small beside ordinary weights, and enough that a bias from zero grows to 0.01 in 1 / max_change
+        steps.
+      axis_name: as in `gradient_statistics`; parameters and updates are sharded alike.
+
+    Returns:
+      A transformation; its `update` needs `params`. Under `optax.inject_hyperparams` list `scope` and `axis_name` in
+      `static_args`.
+
+    Raises:
+      ValueError: wrong static arguments; `params` missing in `update`, or of another structure.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), limit_step(0.1))
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> updates, _ = tx.update({"w": jnp.array([60.0, 80.0])}, tx.init(params), params)
+      >>> updates["w"]
+      Array([-0.29999998, -0.39999998], dtype=float32)
+
+    References:
+      You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", 2019, arXiv 1904.00962
+      (LAMB) and Bernstein et al., "On the distance between two neural networks and the stability of learning", 2020,
+      arXiv 2002.03432 (Fromage) set the relative length of the step of every layer. Deviation: this one only bounds
+      it, so that a healthy run is left alone.
+
+    See Also:
+      `optax.scale_by_trust_ratio`, which sets the ratio and so takes the place of the learning rate always.
+    """
+    name = "limit_step"
+    max_change = validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
+    validate.one_of(name, "scope", scope, ("tree", "leaf"))
+    floor = validate.scalar(name, "floor", floor, low=0, open_low=True)
+    validate.axis_name(name, axis_name)
+
+    def init(params: optax.Params) -> LimitStepState:
+        del params
+        return LimitStepState(*_uncounted())
+
+    check_state = state_check(name, init)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, LimitStepState]:
+        del extra
+        updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
+        ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
+        moved = _squares(updates, axis_name)
+        weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
+        weights = jnp.where(jnp.isfinite(weights), weights, 0)
+        sizes = _sizes(updates, params, axis_name).astype(moved.dtype)
+        if scope == "tree":
+            moved = jnp.sum(jnp.where(jnp.isnan(moved), 0, moved))
+            weights, sizes = jnp.sum(weights), jnp.sum(sizes)
+        smallest = jnp.asarray(floor, moved.dtype) * jnp.sqrt(sizes)
+        bound = ratio.astype(moved.dtype) * jnp.maximum(safe_sqrt(weights), smallest)
+        scale = _scale(bound, safe_sqrt(moved))
+        return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(*_counted(state, scale))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_by_update_norm(
+    window: int = 128,
+    sigmas: float = 3.0,
+    *,
+    follow: int = 8,
+    faithful: bool = False,
+    axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scale an update down to what its own history allows.
+
+    u <- u * min(1, limit / ||u||_2);  with x = log ||u||_2, over the last `window` values of min(x, log limit)
+
+        log limit = q50 + max(sigmas * (q90 - q50) / 1.28 * (1 + 8 / n), log 2)
+
+    Once more than half of the last 2 * follow - 1 norms, before the clip, lie above it, that is a new level, and the
+    limit is measured from their median: see `skip_spikes`, which shares the equations. With `faithful`, limit = mean +
+    sigmas * std of the last `window` norms before the clip.
+
+    An optimizer can turn an ordinary gradient into a large update (Adam, when its second moment has fallen behind), so
+    this sees what a clip of the gradient does not.
+
+    Guarantees:
+      - Nothing that is not finite enters the history, and a non-finite update changes none of it.
+      - ||u|| <= limit (1 + 4 eps of the dtype); an update within it is returned bit for bit.
+      - Up to `follow` - 1 spikes within 2 * follow - 1 steps, of any size, are remembered as values *at* the limit.
+        Seven raise that of a full window by at most x1.02 (norms of log-sd 0.1) or x2.3 (0.3). In a young window each
+        raises the next: by x3 to x15 in all after 60 norms, x4 to x1000 after 30, without bound after 15.
+      - A lasting rise is followed after `follow` clipped steps where the noise is small against it.
+      - An update within x2 of the median is never touched, nor are the first 2 * follow - 1.
+
+    ==============================  ==================================================================================
+    Case                            Result
+    ==============================  ==================================================================================
+    first 2 * follow - 1 updates    unchanged
+    NaN in a leaf                   that leaf is left as it is; the others are clipped by the norm of the rest
+    Inf in the update, or > 1.8e19  zero: its squares overflow; the elements that are Inf become NaN; no observation
+    zero update                     unchanged, and no observation
+    all norms alike                 an update above x2 of them is clipped to x2
+    norm > 8e37 times the limit     zero: the factor is below the smallest normal float32
+    ==============================  ==================================================================================
+
+    Args:
+      window: how many norms are remembered (>= 2).
+      sigmas: width of the limit above the history, > 0, a number or a 0-d array.
+      follow: after how many steps in a row a rise is taken for a new level (>= 1).
+      faithful: the published rule, for comparison.
+      axis_name: as in `gradient_statistics`.
+
+    Returns:
+      A transformation, for the end of the chain. Under `optax.inject_hyperparams` all arguments but `sigmas` go into
+      `static_args`.
+
+    Raises:
+      ValueError: wrong static arguments.
+
+    Example:
+      >>> tx = clip_by_update_norm()
+      >>> state = tx.init(jnp.ones(1))
+      >>> for _ in range(20):
+      ...     update, state = tx.update(jnp.ones(1), state)
+      >>> tx.update(jnp.full(1, 1e6), state)[0]
+      Array([2.], dtype=float32)
+
+    References:
+      Levanter, `clip_update_norm`, 2025; used in Marin's 32B run with 2 sigmas. Deviations of `faithful=True`: a norm
+      that is not finite is kept as a code, with which nothing is clipped for `window` steps, as published. Deviations
+      of the default: those of `skip_spikes`; it remembers clipped norms.
+
+    See Also:
+      `skip_spikes`, which holds the step, and judges the gradient.
+    """
+    name = "clip_by_update_norm"
+    window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
+    follow = validate.integer(name, "follow", follow, low=1, high=validate.MILLION)
+    sigmas = validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
+    faithful = validate.boolean(name, "faithful", faithful)
+    validate.axis_name(name, axis_name)
+
+    def init(params: optax.Params) -> UpdateNormState:
+        del params
+        return UpdateNormState(*empty_series(window, follow), *_uncounted()[1:])
+
+    check_state = state_check(name, init)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra
+        updates, params = checked(name, updates, params)
+        check_state(state, params, updates)
+        squares = _squares(updates, axis_name)
+        norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
+        finite = jnp.all(jnp.isfinite(squares))
+        series = Series(*state[:4])
+        if faithful:
+            seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
+            limit, judged = published_threshold(series, sigmas, unbiased=False, least=1e-6, counts_itself=False)
+            scale = jnp.where(judged & (seen > limit), limit / jnp.maximum(seen, 1e-6), 1).astype(norm.dtype)
+            after = push_published(series, lax.stop_gradient(seen))
+        else:
+            x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
+            limit = threshold(series, sigmas, _LEAST_LOG_NORM, relative=False)
+            scale = _scale(jnp.exp(limit).astype(norm.dtype), norm)
+            after = push(series, x, jnp.minimum(x, limit), jnp.ones((), bool), finite & (norm > 0))
+        new = UpdateNormState(*after, *_counted((0, *state[4:]), scale)[1:])
+        return scale_leaves(updates, scale, jnp.zeros((), bool)), new
+
+    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
+
+
+def clippy(
+    relative: ScalarOrSchedule = 0.1, *, absolute: float = 1e-7, axis_name: AxisName | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Clippy: scale every leaf of the update so that no element exceeds a share of its weight.
+
+    u_i <- u_i * min(1, min_j (relative * |w_ij| + absolute) / |u_ij|)                               for every leaf i
+
+    Guarantees:
+      - |u_ij| <= relative * |w_ij| + absolute for every element (1 + 4 eps of the dtype).
+      - A leaf within the bound is returned bit for bit; the direction of a leaf never changes.
+      - Every leaf is judged alone.
+
+    ================================  ================================================================================
+    Case                              Result
+    ================================  ================================================================================
+    zero update                       unchanged
+    a weight that is exactly zero     its whole leaf moves at most `absolute` there: with the published 1e-7 a leaf that
+                                      holds one zero hardly moves at all; raise `absolute` where leaves start at zero
+    NaN or Inf in the update          those elements stay and do not count
+    NaN or Inf in a weight            its element is not bounded
+    schedule or array below 0         as 0
+    ================================  ================================================================================
+
+    Args:
+      relative: bound on |u| / |w|, >= 0: a number, a 0-d array or a schedule of this transformation's own step count.
+      absolute: what a weight of zero may move by, > 0.
+      axis_name: as in `gradient_statistics`.
+
+    Returns:
+      A transformation; its `update` needs `params`.
+
+    Raises:
+      ValueError: wrong static arguments; `params` missing in `update`, or of another structure.
+
+    Example:
+      >>> tx = clippy(0.1)
+      >>> params = jnp.array([1.0, 10.0])
+      >>> tx.update(jnp.array([0.2, 0.2]), tx.init(params), params)[0]
+      Array([0.1000001, 0.1000001], dtype=float32)
+
+    References:
+      Tang et al., "Improving training stability for multitask ranking models in recommender systems", 2023, arXiv
+      2302.09178, algorithm 1. Deviations: no term in the square root of Adagrad's accumulator (its published
+      coefficient is 0), and elements that are not finite do not count, where they made the leaf NaN.
+
+    See Also:
+      `limit_step(scope="leaf")`, which compares norms and so lets zeros among the weights move.
+    """
+    name = "clippy"
+    relative = validate.scalar_or_schedule(name, "relative", relative, low=0)
+    absolute = validate.scalar(name, "absolute", absolute, low=0, open_low=True)
+    validate.axis_name(name, axis_name)
+
+    def init(params: optax.Params) -> ClippyState:
+        del params
+        return ClippyState(*_uncounted())
+
+    check_state = state_check(name, init)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, ClippyState]:
+        del extra
+        updates, params = checked_with_params(name, updates, params)
+        check_state(state, params, updates)
+        ratio = jnp.maximum(value_at(relative, state.clippy_step), 0)
+
+        def share_of(leaf: Any, weight: Any) -> jax.Array:
+            if not is_gradient(leaf):
+                return jnp.ones(())
+            real = accumulator_dtype(leaf.dtype)
+            moved = lax.stop_gradient(jnp.abs(leaf).astype(real))
+            allowed = ratio.astype(real) * lax.stop_gradient(jnp.abs(weight).astype(real)) + jnp.asarray(absolute, real)
+            counts = jnp.isfinite(moved) & (moved > allowed)
+            return jnp.min(jnp.where(counts, allowed / jnp.where(counts, moved, 1), 1), initial=1)
+
+        def clip(leaf: Any, share: jax.Array) -> Any:
+            if not is_gradient(leaf):
+                return leaf
+            moved = jnp.abs(leaf).astype(share.dtype)
+            return jnp.where((share == 1) | ~jnp.isfinite(moved), leaf, multiplied(leaf, share))
+
+        leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
+        weights = structure.flatten_up_to(params)
+        shares = [share_of(*pair) for pair in zip(leaves, weights, strict=True)]
+        shares = min_over(shares, sharding_of(updates, axis_name).names)
+        clipped = structure.unflatten(clip(*pair) for pair in zip(leaves, shares, strict=True))
+        least = jnp.array([share.astype(jnp.float32) for share in shares], jnp.float32)
+        return clipped, ClippyState(*_counted(state, least))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _uncounted() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Updates seen, those that were scaled down, the smallest factor of the last one."""
+    return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+
+
+def _counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same after one more, of one factor or one a leaf."""
+    step, total, _ = counts
+    least = lax.stop_gradient(jnp.min(scale.astype(jnp.float32), initial=1))
+    least = jnp.where(jnp.isnan(least), 0, least)
+    return next_step(step), count_if(least < 1, total), least
+
+
+def _squares(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
+    """Per leaf the sum of squares, without a second look: a finite update whose squares overflow is scaled to 0."""
+    return first_look(updates, axis_name).sum_squares
+
+
+def _scale(bound: jax.Array, norm: jax.Array) -> jax.Array:
+    """min(1, bound / norm); 1 for a norm that is NaN, which keeps a leaf as it is."""
+    over = norm > bound
+    return jnp.where(over | jnp.isnan(bound), bound / jnp.where(over, norm, 1), 1)
+
+
+def _where_updated(params: PyTree, updates: PyTree) -> PyTree:
+    """The parameters, `None` where the update has no number: what is frozen does not count."""
+
+    def keep(update: Any, param: Any) -> Any:
+        return param if is_gradient(update) else None
+
+    return jax.tree.map(keep, updates, params, is_leaf=lambda leaf: leaf is None)
+
+
+def _sizes(updates: PyTree, params: PyTree, axis_name: AxisName | None) -> jax.Array:
+    """The number of elements of every leaf on all devices together."""
+    parts = sharding_of(_where_updated(params, updates), axis_name).parts
+    leaves = zip(positions(updates), parts, strict=True)
+    return jnp.array([x.size * n if is_gradient(x) else 0 for x, n in leaves], jnp.float32)
