@@ -49,7 +49,8 @@ DTYPES = ("float16", "bfloat16", "float32", "complex64", "float64", "complex128"
 STRICT = [entry for entry in ENTRIES if entry.strict]
 WRAPPERS = [entry for entry in ENTRIES if entry.wraps]
 STATEFUL = [entry for entry in ENTRIES if jax.tree.leaves(jax.eval_shape(entry.make().init, PARAMS))]
-STATES = [x for x in vars(og).values() if isinstance(x, type) and issubclass(x, tuple) and "State" in x.__name__]
+ROOMS = (og.rules, og.recovery, og.accumulation, og.transforms, og.state)
+STATES = [x for room in ROOMS for name in room.__all__ if "State" in name and (x := getattr(room, name))]
 STATES.append(og.state.FlightRecorder)
 
 each = functools.partial(pytest.mark.parametrize, "entry", ids=str)

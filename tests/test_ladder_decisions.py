@@ -16,7 +16,7 @@ from compiling import quick_jit
 import optax_guard as og
 from optax_guard._step.moments import moves_float32
 from optax_guard._step.record import RECOVERIES
-from optax_guard.recovery import _ladder
+from optax_guard.recovery import _ladder, _reset
 
 CASES = 800
 KEEP, RESET_AFTER, DOWN_AFTER, BACK_AFTER, ATTEMPTS, OWES, EVERY, LOOKS = 3, 3, 2, 4, 2, 4, 5, 4
@@ -274,7 +274,7 @@ def test_only_a_leaf_of_sixteen_bits_can_be_too_coarse_for_its_update() -> None:
     params = {"coarse": jnp.ones(2, jnp.bfloat16), "fine": jnp.ones(2)}
     updates = {"coarse": jnp.full(2, 1e-4), "fine": jnp.full(2, 1e-4)}
     still = jnp.array([True, True])
-    got = _ladder._rounded(params, still, lambda: params, (), lambda *_: updates, None)
+    got = _reset._rounded(params, still, lambda: params, (), lambda *_: updates, None)
     np.testing.assert_array_equal(got, [True, False])
 
 
