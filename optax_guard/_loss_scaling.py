@@ -21,7 +21,7 @@ from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
-from optax_guard._common.extra import loss_in, with_value
+from optax_guard._common.extra import is_number, loss_in, with_value
 from optax_guard._common.parts import part_of
 from optax_guard._common.tree import as_params, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
 from optax_guard._common.typing import AxisName, PyTree
@@ -253,6 +253,8 @@ def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:
     states = find_states(state, LossScalingState)
     if len(states) != 1:
         raise ValueError(f"scale_loss: expected one `loss_scaling` in this state, found {len(states)}.")
+    if not is_number(loss):
+        raise ValueError(f"scale_loss: `loss` must be real; got {validate.shown(loss)}.")
     loss = jnp.asarray(loss)
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"scale_loss: `loss` must be real; got {loss.dtype}.")

@@ -189,6 +189,9 @@ KINDS: dict[str, Any] = {
     "NumPy int": np.int64(3),
     "0-d float array": np.array(0.5),
     "0-d int array": np.array(3),
+    "float8": jnp.asarray(0.5, jnp.float8_e4m3fn),
+    "masked": np.ma.masked,
+    "a class": dict,
     "array of shape (2,)": np.ones(2, np.float32),
     "traced float": None,
     "traced int": None,
@@ -204,6 +207,7 @@ DATA = {
     "params",
     "state",
     "inner_state",
+    "like",
     "loss",
     "inputs",
     "batch",
@@ -304,7 +308,7 @@ def assert_no_fault(tried: list[tuple[str, str, str]]) -> None:
     assert not {case: what for case, what in found.items() if what}
 
 
-def test_a_sample_of_wrong_arguments_is_refused_by_name_or_works() -> None:
+def test_a_sample_of_wrong_arguments_is_refused_by_name_or_works(standard_promotion: None) -> None:
     assert_no_fault(random.Random(0).sample(cases(), 60))
 
 
@@ -317,3 +321,19 @@ def test_every_wrong_argument_is_refused_by_name_or_works(name: str, standard_pr
 def test_there_are_few_exceptions() -> None:
     assert len(EXCEPTIONS) <= 10
     assert all(reason for _, reason in EXCEPTIONS.values())
+
+
+MEETS_FLOAT32 = [
+    ("clip_by_update_norm", "sigmas"),
+    ("loss_scaling", "growth_factor"),
+    ("skip_spikes", "sigmas"),
+    ("clip_by_norm_history", "width"),
+    ("clip_by_value", "max_value"),
+    ("proximal_l1", "strength"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), MEETS_FLOAT32)
+def test_a_number_of_any_dtype_works_under_strict_promotion(name: str, argument: str) -> None:
+    assert jax.config.jax_numpy_dtype_promotion == "strict"
+    assert not [what for kind in ("traced int", "float8") if (what := fault(name, argument, kind))]

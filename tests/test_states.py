@@ -376,6 +376,13 @@ def test_every_transformation_refuses_states_that_are_not_its_own_and_takes_its_
         if entry.wraps or jax.tree.leaves(wrong):
             with pytest.raises(ValueError, match="is not a state of this transformation"):
                 step(wrong)
+    for shape in ((1, 3), (5, 2)):  # one would be broadcast, the other not
+        wrong = jax.eval_shape(tx.init, {**PARAMS, "a": jnp.ones(shape)})
+        if jax.tree.leaves(wrong) != jax.tree.leaves(state):
+            with pytest.raises(
+                ValueError, match=f"{entry.name}: `state` is .*/a` has the shape \\({shape[0]}, {shape[1]}"
+            ):
+                step(wrong)
 
 
 def test_a_check_of_the_state_is_remembered_and_lets_pass_what_works() -> None:

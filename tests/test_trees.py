@@ -379,3 +379,19 @@ def test_a_count_in_pieces_is_the_count(monkeypatch: pytest.MonkeyPatch) -> None
     count = count_true(flags)
     assert count.dtype == jnp.float32
     assert float(count) == np.sum(np.asarray(flags))
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.wraps], ids=str)
+def test_the_gradient_of_an_integer_is_named_where_the_optimizer_cannot_take_it(
+    entry: Entry, standard_promotion: None
+) -> None:
+    params = {"kernel": jnp.ones((2, 3)), "table": jnp.arange(3)}
+    grads = {"kernel": jnp.ones((2, 3)), "table": np.zeros(3, jax.dtypes.float0)}
+
+    def step(make_inner: Any) -> Any:
+        tx = entry.make(inner=make_inner)
+        return jax.eval_shape(lambda: og.apply_gradients(tx, grads, tx.init(params), params, value=jnp.ones(())))
+
+    with pytest.raises(ValueError, match="cannot take the gradient of leaf `table`, an integer's `float0`"):
+        step(optax.sgd)
+    step(lambda rate: optax.masked(optax.sgd(rate), {"kernel": True, "table": False}))

@@ -62,7 +62,7 @@ def _program(function: Callable[..., Any], static: _Static, numbers: list[Any]) 
 
 def _is_number(leaf: Any) -> bool:
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-        return leaf.dtype != object
+        return leaf.dtype != object and not isinstance(leaf, np.ma.MaskedArray)
     if isinstance(leaf, int):
         return not isinstance(leaf, bool) and abs(leaf) < 2**31  # JAX has no integer for a larger one
     return isinstance(leaf, (float, complex))

@@ -17,7 +17,7 @@ import numpy as np
 from optax_guard._common.axes import mean_over
 from optax_guard._common.typing import AxisName
 
-__all__ = ["loss_in", "named_by", "warn_of_misspellings", "with_value"]
+__all__ = ["is_number", "loss_in", "named_by", "warn_of_misspellings", "with_value"]
 
 _READ = ("value", "weight", "loss")
 _NEAR = 2  # letters changed, added or left out
@@ -28,8 +28,8 @@ def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = N
     loss = with_value(extra).get("value")
     if loss is None:
         return None
-    if not _is_number(loss) or np.shape(loss) != ():
-        got = f"an array of shape {np.shape(loss)}" if _is_number(loss) else f"{loss!r}"
+    if not is_number(loss) or np.shape(loss) != ():
+        got = f"an array of shape {np.shape(loss)}" if is_number(loss) else f"{loss!r}"
         raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is taken for the `value`).")
     if not hasattr(loss, "dtype"):  # a Python number has no dtype of its own
         if isinstance(loss, int) and abs(loss) > 2**1023:  # beyond every float
@@ -45,7 +45,7 @@ def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = N
 
 def with_value(extra: dict[str, Any]) -> dict[str, Any]:
     """The extra arguments with a loss that came as `loss` (a number or an array of them) also as `value`."""
-    if extra.get("value") is None and _is_number(extra.get("loss")):
+    if extra.get("value") is None and is_number(extra.get("loss")):
         return {**extra, "value": extra["loss"]}
     return extra
 
@@ -78,10 +78,12 @@ def named_by(receiver: Any) -> set[str]:
         return set()
 
 
-def _is_number(loss: Any) -> bool:
+def is_number(loss: Any) -> bool:
     """Whether this is a number or an array of numbers; a text, a function or a key is not."""
     if isinstance(loss, (bool, int, float, complex)):
         return True
+    if isinstance(loss, np.ma.MaskedArray):  # JAX takes none
+        return False
     dtype = getattr(loss, "dtype", None)
     return (
         dtype is not None

@@ -70,7 +70,7 @@ _MOMENTS = {
 
 def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Reader:
     """A `Reader` of checked arguments."""
-    if not callable(metric):
+    if not validate.is_callable(metric):
         validate.one_of(function, "metric", metric, METRICS)
     below_one = {"low": 0, "high": 1, "open_high": True}
     momentum = None if momentum is None else validate.scalar(function, "momentum", momentum, **below_one)

@@ -24,8 +24,8 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
     """A check that a state is of the kind that `init` makes: (state, params or None, gradients) -> None, or ValueError.
 
     It compares structure and shapes with those of `init`, traced once for each structure and remembered, so that a step
-    outside of `jit` pays microseconds. With `whole=False` only the transformation's own node is compared, not what is
-    in it.
+    outside of `jit` pays microseconds. With `whole=False` an optimizer inside may change the structure of its state, as
+    `optax.monitor` does: only shapes are compared, of the arrays that both have.
     """
 
     def check(state: Any, params: PyTree | None, gradients: PyTree) -> None:
@@ -63,8 +63,9 @@ def _difference(
     if not jax.tree.leaves(state) and not jax.tree.leaves(wanted):
         return None  # one without numbers may be left out: `optax.clip(1.0).update(grads, None)`
     if not whole:
-        return None if type(state) is type(wanted) else _kinds("it", state, wanted) + _cure(state, wanted)
-    found = _first_difference(state, wanted, (), shapes)
+        found = _other_shape(state, wanted, shapes) if type(state) is type(wanted) else _kinds("it", state, wanted)
+    else:
+        found = _first_difference(state, wanted, (), shapes)
     return None if found is None else found + _cure(state, wanted)
 
 
@@ -75,8 +76,7 @@ def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...], shapes
         return None  # a flight recorder of another length is read and written all the same
     leaves = is_single_leaf(got), is_single_leaf(wanted)
     if all(leaves):
-        same = not shapes or got.shape == wanted.shape
-        return None if same else f"{name} has the shape {got.shape}, {wanted.shape} here, as for other parameters"
+        return None if not shapes or got.shape == wanted.shape else _shapes_of(name, got, wanted)
     if any(leaves) or type(got) is not type(wanted):
         return _kinds(name, got, wanted)
     if not shapes and not isinstance(wanted, tuple):
@@ -96,6 +96,19 @@ def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...], shapes
     if shapes and jax.tree.structure(got) != jax.tree.structure(wanted):
         return f"{name} has another structure, {jax.tree.structure(got)}, here {jax.tree.structure(wanted)}"
     return None
+
+
+def _other_shape(got: PyTree, wanted: PyTree, shapes: bool) -> str | None:
+    """The first array that both have, in different shapes."""
+    arrays = dict(jax.tree_util.tree_leaves_with_path(got)) if shapes else {}
+    for path, array in jax.tree_util.tree_leaves_with_path(wanted):
+        if path in arrays and arrays[path].shape != array.shape:
+            return _shapes_of(f"`{path_name(path)}`", arrays[path], array)
+    return None
+
+
+def _shapes_of(name: str, got: Any, wanted: Any) -> str:
+    return f"{name} has the shape {got.shape}, {wanted.shape} here, as for other parameters"
 
 
 def _kinds(name: str, got: Any, wanted: Any) -> str:

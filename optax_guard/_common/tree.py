@@ -135,7 +135,7 @@ def count_true(flags: jax.Array) -> jax.Array:
 def is_function(given: Any) -> bool:
     """Whether it is a function and no tree, by Optax's rule: all leaves are callable (an Equinox module is a tree)."""
     leaves = jax.tree.leaves(given)
-    return bool(leaves) and all(map(callable, leaves))
+    return bool(leaves) and all(callable(leaf) and not isinstance(leaf, type) for leaf in leaves)
 
 
 def map_gradients(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
@@ -161,7 +161,9 @@ def as_arrays(function: str, tree: PyTree) -> PyTree:
 
 
 def _is_array(leaf: Any) -> bool:
-    """Whether it is an array of something that JAX knows, which NumPy's objects, texts and dates are not."""
+    """Whether it is an array of something that JAX knows, which NumPy's objects, texts, dates and masks are not."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        return False
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "V") not in "OUSmM"
 
 

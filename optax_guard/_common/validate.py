@@ -30,6 +30,7 @@ __all__ = [
     "floating_dtype",
     "function",
     "integer",
+    "is_callable",
     "one_of",
     "scalar",
     "scalar_or_schedule",
@@ -54,7 +55,7 @@ def scalar(
     static: bool = False,
     reason: str = "",
 ) -> Any:
-    """The number as a float, or a 0-d JAX array as it is; raises unless it is real and in [low, high].
+    """The number as a float, or a 0-d JAX array in float32 or wider; raises unless it is real and in [low, high].
 
     `reason` says where the ends come from.
 
@@ -70,7 +71,8 @@ def scalar(
                 f"{function}: `{argument}` must be {expected}; got an array {value.dtype}[{value.shape}] that is not a "
                 "real scalar."
             )
-        return value
+        kept = value.dtype in (jnp.float32, jnp.float64)
+        return value if kept else value.astype(jnp.float32)  # strictly promoted, no other type meets a float32
     number = _concrete(value)
     if number is None:
         raise ValueError(f"{function}: `{argument}` must be {expected}; got {shown(value)}.")
@@ -89,14 +91,14 @@ def scalar(
 
 
 def scalar_or_schedule(function: str, argument: str, value: Any, **limits: Any) -> Any:
-    """As `scalar`, and any callable passes: what a schedule gives is known only inside the step."""
-    return value if callable(value) else scalar(function, argument, value, **limits)
+    """As `scalar`, and any function passes: what a schedule gives is known only inside the step."""
+    return value if is_callable(value) else scalar(function, argument, value, **limits)
 
 
 def integer(function: str, argument: str, value: Any, *, low: int, high: int = INT32, reason: str = "") -> int:
     """Returns `value` as a Python int, or raises unless it is a whole number in [low, high]; `reason` is of `high`."""
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)):
             raise TypeError
         number = operator.index(value)
     except TypeError:  # JAX's errors for tracers are TypeErrors, too
@@ -128,8 +130,13 @@ def one_of(function: str, argument: str, value: Any, choices: tuple[str, ...]) -
 
 def function(function: str, argument: str, value: Any, expected: str) -> None:
     """Raises unless `value` can be called; `expected` says with what."""
-    if not callable(value):
+    if not is_callable(value):
         raise ValueError(f"{function}: `{argument}` must be a function {expected}; got {shown(value)}.")
+
+
+def is_callable(value: Any) -> bool:
+    """Whether it is a function, or an object that can be called; a class is neither, though Python calls it too."""
+    return callable(value) and not isinstance(value, type)
 
 
 def floating_dtype(function: str, argument: str, value: Any, choices: tuple[Any, ...] = ()) -> Any:
@@ -178,7 +185,7 @@ def _is_real(value: Any) -> bool:
 
 def _concrete(value: Any) -> float | None:
     """The number that a value is, or None if it is none, or is not known."""
-    if isinstance(value, (Tracer, bool, np.bool_)):
+    if isinstance(value, (Tracer, bool, np.bool_, np.ma.MaskedArray)):
         return None
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         if value.shape != () or not _is_real(value):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_guard._common import validate
 from optax_guard._common.tree import as_arrays, is_gradient, leaf_names, path_name
 from optax_guard._common.typing import PyTree
 
@@ -23,8 +24,7 @@ class Problem(NamedTuple):
 
 def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, has_aux: bool) -> Problem:
     """Checks all three, and raises a ValueError that says what is wrong and what to do."""
-    if not callable(loss_fn):
-        raise ValueError(f"{function}: `loss_fn` must be a function of (params, batch); got {loss_fn!r}.")
+    validate.function(function, "loss_fn", loss_fn, "of (params, batch)")
     params = as_arrays(function, params)
     leaves, structure = jax.tree.flatten(params)
     where = [i for i, leaf in enumerate(leaves) if is_gradient(leaf) and leaf.size > 0]

@@ -27,6 +27,7 @@ from optax_guard._common.tree import (
     difference,
     find_states,
     is_gradient,
+    path_name,
     wider_dtype,
 )
 from optax_guard._common.typing import AxisName, Mask, PyTree
@@ -139,8 +140,28 @@ def as_transformation(function: str, inner: Any, argument: str = "inner") -> opt
     if part_of(inner, object) is not None:
         return optax.GradientTransformationExtraArgs(init, update)
     if isinstance(inner, optax.GradientTransformation):
-        return optax.with_extra_args_support(inner)
-    return optax.GradientTransformationExtraArgs(init, _with_what_it_takes(update))
+        update = optax.with_extra_args_support(inner).update
+    else:
+        update = _with_what_it_takes(update)
+    return optax.GradientTransformationExtraArgs(init, _telling_float0(function, argument, update))
+
+
+def _telling_float0(function: str, argument: str, update: Callable[..., Any]) -> Callable[..., Any]:
+    """An `update` that names the gradient of an integer, on which it stumbles: few optimizers pass one on."""
+
+    def call(updates: optax.Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        try:
+            return update(updates, state, params, **extra)
+        except TypeError as error:
+            for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+                if getattr(leaf, "dtype", None) == jax.dtypes.float0:
+                    raise ValueError(
+                        f"{function}: `{argument}` cannot take the gradient of leaf `{path_name(path)}`, an integer's "
+                        f"`float0`. Keep such leaves from it: `optax.masked({argument}, mask)`."
+                    ) from error
+            raise
+
+    return functools.update_wrapper(call, update)  # whoever asks what `inner` takes sees its own signature
 
 
 def _with_what_it_takes(update: Callable[..., Any]) -> Callable[..., Any]:

@@ -181,7 +181,7 @@ def accumulate(
     """
     name = "accumulate"
     inner = as_transformation(name, inner)
-    if not callable(every):
+    if not validate.is_callable(every):
         every = validate.integer(name, "every", every, low=1)
     validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
     if isinstance(reduction, str):

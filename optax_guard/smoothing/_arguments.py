@@ -47,7 +47,7 @@ class SmoothedClassifier(NamedTuple):
 
 def check_apply_fn(name: str, apply_fn: Any) -> None:
     expected = "a hashable function (params, inputs) -> logits"
-    if not callable(apply_fn):
+    if not validate.is_callable(apply_fn):
         raise ValueError(f"{name}: `apply_fn` must be {expected}; got {apply_fn!r}.")
     try:
         hash(apply_fn)

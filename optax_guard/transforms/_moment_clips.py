@@ -313,7 +313,7 @@ def stable_spam(
             leaf_steps=jnp.zeros(leaves, jnp.int32),
         )
 
-    check_state = state_check(name, init, whole=False)  # other parameters are told by the count of leaves
+    check_state = state_check(name, init)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any

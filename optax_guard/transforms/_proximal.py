@@ -325,7 +325,7 @@ def sparsity(params: PyTree) -> Sparsity:
     """Counts the exact zeros of every leaf.
 
     Args:
-      params: arrays of any dtype; `None` leaves are left out.
+      params: arrays of any dtype; `None`, `float0` and keys are left out.
 
     Returns:
       A `Sparsity`: counts and shares by leaf path, and the share of all. Works under `jit`.
@@ -338,7 +338,7 @@ def sparsity(params: PyTree) -> Sparsity:
     named = [
         (name, leaf)
         for name, leaf in zip(leaf_names(params), positions(params), strict=True)
-        if leaf is not None and leaf.dtype != jax.dtypes.float0
+        if leaf is not None and leaf.dtype != jax.dtypes.float0 and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     ]
     zeros = {name: count_true(leaf == 0) for name, leaf in named}
     share = {name: zeros[name].astype(jnp.float32) / float(max(leaf.size, 1)) for name, leaf in named}
