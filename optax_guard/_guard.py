@@ -96,7 +96,7 @@ class _Judgement(NamedTuple):
 def guard(
     inner: optax.GradientTransformation,
     *rules: Rule,
-    recovery: tuple[Any, ...] = (),
+    recovery: tuple[_ladder.Rung, ...] = (),
     patience: int = 10,
     halt_after: int = 50,
     history: int = 256,
@@ -205,7 +205,7 @@ def guarded(
     inner: Any,
     rules: tuple[Rule, ...],
     *,
-    recovery: tuple[Any, ...],
+    recovery: tuple[_ladder.Rung, ...],
     patience: int,
     halt_after: int,
     history: int,

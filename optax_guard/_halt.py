@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from optax_guard._common.tree import find_states, unwrapped
-from optax_guard._common.typing import PyTree
+from optax_guard._common.typing import PyTree, State
 from optax_guard._guard import GuardState
 from optax_guard._step.reading import (
     member,
@@ -76,7 +76,7 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
             raise TrainingHalted(story)
 
 
-def clear_halt(state: optax.OptState) -> optax.OptState:
+def clear_halt(state: State) -> State:
     """The same state with every guard's `halted` cleared and its counts of non-finite steps and of rewinds at 0.
 
     Of an `nnx.Optimizer` take `optax_guard.flax.clear_halt(optimizer)`, which writes into its Variables: a step under

@@ -24,6 +24,7 @@ from optax_guard._guard import guarded
 from optax_guard._step.act import as_transformation
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
+from optax_guard.recovery._ladder import Rung
 from optax_guard.rules._norm_history import clip_by_norm_history
 from optax_guard.rules._skip import skip_spikes
 from optax_guard.rules._window import validate_scope_and_cap
@@ -38,7 +39,7 @@ def stabilize(
     max_norm: float | None = None,
     max_change: ScalarOrSchedule | None = None,
     follow: float = 400.0,
-    recovery: tuple[Any, ...] = (),
+    recovery: tuple[Rung, ...] = (),
     patience: int = 10,
     halt_after: int = 50,
     history: int = 256,

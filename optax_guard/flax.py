@@ -24,7 +24,7 @@ either direction. Equinox and plain JAX need nothing: `optax_guard.apply_gradien
 `pip install 'optax-guard[flax]'` brings Flax. Not imported by `import optax_guard`.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -87,7 +87,7 @@ class TrainState(train_state.TrainState):
 
     def apply_gradients(
         self, *, grads: PyTree, value: Any = None, extra_args: dict[str, Any] | None = None, **kwargs: Any
-    ) -> "TrainState":
+    ) -> Self:
         """Takes one optimizer step.
 
         Args:

@@ -23,7 +23,7 @@ and `rngs`, the source of the initial parameters. Arguments are static: Python n
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ except ImportError as error:
     raise ImportError("optax_guard.models needs Flax: pip install 'optax_guard[flax]'") from error
 
 __all__ = ["GRU", "MLP", "RNN", "ConvNet", "Transformer"]
+
+Init: TypeAlias = Literal["calm", "explosive"]
 
 
 class MLP(nnx.Module):
@@ -306,7 +308,7 @@ class Transformer(nnx.Module):
         heads: int = 4,
         query_key_norm: bool = False,
         residual_scaling: bool = True,
-        init: Literal["calm", "explosive"] = "calm",
+        init: Init = "calm",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -318,7 +320,7 @@ class Transformer(nnx.Module):
         _require(width % heads == 0, "Transformer", "width", width, f"a multiple of `heads` = {heads}")
         query_key_norm = validate.boolean("Transformer", "query_key_norm", query_key_norm)
         residual_scaling = validate.boolean("Transformer", "residual_scaling", residual_scaling)
-        validate.one_of("Transformer", "init", init, ("calm", "explosive"))
+        validate.one_of("Transformer", "init", init, Init)
         common = _common("Transformer", dtype, param_dtype, rngs)
         small = math.sqrt(2 / (5 * width))
         std, embedding_std = (small, 1.0) if init == "calm" else (4 * small, small)

@@ -6,7 +6,7 @@ both. Optax keeps the moments in the state, but not the constants (decay, eps), 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from optax_guard._common.numerics import accumulator_dtype
 from optax_guard._common.tree import check_same_structure, find_states, is_gradient, is_like, path_name, positions
 from optax_guard._common.typing import PyTree
 
-__all__ = ["ANY", "METRICS", "Path", "Reader", "Response", "injected_learning_rate", "reader", "responses"]
+__all__ = ["ANY", "Metric", "Path", "Reader", "Response", "injected_learning_rate", "reader", "responses"]
 
-METRICS = ("auto", "second_moment", "identity")
+MetricName: TypeAlias = Literal["auto", "second_moment", "identity"]
+Metric: TypeAlias = MetricName | Callable[[Any], PyTree]
 Path: TypeAlias = tuple[Any, ...]  # of keys, since two leaves may have one name
 ANY: Path = ("*",)  # the path of an array that fits no parameter
 
@@ -33,7 +34,7 @@ class Reader(NamedTuple):
     """How to read an optimizer's state: what the user said about it."""
 
     function: str  # for messages
-    metric: str | Callable[[Any], PyTree]
+    metric: Metric
     momentum: Any
     b2: Any
     eps: Any
@@ -71,7 +72,7 @@ _MOMENTS = {
 def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Reader:
     """A `Reader` of checked arguments."""
     if not validate.is_callable(metric):
-        validate.one_of(function, "metric", metric, METRICS)
+        validate.one_of(function, "metric", metric, MetricName)
     below_one = {"low": 0, "high": 1, "open_high": True}
     momentum = None if momentum is None else validate.scalar(function, "momentum", momentum, **below_one)
     b2 = None if b2 is None else validate.scalar(function, "b2", b2, **below_one)

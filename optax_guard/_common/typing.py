@@ -1,16 +1,21 @@
 """The few type names the signatures share."""
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
-import optax
+from jax.typing import ArrayLike
 
-__all__ = ["AxisName", "Mask", "PRNGKeyLike", "PyTree", "ScalarOrSchedule"]
+__all__ = ["AxisName", "Mask", "PRNGKeyLike", "Params", "PyTree", "ScalarOrSchedule", "Scope", "State", "Tree"]
 
 PyTree: TypeAlias = Any
-ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
+Params = TypeVar("Params")  # a step returns the type that it is given
+State = TypeVar("State")
+Tree = TypeVar("Tree")
+# A schedule may ask for an array, where `optax.Schedule` must take every kind of number.
+ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[jax.Array], ArrayLike]
 AxisName: TypeAlias = Hashable  # one mesh axis, or a tuple of them
 # Booleans in the structure of (a prefix of) the parameters, a function to them, or a pattern of paths ("*/kernel").
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree]
+Scope: TypeAlias = Literal["tree", "leaf"]  # one number for the whole tree, or one for each leaf
 PRNGKeyLike: TypeAlias = int | jax.Array  # a seed, a typed key, or raw uint32 key data

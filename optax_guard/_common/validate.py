@@ -12,7 +12,7 @@ count, a window, a choice), or `static=True` says so of a number, a tracer is re
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +120,9 @@ def boolean(function: str, argument: str, value: Any) -> bool:
     return bool(value)
 
 
-def one_of(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises unless `value` is one of `choices`."""
+def one_of(function: str, argument: str, value: Any, literal: Any) -> None:
+    """Raises unless `value` is in the `Literal` that the signature names: what a type checker and a call are told."""
+    choices = get_args(literal)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{function}: `{argument}` must be one of {', '.join(map(repr, choices))}; got {shown(value)}."

@@ -30,7 +30,7 @@ from optax_guard._common.tree import (
     path_name,
     wider_dtype,
 )
-from optax_guard._common.typing import AxisName, Mask, PyTree
+from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
 from optax_guard._step.judge import scale_leaves
 from optax_guard._step.observe import GradientStatistics
 
@@ -202,8 +202,8 @@ def refuse_inside(function: str, argument: str, state: Any, outer: dict[type, st
 
 
 def apply_gradients(
-    tx: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree, **extra: Any
-) -> tuple[PyTree, optax.OptState]:
+    tx: optax.GradientTransformation, grads: PyTree, state: State, params: Params, **extra: Any
+) -> tuple[Params, State]:
     """Takes one optimizer step: the fast way, for any Optax transformation.
 
     params, state <- apply_updates(params, u), state'     where  u, state' = tx.update(grads, state, params, **extra)

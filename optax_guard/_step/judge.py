@@ -12,7 +12,8 @@ remember           its state is kept over held NaN steps       it must ignore no
 =================  ==========================================  ==============================================
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Judge(Protocol):
     """(statistics, state, params=None, *, value=None, **extra) -> (verdict, new state)."""
 
     def __call__(
-        self, statistics: GradientStatistics, state: Any, params: PyTree | None = None, **extra: Any
+        self, statistics: GradientStatistics, state: Any, params: PyTree | None = None, /, **extra: Any
     ) -> tuple[Verdict, Any]:
         """Judges one step; must accept and ignore extra arguments it does not know."""
         ...
@@ -68,7 +69,7 @@ class Rule(optax.GradientTransformationExtraArgs):
 
 
 def rule(
-    init: optax.TransformInitFn, judge: Judge, *, axis_name: AxisName | None = None, sees_nonfinite: bool = False
+    init: Callable[[PyTree], Any], judge: Judge, *, axis_name: AxisName | None = None, sees_nonfinite: bool = False
 ) -> Rule:
     """Makes a rule from a judgement.
 
@@ -126,7 +127,10 @@ def rule(
         skip = verdict.skip | jnp.any(overflows(scaled, verdict.scale, updates))
         return scale_leaves(updates, verdict.scale, skip), state
 
-    return Rule(init, with_part(compiled_once(update), Judgement(judge, axis_name, sees_nonfinite)))
+    return Rule(
+        cast("optax.TransformInitFn", init),
+        with_part(compiled_once(update), Judgement(judge, axis_name, sees_nonfinite)),
+    )
 
 
 def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.typing import DTypeLike
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
@@ -38,7 +39,7 @@ from optax_guard._common.tree import (
     unwrapped,
     wider_dtype,
 )
-from optax_guard._common.typing import AxisName, Mask, PyTree
+from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
 from optax_guard._step.act import (
     FastStep,
     as_transformation,
@@ -51,8 +52,10 @@ from optax_guard._step.act import (
 from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
 from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics
 from optax_guard.accumulation._sums import (
-    REDUCTIONS,
+    BadMicroBatch,
+    Labels,
     MicroBatch,
+    Reduction,
     check_reduction,
     check_shapes,
     labels,
@@ -96,9 +99,9 @@ def accumulate(
     inner: optax.GradientTransformation,
     every: int | Callable[[jax.Array], jax.Array],
     *,
-    on_nonfinite: str = "drop_micro",
-    reduction: Any = "mean",
-    accumulator_dtype: Any = jnp.float32,
+    on_nonfinite: BadMicroBatch = "drop_micro",
+    reduction: Reduction | Labels = "mean",
+    accumulator_dtype: DTypeLike = jnp.float32,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One step of `inner` with the (weighted) mean of the gradients of `every` calls.
@@ -183,9 +186,9 @@ def accumulate(
     inner = as_transformation(name, inner)
     if not validate.is_callable(every):
         every = validate.integer(name, "every", every, low=1)
-    validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
+    validate.one_of(name, "on_nonfinite", on_nonfinite, BadMicroBatch)
     if isinstance(reduction, str):
-        validate.one_of(name, "reduction", reduction, REDUCTIONS)
+        validate.one_of(name, "reduction", reduction, Reduction)
     accumulator_dtype = validate.floating_dtype(name, "accumulator_dtype", accumulator_dtype)
     validate.axis_name(name, axis_name)
     inside = part_of(inner, FastStep)
@@ -350,12 +353,12 @@ def accumulate(
 
 def flush(
     tx: optax.GradientTransformation,
-    state: AccumulateState,
-    params: PyTree,
+    state: State,
+    params: Params,
     *,
     like: PyTree | None = None,
     **extra: Any,
-) -> tuple[PyTree, AccumulateState]:
+) -> tuple[Params, State]:
     """Ends the cycle here: one step with the micro-batches it holds, as for the last batch of an epoch.
 
     params, inner <- inner step with sum_i w_i g_i / sum_i w_i       over the calls since the last step

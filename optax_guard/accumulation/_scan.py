@@ -11,7 +11,7 @@ batches that come one call at a time       `accumulate`, whose gradients were al
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,11 @@ from optax_guard._common.eager import compiled_once
 from optax_guard._common.tree import as_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._common.typing import PyTree
 from optax_guard._step.observe import first_look, scale_statistics, squarable
+from optax_guard.accumulation._sums import BadMicroBatch
 
 __all__ = ["accumulate_gradients"]
+
+Remainder: TypeAlias = Literal["error", "pad"]
 
 
 def accumulate_gradients(
@@ -33,8 +36,8 @@ def accumulate_gradients(
     *,
     has_aux: bool = False,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
-    on_nonfinite: str = "drop_micro",
-    remainder: str = "error",
+    on_nonfinite: BadMicroBatch = "drop_micro",
+    remainder: Remainder = "error",
     axis_name: str | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
@@ -114,8 +117,8 @@ def accumulate_gradients(
     name = "accumulate_gradients"
     n = validate.integer(name, "num_micro_batches", num_micro_batches, low=1)
     has_aux = validate.boolean(name, "has_aux", has_aux)
-    validate.one_of(name, "on_nonfinite", on_nonfinite, ("drop_micro", "drop_cycle", "propagate"))
-    validate.one_of(name, "remainder", remainder, ("error", "pad"))
+    validate.one_of(name, "on_nonfinite", on_nonfinite, BadMicroBatch)
+    validate.one_of(name, "remainder", remainder, Remainder)
     if remainder == "pad" and weight_fn is None:
         raise ValueError(f"{name}: remainder='pad' needs a `weight_fn` that counts rows of zeros as nothing; got None.")
     validate.function(name, "loss_fn", loss_fn, "of (params, micro_batch, ...)")
@@ -204,7 +207,7 @@ def _split(x: jax.Array, n: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
-def _padded(batch: PyTree, n: int, devices: int, remainder: str) -> PyTree:
+def _padded(batch: PyTree, n: int, devices: int, remainder: Remainder) -> PyTree:
     """The batch with its first axis divisible by n on every device, or an error."""
     name = "accumulate_gradients"
     leaves = jax.tree_util.tree_leaves_with_path(batch)

@@ -1,7 +1,7 @@
 """The sums of an accumulation cycle: how one micro-batch goes into them, leaf by leaf."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,10 @@ from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics, squarable
 
 __all__ = [
-    "REDUCTIONS",
+    "BadMicroBatch",
+    "Labels",
     "MicroBatch",
+    "Reduction",
     "check_reduction",
     "check_shapes",
     "labels",
@@ -34,7 +36,16 @@ __all__ = [
     "with_passengers",
 ]
 
-REDUCTIONS = ("mean", "sum", "max", "last")
+BadMicroBatch: TypeAlias = Literal["drop_micro", "drop_cycle", "propagate"]
+Reduction: TypeAlias = Literal["mean", "sum", "max", "last"]
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+# A tree of reductions, or a function to one: `PyTree` would let a checker pass every string.
+Labels: TypeAlias = Mapping[Any, Any] | tuple[Any, ...] | list[Any] | _Dataclass | Callable[[PyTree], PyTree]
 
 
 class MicroBatch:
@@ -123,10 +134,11 @@ def labels(reduction: Any, tree: PyTree) -> list[str]:
     if isinstance(reduction, str):
         return [reduction] * len(positions(tree))
     chosen = reduction(tree) if is_function(reduction) else reduction
+    kinds = get_args(Reduction)
     for path, label in jax.tree_util.tree_leaves_with_path(chosen):
-        if not isinstance(label, str) or label not in REDUCTIONS:
+        if not isinstance(label, str) or label not in kinds:
             raise ValueError(
-                f"accumulate: `reduction` must hold {', '.join(map(repr, REDUCTIONS))}; at `{path_name(path)}` it "
+                f"accumulate: `reduction` must hold {', '.join(map(repr, kinds))}; at `{path_name(path)}` it "
                 f"holds {label!r}."
             )
     try:

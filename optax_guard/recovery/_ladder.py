@@ -5,7 +5,7 @@ snapshot. `finish` looks at the moments and takes snapshots, when they are due. 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ __all__ = [
     "Ladder",
     "Plan",
     "RecoveryState",
+    "Rung",
     "as_ladder",
     "finish",
     "forgive",
@@ -48,6 +49,8 @@ __all__ = [
     "recover",
     "scaled",
 ]
+
+Rung: TypeAlias = Reset | Rewind | optax.GradientTransformation  # the last of `back_off`
 
 _BIT = {name: 1 << position for position, name in enumerate(RECOVERIES)}
 

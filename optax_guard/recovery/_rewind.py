@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import DTypeLike
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
@@ -31,6 +32,8 @@ __all__ = [
     "updates_to",
     "watch_after_rewind",
 ]
+
+Memory: TypeAlias = Literal["device", "host"]
 
 _MOST_SNAPSHOTS = 100  # each is a copy of parameters and state, and has a branch of its own
 
@@ -57,7 +60,7 @@ class Rewind(NamedTuple):
     diverged: float
     attempts: int
     dtype: Any
-    memory: str
+    memory: Memory
 
 
 def rewind(
@@ -67,8 +70,8 @@ def rewind(
     after: int = 20,
     diverged: float = 2.0,
     attempts: int = 3,
-    dtype: Any = None,
-    memory: str = "device",
+    dtype: DTypeLike | None = None,
+    memory: Memory = "device",
 ) -> Rewind:
     """Go back to a snapshot when the loss has diverged or steps were refused in a row. The data go on.
 
@@ -145,7 +148,7 @@ def rewind(
     diverged = validate.scalar(name, "diverged", diverged, low=1, open_low=True, static=True)
     if dtype is not None:  # others are too narrow in range for second moments
         dtype = validate.floating_dtype(name, "dtype", dtype, (jnp.bfloat16, jnp.float32))
-    validate.one_of(name, "memory", memory, ("device", "host"))
+    validate.one_of(name, "memory", memory, Memory)
     return Rewind(
         every=validate.integer(name, "every", every, low=1),
         keep=validate.integer(

@@ -26,12 +26,11 @@ import optax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step
-from optax_guard._common.typing import AxisName, PyTree
+from optax_guard._common.typing import AxisName, PyTree, Scope
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
 from optax_guard.rules._window import (
     DISTRUSTED,
-    Scope,
     bounded_scale,
     keep_unless,
     number,

@@ -17,7 +17,7 @@ One thing is the same in both forms: a step that is not finite, and a norm of 0,
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,12 @@ import optax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step
-from optax_guard._common.typing import AxisName, PyTree
+from optax_guard._common.typing import AxisName, PyTree, Scope
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
 from optax_guard.rules._window import (
     DISTRUSTED,
     Observation,
-    Scope,
     bounded_scale,
     keep_unless,
     number,
@@ -43,6 +42,8 @@ from optax_guard.rules._window import (
 )
 
 __all__ = ["AdaGCState", "AutoClipState", "ZClipState", "adagc", "autoclip", "zclip"]
+
+Mode: TypeAlias = Literal["reciprocal", "mean", "percentile"]
 
 _LARGEST = 1e18  # a norm that can be squared in float32
 _LARGEST_LOG = 88.0  # of a float32
@@ -76,7 +77,7 @@ class AdaGCState(NamedTuple):
 def zclip(
     z_threshold: float = 2.5,
     *,
-    mode: Literal["reciprocal", "mean", "percentile"] = "reciprocal",
+    mode: Mode = "reciprocal",
     clip_factor: float = 1.0,
     decay: float = 0.97,
     max_norm: float | None = None,
@@ -153,7 +154,7 @@ def zclip(
     """
     name = "zclip"
     z_threshold = validate.scalar(name, "z_threshold", z_threshold, low=0, open_low=True)
-    validate.one_of(name, "mode", mode, ("reciprocal", "mean", "percentile"))
+    validate.one_of(name, "mode", mode, Mode)
     clip_factor = validate.scalar(name, "clip_factor", clip_factor, low=0, high=1, open_low=True)
     decay = validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
     faithful = validate.boolean(name, "faithful", faithful)
@@ -459,7 +460,7 @@ def _zclip_passes(
     times: Any,
     *,
     limit: jax.Array,
-    mode: str,
+    mode: Mode,
 ) -> tuple[jax.Array, jax.Array]:
     """Whether x is a spike, and what passes of it if it is; `times` multiplies a norm by the clip factor."""
     if mode == "percentile":

@@ -13,7 +13,7 @@ in the chain still advances (Adam's moments decay, schedules count, weight decay
 the rules that scale: after a clip it sees only clipped norms.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
 
 __all__ = ["SpikeState", "skip_large", "skip_nonfinite", "skip_spikes"]
+
+Signal: TypeAlias = Literal["auto", "loss", "norm", "both"]
 
 # A loss within 5 % of its level and a norm within x2 of its level are never spikes, however quiet the history.
 _LEAST_LOSS = 0.05
@@ -146,7 +148,7 @@ def skip_spikes(
     window: int = 128,
     sigmas: float = 6.0,
     *,
-    on: str = "auto",
+    on: Signal = "auto",
     follow: int = 8,
     faithful: bool = False,
     axis_name: AxisName | None = None,
@@ -227,7 +229,7 @@ def skip_spikes(
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
     follow = validate.integer(name, "follow", follow, low=1, high=validate.MILLION)
     sigmas = validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
-    validate.one_of(name, "on", on, ("auto", "loss", "norm", "both"))
+    validate.one_of(name, "on", on, Signal)
     faithful = validate.boolean(name, "faithful", faithful)
     validate.axis_name(name, axis_name)
     signals = {"auto": ("loss", "norm"), "both": ("loss", "norm")}.get(on, (on,))
@@ -278,7 +280,7 @@ def skip_spikes(
     return rule(init, judge, axis_name=axis_name)
 
 
-def _loss(name: str, extra: dict[str, Any], on: str, axis_name: AxisName | None) -> jax.Array | None:
+def _loss(name: str, extra: dict[str, Any], on: Signal, axis_name: AxisName | None) -> jax.Array | None:
     loss = loss_in(name, extra, axis_name)
     if loss is None and on in ("loss", "both"):
         raise ValueError(f"{name}: `on` {on!r} judges the loss; pass it to `update` or `apply_gradients` as `value=`.")

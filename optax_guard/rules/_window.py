@@ -1,19 +1,18 @@
 """What the rules that remember norms share: what they look at, when they learn, and the window of past norms."""
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_guard._common import validate
 from optax_guard._common.tree import positions
-from optax_guard._common.typing import PyTree
+from optax_guard._common.typing import PyTree, Scope
 from optax_guard._step.observe import GradientStatistics
 
 __all__ = [
     "DISTRUSTED",
     "Observation",
-    "Scope",
     "bounded_scale",
     "keep_unless",
     "number",
@@ -23,9 +22,6 @@ __all__ = [
     "sorted_window",
     "validate_scope_and_cap",
 ]
-
-Scope: TypeAlias = Literal["tree", "leaf"]
-
 
 DISTRUSTED = 5  # a percentile of a window is never one of this many largest norms: they may be one burst
 
@@ -100,7 +96,7 @@ def scope_shape(params: PyTree, scope: Scope) -> tuple[int, ...]:
 
 def validate_scope_and_cap(name: str, scope: Any, max_norm: Any) -> Any:
     """Checks both, and gives `max_norm` back as a float, an array or None."""
-    validate.one_of(name, "scope", scope, ("tree", "leaf"))
+    validate.one_of(name, "scope", scope, Scope)
     return None if max_norm is None else validate.scalar(name, "max_norm", max_norm, low=0, infinite=True)
 
 

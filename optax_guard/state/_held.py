@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_guard._common.tree import check_same_structure, path_name, unwrapped
-from optax_guard._common.typing import PyTree
+from optax_guard._common.typing import PyTree, Tree
 from optax_guard._guard import GuardState
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.record import EVENTS, HELD, FlightRecorder, last_row
@@ -32,7 +32,7 @@ __all__ = ["keep_if_held", "last_step_held", "select_old"]
 _WRAPPERS = (GuardState, AccumulateState, LossScalingState, optax.MultiStepsState, optax.ApplyIfFiniteState)
 
 
-def keep_if_held(state: optax.OptState, new: PyTree, old: PyTree) -> PyTree:
+def keep_if_held(state: optax.OptState, new: Tree, old: Tree) -> Tree:
     """What a step computed beside the optimizer: `new`, or `old` if the step that made `state` was held.
 
     kept = old   if the last call to the transformation was held,   else new           (every leaf selected as a whole)

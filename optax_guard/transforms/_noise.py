@@ -17,7 +17,7 @@ noise calibrated to it, which `jax-privacy` does.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,10 @@ from optax_guard._step.observe import gradient_statistics
 
 __all__ = ["NoiseState", "anticorrelated_noise", "langevin_noise", "noise_injection", "perturb_weights"]
 
+Kind: TypeAlias = Literal["gaussian", "uniform_ball"]
+NoiseScale: TypeAlias = Literal["none", "gradient"]
+WeightScale: TypeAlias = Literal["none", "weights"]
+
 _LARGEST = 1e36  # standard deviation: six of them, and the difference of two draws, are finite in float32
 
 
@@ -78,9 +82,9 @@ def noise_injection(
     gamma: ScalarOrSchedule = 0.55,
     *,
     key: PRNGKeyLike = 0,
-    kind: str = "gaussian",
+    kind: Kind = "gaussian",
     max_norm: ScalarOrSchedule | None = None,
-    relative_to: str = "none",
+    relative_to: NoiseScale = "none",
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Add annealed noise to the gradient.
@@ -154,10 +158,10 @@ def noise_injection(
     name = "noise_injection"
     eta = validate.scalar_or_schedule(name, "eta", eta, low=0)
     gamma = validate.scalar_or_schedule(name, "gamma", gamma, low=0)
-    validate.one_of(name, "kind", kind, ("gaussian", "uniform_ball"))
+    validate.one_of(name, "kind", kind, Kind)
     if max_norm is not None:
         max_norm = validate.scalar_or_schedule(name, "max_norm", max_norm, low=0)
-    validate.one_of(name, "relative_to", relative_to, ("none", "gradient"))
+    validate.one_of(name, "relative_to", relative_to, NoiseScale)
     salted = salt(name, kind)
 
     def perturb(updates: PyTree, state: NoiseState) -> PyTree:
@@ -320,7 +324,7 @@ def langevin_noise(
 
 
 def perturb_weights(
-    loss_fn: Callable[..., Any], sigma: float, *, relative_to: str = "none", mask: Mask | None = None
+    loss_fn: Callable[..., Any], sigma: float, *, relative_to: WeightScale = "none", mask: Mask | None = None
 ) -> Callable[..., Any]:
     """A loss whose weights are perturbed anew at every call, for `jax.grad` or `jax.value_and_grad`.
 
@@ -373,7 +377,7 @@ def perturb_weights(
     name = "perturb_weights"
     validate.function(name, "loss_fn", loss_fn, "of the parameters")
     sigma = validate.scalar(name, "sigma", sigma, low=0, high=_LARGEST)
-    validate.one_of(name, "relative_to", relative_to, ("none", "weights"))
+    validate.one_of(name, "relative_to", relative_to, WeightScale)
     salted = salt(name)
 
     @compiled_once

@@ -16,7 +16,7 @@ penalty in the gradient makes weights exactly zero: `proximal_l1` does.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ from optax_guard._common.tree import (
 from optax_guard._common.typing import Mask, PyTree, ScalarOrSchedule
 
 __all__ = ["PenaltyState", "dense_penalty", "elastic_net_penalty", "l1_penalty", "penalised", "shrink_gradients"]
+
+Dense: TypeAlias = Literal["l2", "pseudo_huber"]
+Shrinkage: TypeAlias = Literal["soft", "dense"]
 
 
 class PenaltyState(NamedTuple):
@@ -106,7 +109,7 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
 
 
 def dense_penalty(
-    strength: ScalarOrSchedule, kind: str = "l2", *, delta: float = 1.0, mask: Mask | None = None
+    strength: ScalarOrSchedule, kind: Dense = "l2", *, delta: float = 1.0, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Add the gradient of a penalty that is smooth everywhere: all weights shrink, none becomes zero.
 
@@ -161,7 +164,7 @@ def dense_penalty(
     """
     name = "dense_penalty"
     strength = validate.scalar_or_schedule(name, "strength", strength, low=0)
-    validate.one_of(name, "kind", kind, ("l2", "pseudo_huber"))
+    validate.one_of(name, "kind", kind, Dense)
     delta = validate.scalar(name, "delta", delta, low=0, open_low=True)
 
     def force(weight: jax.Array, factor: jax.Array) -> jax.Array:
@@ -229,7 +232,7 @@ def elastic_net_penalty(
     return _penalty(name, (l1, l2), mask, force)
 
 
-def shrink_gradients(threshold: ScalarOrSchedule, kind: str = "soft") -> optax.GradientTransformationExtraArgs:
+def shrink_gradients(threshold: ScalarOrSchedule, kind: Shrinkage = "soft") -> optax.GradientTransformationExtraArgs:
     """Shrink every element of the gradient itself, the small ones most.
 
     "soft":   g <- sign(g) * max(|g| - threshold, 0)           exact zeros below the threshold
@@ -276,7 +279,7 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: str = "soft") -> optax.G
     """
     name = "shrink_gradients"
     threshold = validate.scalar_or_schedule(name, "threshold", threshold, low=0)
-    validate.one_of(name, "kind", kind, ("soft", "dense"))
+    validate.one_of(name, "kind", kind, Shrinkage)
 
     def init(params: optax.Params) -> optax.OptState:
         params = as_arrays(name, params)

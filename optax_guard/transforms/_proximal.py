@@ -16,7 +16,7 @@ another problem, and finds next to no zeros.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jax import lax
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step, value_at
 from optax_guard._common.numerics import accumulator_dtype, multiplied
-from optax_guard._common.optimizer_state import Reader, Response, injected_learning_rate, reader, responses
+from optax_guard._common.optimizer_state import Metric, Reader, Response, injected_learning_rate, reader, responses
 from optax_guard._common.tree import (
     as_arrays,
     as_params,
@@ -44,7 +44,6 @@ from optax_guard.transforms._penalties import penalised
 
 __all__ = [
     "MAX_TURNS",
-    "Metric",
     "ProximalState",
     "Sparsity",
     "proximal_elastic_net",
@@ -53,7 +52,6 @@ __all__ = [
     "sparsity",
 ]
 
-Metric: TypeAlias = str | Callable[[Any], PyTree]
 _MOST_AXES = 32  # of an array, NumPy's limit
 MAX_TURNS = 50  # of Newton's method, which needs about ten
 

@@ -27,7 +27,7 @@ from optax_guard._common.numerics import accumulator_dtype, multiplied, safe_sqr
 from optax_guard._common.series import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._common.state_check import state_check
 from optax_guard._common.tree import checked, checked_with_params, is_gradient, positions
-from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule
+from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule, Scope
 from optax_guard._step.judge import scale_leaves
 from optax_guard._step.observe import first_look
 
@@ -64,7 +64,7 @@ class UpdateNormState(NamedTuple):
 
 
 def limit_step(
-    max_change: ScalarOrSchedule, *, scope: str = "tree", floor: float = 0.01, axis_name: AxisName | None = None
+    max_change: ScalarOrSchedule, *, scope: Scope = "tree", floor: float = 0.01, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Bound the finished update relative to the parameters.
 
@@ -128,7 +128,7 @@ def limit_step(
     """
     name = "limit_step"
     max_change = validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
-    validate.one_of(name, "scope", scope, ("tree", "leaf"))
+    validate.one_of(name, "scope", scope, Scope)
     floor = validate.scalar(name, "floor", floor, low=0, open_low=True)
     validate.axis_name(name, axis_name)
 
