@@ -303,3 +303,233 @@ def test_what_stable_spam_passes_on_has_a_norm_of_at_most_its_stated_bound() -> 
         got = np.asarray(sizes(jnp.asarray(np.concatenate([silence, history]).astype(np.float32))))
         assert got.max() <= bound * 1.0001
     assert bound == pytest.approx(1.405, abs=1e-3)
+
+
+# Rules that judge by history
+
+HISTORY = {
+    "clip_by_norm_history": og.clip_by_norm_history(),
+    "clip_by_norm_history, leaf": og.clip_by_norm_history(scope="leaf"),
+    "clip_by_median_norm": og.clip_by_median_norm(window=12),
+    "clip_by_median_norm, leaf": og.clip_by_median_norm(window=12, scope="leaf"),
+    "zclip": og.zclip(),
+    "zclip, mean": og.zclip(mode="mean"),
+    "zclip, percentile": og.zclip(mode="percentile"),
+    "zclip, faithful": og.zclip(faithful=True, warmup=2),
+    "autoclip": og.autoclip(window=12),
+    "autoclip, faithful": og.autoclip(faithful=True, window=12),
+    "adagc": og.adagc(),
+    "adagc, tree": og.adagc(scope="tree"),
+    "adagc, faithful": og.adagc(faithful=True, warmup=2),
+    "skip_spikes": og.skip_spikes(on="norm", window=8),
+    "skip_spikes, faithful": og.skip_spikes(on="norm", window=8, faithful=True),
+}
+FAITHFUL = [name for name in HISTORY if "faithful" in name]
+LEAF = [name for name in HISTORY if "leaf" in name or name in ("adagc", "adagc, faithful")]
+BAD_STEPS = {"NaN": np.nan, "Inf": np.inf}
+
+
+@quick_jit
+def after_histories(history: jax.Array, last: Any) -> dict[str, Any]:
+    """Of every rule: the states before and after the last gradient, and what became of it, after a history of it."""
+
+    def one(rule: og.Rule) -> Any:
+        def step(state: Any, norm: jax.Array) -> tuple[Any, jax.Array]:
+            grads = [jnp.full(4, norm / 2), jnp.full(1, norm)]
+            updates, state = rule.update(grads, state)
+            return state, jnp.stack([updates[0][0] * 2, updates[1][0]])
+
+        before, passed = jax.lax.scan(step, rule.init([jnp.zeros(4), jnp.zeros(1)]), history)
+        got, after = rule.update(last, before)
+        return before, got, after, passed
+
+    return {name: one(rule) for name, rule in HISTORY.items()}
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def after(history: Any, first: Any, second: Any) -> dict[str, Any]:
+    leaves = [np.asarray(leaf, np.float32) for leaf in (history, first, second)]
+    return after_histories(jnp.asarray(leaves[0]), [jnp.asarray(leaf) for leaf in leaves[1:]])
+
+
+def all_are_finite(tree: Any) -> bool:
+    return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
+
+
+NOISE = np.exp(np.random.default_rng(0).normal(0, 0.1, 40)).astype(np.float32)
+
+
+@pytest.mark.parametrize("history", [NOISE, 0 * NOISE], ids=["noise", "zeros"])
+def test_zeros_and_steps_that_are_not_finite_are_no_history(history: np.ndarray) -> None:
+    for name, (before, got, new, _) in after(history, [0.0, -0.0, 0, 0], [-0.0]).items():
+        assert bits(got) == bits([np.float32([0.0, -0.0, 0, 0]), np.float32([-0.0])]), name
+        if name != "skip_spikes, faithful":  # remembers what was, as published
+            assert bits(new) == bits(before), name
+    for leaves in (([np.nan, 1, 1, 1], [1.0]), ([1, 1, 1, 1], [-np.inf]), ([0, 0, 0, 0], [np.nan])):
+        for name, (before, got, new, _) in after(history, *leaves).items():
+            assert not any(np.asarray(leaf).any() for leaf in got), name
+            assert all_are_finite(new), name
+            if name != "skip_spikes, faithful":
+                assert bits(new) == bits(before), name
+
+
+def test_a_zero_leaf_is_no_history_of_that_leaf() -> None:
+    for name, (before, _, new, _) in after(NOISE, [0.5] * 4, [0.0]).items():
+        if name in LEAF:
+            same = [
+                [bits(old[leaf]) == bits(now[leaf]) for old, now in zip(before, new, strict=True)] for leaf in (0, 1)
+            ]
+            assert all(same[1]), name
+            assert not all(same[0]), name
+
+
+@pytest.mark.parametrize("size", [1e-37, 3e-7, 0.5, 3.0, 1e15, 3e18, 1e19, 1e37])
+def test_constant_norms_are_never_touched(size: float) -> None:
+    bare = np.stack([np.full(40, np.float32(np.float32(size) / 2) * 2), np.full(40, np.float32(size))], 1)
+    for name, (_, _, new, passed) in after(np.full(40, size), [size / 2] * 4, [size]).items():
+        assert all_are_finite(new), name
+        norm = np.sqrt(2) * size
+        if name == "autoclip, faithful":
+            np.testing.assert_allclose(passed, bare * (norm / (norm + 1e-6)), rtol=1e-5, atol=2e-38)
+        elif name in ("zclip, faithful", "adagc, faithful") and norm > 1:
+            assert np.all(np.abs(passed) < bare), name  # the authors' fixed bound
+            np.testing.assert_allclose(np.linalg.norm(np.asarray(passed)[:2], axis=1), 1.0, rtol=1e-5)  # the warm-up
+        else:
+            np.testing.assert_array_equal(passed, bare, err_msg=name)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-30])
+def test_a_spike_of_any_size_passes_as_what_the_history_allows(unit: float) -> None:
+    for size in (1e3, 1e15, 1e20, 1e30, 3e38):
+        for name, (before, got, new, _) in after(NOISE * np.float32(unit), [size / 2] * 4, [size]).items():
+            assert all_are_finite((got, new)), name
+            norms = [float(np.linalg.norm(np.asarray(leaf, np.float64))) for leaf in got]
+            if name == "clip_by_norm_history":
+                assert np.hypot(*norms) <= np.exp(float(before.log_threshold)) * (1 + 1e-5) + 1e-38
+            if size / unit > 1e60 and name.startswith("clip_by_norm_history"):
+                assert norms == [0.0, 0.0]  # the factor is below the smallest number
+            if name != "zclip, faithful" or unit == 1:  # there 1e-6 is added to a deviation of 1e-31
+                assert max(norms) <= 30 * unit, name
+
+
+@quick_jit
+def median_passes(norms: jax.Array) -> jax.Array:
+    rule = og.clip_by_median_norm()
+    return jax.lax.scan(lambda s, x: rule.update(x[None], s)[::-1], rule.init(norms[:1]), norms)[1][:, 0]
+
+
+@quick_jit
+def history_passes(norms: jax.Array) -> jax.Array:
+    rule = og.clip_by_norm_history()
+    return jax.lax.scan(lambda s, x: rule.update(x[None], s)[::-1], rule.init(norms[:1]), norms)[1][:, 0]
+
+
+@pytest.mark.parametrize(("spikes", "usual"), [(1, 1), (5, 1), (6, 6), (8, 8)])
+def test_spikes_at_the_start_are_forgotten_by_the_median(spikes: int, usual: int) -> None:
+    norms = np.ones(40, np.float32)
+    norms[:spikes], norms[spikes + usual] = 1e4, 1e4
+    assert float(median_passes(jnp.asarray(norms))[spikes + usual]) == pytest.approx(8.0, rel=1e-4)
+    if usual > 1:
+        norms[spikes + 1] = 1e4
+        assert float(median_passes(jnp.asarray(norms))[spikes + 1]) > 100
+
+
+def test_how_long_a_first_norm_that_was_too_low_holds_steps_back() -> None:
+    touched: dict[Any, list[int]] = {}
+    for seed in range(24):
+        norms = np.exp(np.random.default_rng(seed).normal(0, (0.1, 0.3, 0.5, 0.7)[seed % 4], 120)).astype(np.float32)
+        for low in (1e-2, 1e-4):
+            norms[0] = low
+            for name, passes in (("median", median_passes), ("history", history_passes)):
+                less = np.asarray(passes(jnp.asarray(norms))) < 0.999 * norms
+                free = next(i for i in range(1, 110) if not less[i : i + 3].any())
+                touched.setdefault((name, low), []).append(free - 1)
+    assert {case: np.median(steps) for case, steps in touched.items()} == {
+        ("median", 1e-2): pytest.approx(6, abs=1),
+        ("median", 1e-4): pytest.approx(6, abs=1),
+        ("history", 1e-2): pytest.approx(9, abs=1),
+        ("history", 1e-4): pytest.approx(68, abs=2),
+    }
+    most = {("median", 1e-2): 9, ("median", 1e-4): 9, ("history", 1e-2): 13, ("history", 1e-4): 75}
+    assert all(max(steps) <= most[case] for case, steps in touched.items())
+
+
+# Recovery
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_back_off_alone_answers_a_bad_update_and_a_bad_loss_alike(bad: float) -> None:
+    tx, zeros = og.back_off(recover_after=2, diverged=2.0), jnp.array([0.0, -0.0])
+    whole = jnp.array([1.0, -0.0])
+    for update, extra in ((whole.at[0].set(bad), {}), (whole, {"value": jnp.float32(bad)})):
+        state = tx.init(whole)
+        assert bits(tx.update(whole, state)[0]) == bits(whole)
+        got, state = tx.update(update, state, **extra)
+        assert not got.any()
+        assert (float(state.update_scale), int(state.back_off_total)) == (0.5, 1)
+        assert bits(tx.update(zeros, state)[0]) == bits(zeros)
+        for _ in range(2):
+            got, state = tx.update(whole, state)
+            assert 0.5 <= float(got[0]) < 1
+        assert bits(tx.update(whole, state)[0]) == bits(whole)
+    assert tx.update((), tx.init(()))[0] == ()
+
+
+def test_back_off_owes_no_more_steps_than_can_be_counted() -> None:
+    for wrong in ({"recover_after": 2**31 - 1}, {"factor": 1 - 1e-7}, {"recover_after": 2**20, "factor": 0.9999}):
+        with pytest.raises(ValueError, match=r"back_off: `recover_after` .* more than an int32 counts"):
+            og.back_off(**wrong)
+    for most in ({"recover_after": 2**28}, {"factor": 1 - 1e-5}, {"factor": 1e-30}, {"lowest": 1e-30}):
+        tx = og.back_off(**most)
+        state = tx.init(jnp.zeros(1))
+        for _ in range(12):
+            _, state = tx.update(jnp.full(1, np.nan), state)
+        assert state.healthy_steps_owed > 0
+        assert most.get("lowest", 0.01) <= float(state.update_scale) * (1 + 1e-6)
+
+
+LADDER_TX = og.guard(
+    optax.inject_hyperparams(optax.sgd)(0.5, momentum=0.5),
+    og.skip_large(2.0),
+    recovery=(og.reset_moments(after=2), og.back_off(0.5, recover_after=4, after=3), og.rewind(every=1, after=4)),
+    patience=100,
+    history=32,
+)
+
+
+@quick_jit
+def climbed(sizes: jax.Array, losses: jax.Array) -> Any:
+    def step(carry: Any, given: Any) -> Any:
+        params, state = carry
+        new, after_it = og.apply_gradients(LADDER_TX, jnp.full(1, given[0]), state, params, value=given[1])
+        return (new, after_it), (new, og.metrics(after_it))
+
+    return jax.lax.scan(step, (jnp.ones(1), LADDER_TX.init(jnp.ones(1))), (sizes, losses))[::-1]
+
+
+def climb(sizes: list[float], losses: list[float]) -> Any:
+    (params, numbers), (_, state) = climbed(jnp.asarray(sizes, jnp.float32), jnp.asarray(losses, jnp.float32))
+    return np.asarray(params)[:, 0], {name: np.asarray(x) for name, x in numbers.items()}, og.flight_log(state)
+
+
+def test_each_rung_acts_once_a_row_of_trouble_and_again_after_a_healthy_step() -> None:
+    sizes = [1.0] + [9.0] * 8 + [1.0] + [9.0] * 8
+    _, numbers, log = climb(sizes, [1.0] * 18)
+    resets, steps_down = numbers["guard/reset_total"], numbers["guard/back_off_total"]
+    assert resets.tolist() == [0, 0] + [1] * 9 + [2] * 7, log
+    assert np.diff(steps_down).sum() >= 2
+    assert numbers["guard/rewind_total"][-1] >= 2  # counted anew after each rewind
+
+
+def test_losses_that_are_zero_or_not_finite_are_not_averaged_and_without_a_snapshot_nothing_goes_back() -> None:
+    sizes, losses = [np.nan] * 6 + [1.0] * 5, [1.0] * 6 + [0.0, np.nan, np.inf, 3.0, 3.0]
+    params, numbers, log = climb(sizes, losses)
+    assert numbers["guard/rewind_total"][:6].tolist() == [0] * 6
+    assert params[:6].tolist() == [1.0] * 6
+    assert log["event"][6:9].tolist() == ["applied", "nonfinite", "nonfinite"]
+    assert params[6] == params[7] == params[8]  # held
+    assert numbers["guard/smoothed_loss"][6:9].tolist() == [0.0] * 3
+    assert numbers["guard/smoothed_loss"][9] == 3.0

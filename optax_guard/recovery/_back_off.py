@@ -83,7 +83,7 @@ def back_off(
     Args:
       factor: what each step down multiplies the scale by, in (0, 1).
       recover_after: healthy steps that make up for one step down (>= 1).
-      after: steps of trouble in a row until it steps down (>= 1).
+      after: steps of trouble in a row until it steps down (>= 1); alone in a chain every step of trouble does.
       lowest: bound on the scale, in (0, 1).
       diverged: also step down when the smoothed loss exceeds this multiple (> 1) of its best; None does not look.
       axis_name: as in `gradient_statistics`, for use alone; the loss is averaged over the axis.
@@ -116,6 +116,11 @@ def back_off(
         diverged = validate.scalar(name, "diverged", diverged, low=1, open_low=True, static=True)
     validate.axis_name(name, axis_name)
     most_owed = max(math.floor(recover_after * math.log(lowest) / math.log(factor)), 0)
+    if most_owed + recover_after > validate.INT32:
+        raise ValueError(
+            f"{name}: `recover_after` {recover_after}, `factor` {factor:g} and `lowest` {lowest:g} would owe up to "
+            f"{most_owed} healthy steps, more than an int32 counts: a smaller `recover_after` or `factor` does not."
+        )
 
     def init(params: optax.Params) -> BackOffState:
         del params

@@ -101,7 +101,7 @@ def clip_by_norm_history(
     first step                          passes: there is nothing to judge it by. `max_norm` bounds it
     steps 2 to 20                       looser: up to five spikes raise the threshold by x17 in 2 % of the histories
     first 1 to 5 norms spikes           threshold within x2 after 30 steps (worst 141)
-    first norm far too low              scaled down for 16 steps (worst 100)
+    first norm too low                  scaled down for 9 steps (worst 13) if x0.01, for 68 (worst 75) if x1e-4
     zero gradient, empty tree           unchanged, changes no field; with `scope="leaf"` so does a zero leaf
     constant norms                      never touched
     NaN or Inf in any leaf              zeros alone in a chain, held under `guard`; no leaf's history changes
@@ -229,8 +229,8 @@ def clip_by_median_norm(
     Case                               Result
     =================================  =================================================================
     first step                         passes: there is nothing to judge it by. `max_norm` bounds it
-    the first norms are spikes         forgotten as soon as one usual norm is seen
-    first norm far too low             scaled down for 7 steps (worst 9)
+    first 1 to 5 norms spikes          forgotten as soon as one usual norm is seen; of more, as many usual ones
+    first norm too low, by any factor  scaled down for 6 steps (worst 9)
     zero gradient, empty tree          unchanged, changes no field; with `scope="leaf"` so does a zero leaf
     constant norms                     never touched
     NaN or Inf in any leaf             zeros alone in a chain, held under `guard`; no history changes

@@ -214,14 +214,15 @@ def autoclip(
         of the first 500 steps by default; of the first 20 half).
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
 
-    =====================  =====================================================
+    =====================  =====================================================================================
     Case                   Result
-    =====================  =====================================================
+    =====================  =====================================================================================
     first step             passes; `max_norm` bounds it
     zero, empty tree       unchanged, changes no field
     constant norms         never touched
     NaN or Inf anywhere    zeros alone in a chain, held under `guard`
-    =====================  =====================================================
+    faithful               what would pass untouched is multiplied by ||g|| / (||g|| + 1e-6), the first step included
+    =====================  =====================================================================================
 
     Args:
       percentile: in (0, 100); a number or a 0-d array. None: 90, with `faithful=True` the authors' 10, which touches
@@ -328,7 +329,8 @@ def adagc(
     first step               passes; `max_norm` bounds it
     faithful, warm-up        the whole gradient is clipped to `max_norm`, c_i is the smallest norm so far
     zero gradient or leaf    unchanged, changes no field of that leaf
-    constant norms           never touched
+    constant norms           never touched; faithful, above `max_norm`: held to what the warm-up let through, times
+                             1.04 at first and more as the average grows
     NaN or Inf in any leaf   zeros alone in a chain, held under `guard`
     =======================  ====================================================================================
 

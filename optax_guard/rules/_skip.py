@@ -164,7 +164,7 @@ def skip_spikes(
     their median + max(sigmas * 1.48 * MAD, the margin above). With `faithful`, skip if x > mean + sigmas * std of the
     last `window` values, whatever they were.
 
-    Guarantees:
+    Guarantees (of the default, as the table):
       - Nothing that is not finite enters the history, and a non-finite loss or gradient changes none of it.
       - Up to `follow` - 1 refused spikes within 2 * follow - 1 steps, of any size, change later limits by nothing.
       - A lasting rise, of any size, is followed after `follow` refused steps where the noise is small against it, fewer
@@ -213,14 +213,14 @@ def skip_spikes(
 
     References:
       OLMo-core, `SkipStepOptimizer`, 2024; Levanter, `skip_bad_steps`; MaxText, `skip_step_on_spikes`. `faithful=True`
-      is OLMo-core's and MaxText's: unbiased standard deviation of raw values, refused ones included, once the value to
-      be judged is the (window / 2)-th, so from 63 before it. Deviations: a skip selects instead of multiplying with 0,
-      which writes NaN; NaN is kept as a code, so that the state stays finite (the window is blind to it no longer and
-      no shorter). Levanter judges from 64 values on, by the population's standard deviation, at least 1e-6, of the last
-      `window` + 1; on 2200 healthy histories that differs in 1 verdict of 19 000. Deviations of the default: quantiles
-      instead of mean and standard deviation, the logarithm of the norm, refused values kept out, `follow`, and judging
-      from 15 values on instead of 63. Published, one NaN refuses the next `window` steps, and after a lone spike A
-      everything below 0.54 A passes for `window` steps.
+      is OLMo-core's and MaxText's: unbiased standard deviation of raw values, refused ones, zeros and NaN included,
+      once the value to be judged is the (window / 2)-th, so from 63 before it. Deviations: a skip selects instead of
+      multiplying with 0, which writes NaN; NaN is kept as a code, so that the state stays finite (the window is blind
+      to it no longer and no shorter). Levanter judges from 64 values on, by the population's standard deviation, at
+      least 1e-6, of the last `window` + 1; on 2200 healthy histories that differs in 1 verdict of 19 000. Deviations
+      of the default: quantiles instead of mean and standard deviation, the logarithm of the norm, refused values kept
+      out, `follow`, and judging from 15 values on instead of 63. Published, one NaN refuses the next `window` steps,
+      and after a lone spike A everything below 0.54 A passes for `window` steps.
 
     See Also:
       `skip_large`, for a bound known beforehand.
