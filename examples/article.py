@@ -107,14 +107,14 @@ def make_optimizer(arm: Arm, seed: jax.Array) -> optax.GradientTransformation:
     """The whole programme as one optimizer."""
     inner = optax.chain(
         og.shrink_gradients(arm.shrink_soft),
-        og.shrink_gradients(arm.shrink_dense, kind="dense"),
+        og.shrink_gradients(arm.shrink_dense, shrinkage="dense"),
         og.l1_penalty(arm.l1_subgradient),
         og.dense_penalty(arm.dense),
         og.noise_injection(arm.eta, key=jnp.stack([jnp.uint32(8), seed.astype(jnp.uint32)]), max_norm=arm.noise_norm),
         optax.sgd(arm.learning_rate, momentum=MOMENTUM),
     )
     inner = og.proximal_l1(inner, arm.l1, learning_rate=arm.learning_rate, momentum=MOMENTUM)
-    guarded = og.guard(inner, og.clip_by_global_norm(arm.max_norm), history=1)
+    guarded = og.guard(inner, og.clip_by_global_norm(arm.max_norm), recorder_rows=1)
     return og.accumulate(guarded, every=lambda _: arm.every)
 
 

@@ -49,7 +49,7 @@ def train(scaled: bool, steps: int, seed: int) -> dict[str, float]:
     pixels = jnp.asarray(pixels / 16, jnp.float32)
     order = np.random.default_rng(seed).permutation(len(labels))
     held_out, rest = order[:300], order[300:]
-    inner = og.guard(optax.sgd(0.1 / LOSS_FACTOR, momentum=0.9), history=8)
+    inner = og.guard(optax.sgd(0.1 / LOSS_FACTOR, momentum=0.9), recorder_rows=8)
     tx = og.loss_scaling(inner, growth_interval=50) if scaled else inner
 
     def scaled_loss(params: list, state: optax.OptState, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,8 +5,8 @@
 
 A run in plain Optax (AdamW, a schedule, weight decay) has saved parameters and optimizer state with Orbax. Its next
 batches hold NaNs. The same optimizer goes on three ways from that checkpoint: as it was; under guard, by
-`og.with_guard_state`; and under guard for a while, then plain again by `og.inner_state`. The moments, the schedule's
-count and everything else of the optimizer go along bit for bit; only the guard's own history begins anew.
+`og.add_guard_state`; and under guard for a while, then plain again by `og.remove_guard_state`. The moments, the
+schedule's count and everything else of the optimizer go along bit for bit; only the guard's own history begins anew.
 """
 
 import argparse
@@ -122,14 +122,14 @@ def main(arguments: list[str] | None = None) -> None:
     # From here on it is another program, which has the checkpoint and knows how the optimizer was made.
     tx = og.guard(optimizer, og.clip_by_norm_history())
     guarded = make_step(tx)
-    guarded_state = og.with_guard_state(tx, params, state)
-    if not same_bits(og.inner_state(guarded_state), state):
+    guarded_state = og.add_guard_state(tx, params, state)
+    if not same_bits(og.remove_guard_state(guarded_state), state):
         sys.exit("The optimizer's state has changed on its way under guard.")
     ends = {"as it was": train(plain, *train(plain, params, state, parts[1]), parts[2])}
     rest = track(parts[1], "under guard", console=console, transient=True)
     middle = train(guarded, params, guarded_state, rest)
     ends["under guard to the end"] = train(guarded, *middle, parts[2])
-    ends["under guard, then plain"] = train(plain, middle[0], og.inner_state(middle[1]), parts[2])
+    ends["under guard, then plain"] = train(plain, middle[0], og.remove_guard_state(middle[1]), parts[2])
 
     table = Table(title=f"From the checkpoint at step {third}; batches with NaN up to step {2 * third}")
     for column in ("way to go on", "accuracy", "count of AdamW", "held"):

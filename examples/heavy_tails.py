@@ -99,7 +99,7 @@ def train(rules: tuple[og.Rule, ...], inputs: jax.Array, visits: jax.Array, seed
         return jnp.mean((predict(params, inputs[rows]) - target) ** 2)
 
     def one(learning_rate: jax.Array, seed: Seeds) -> Outcome:
-        tx = og.guard(optax.sgd(learning_rate, momentum=0.9), *rules, history=1)
+        tx = og.guard(optax.sgd(learning_rate, momentum=0.9), *rules, recorder_rows=1)
 
         def step(carry: Any, batch: Any) -> Any:
             params, state = carry

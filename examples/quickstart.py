@@ -85,10 +85,10 @@ ARMS = {
     "finite": Arm(
         "optax.apply_if_finite", lambda rate: optax.apply_if_finite(clipped(rate), NONFINITE_LIMIT), "#CC79A7"
     ),
-    "stabilize": Arm("og.stabilize", lambda rate: og.stabilize(sgd(rate), history=2048), "#56B4E9"),
+    "stabilize": Arm("og.stabilize", lambda rate: og.stabilize(sgd(rate), recorder_rows=2048), "#56B4E9"),
     "limited": Arm(
         f"og.stabilize, max_change={MAX_CHANGE:g}",
-        lambda rate: og.stabilize(sgd(rate), max_change=MAX_CHANGE, history=2048),
+        lambda rate: og.stabilize(sgd(rate), max_change=MAX_CHANGE, recorder_rows=2048),
         "#0072B2",
     ),
 }

@@ -43,10 +43,10 @@ from optax_guard.rules import (
 from optax_guard.state import (
     find_inner_state,
     flight_log,
-    inner_state,
     keep_if_held,
     metrics,
-    with_guard_state,
+    remove_guard_state,
+    add_guard_state,
 )
 from optax_guard.transforms import (
     adaptive_grad_clip,
@@ -85,6 +85,7 @@ __all__ = [
     "accumulation",
     "adagc",
     "adaptive_grad_clip",
+    "add_guard_state",
     "anticorrelated_noise",
     "apply_gradients",
     "autoclip",
@@ -107,7 +108,6 @@ __all__ = [
     "gradient_statistics",
     "guard",
     "has_updated",
-    "inner_state",
     "keep_if_held",
     "l1_penalty",
     "langevin_noise",
@@ -126,6 +126,7 @@ __all__ = [
     "raise_if_halted",
     "record_leaves",
     "recovery",
+    "remove_guard_state",
     "reset_moments",
     "rewind",
     "rule",
@@ -141,6 +142,5 @@ __all__ = [
     "stable_spam",
     "state",
     "transforms",
-    "with_guard_state",
     "zclip",
 ]

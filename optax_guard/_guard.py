@@ -29,16 +29,16 @@ from optax_guard._step.act import (
     add_updates,
     as_transformation,
     bad_updates,
+    checked_state,
     fast_transformation,
     mean_of,
     no_updates,
     refuse_inside,
-    settle,
     take_step,
 )
 from optax_guard._step.judge import Judgement, Rule
 from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
-from optax_guard._step.observe import GradientStatistics, first_look, overflows, scale_statistics, squarable
+from optax_guard._step.observe import GradientStatistics, one_pass_statistics, overflows, scale_statistics, squarable
 from optax_guard._step.reading import (
     SeenLeaves,
     saw_leaves,
@@ -99,7 +99,7 @@ def guard(
     recovery: tuple[_ladder.Rung, ...] = (),
     patience: int = 10,
     halt_after: int = 50,
-    history: int = 256,
+    recorder_rows: int = 256,
     check_updates: bool | None = None,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
@@ -148,7 +148,7 @@ def guard(
       patience: how many finite steps in a row the rules may refuse before one is let through (>= 0). A lasting change
         must not stop a run. An applied step resets the count; a non-finite one neither counts nor resets.
       halt_after: non-finite steps in a row until the guard halts (>= 1). A finite step resets the count.
-      history: rows of the flight recorder (>= 1); each takes 36 bytes.
+      recorder_rows: rows of the flight recorder (>= 1); each takes 36 bytes.
       check_updates: also hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a zero
         float16 gradient into NaN, or would take a finite parameter beyond its dtype. Costs a second copy of parameters
         and inner state while it runs. None: only if `inner.update` has a parameter for gradients that it asks for
@@ -192,7 +192,7 @@ def guard(
         recovery=recovery,
         patience=patience,
         halt_after=halt_after,
-        history=history,
+        recorder_rows=recorder_rows,
         check_updates=check_updates,
         mask=mask,
         axis_name=axis_name,
@@ -208,7 +208,7 @@ def guarded(
     recovery: tuple[_ladder.Rung, ...],
     patience: int,
     halt_after: int,
-    history: int,
+    recorder_rows: int,
     check_updates: bool | None,
     mask: Mask | None,
     axis_name: AxisName | None,
@@ -216,7 +216,7 @@ def guarded(
     """`guard`, whose messages speak of the function that was called and of its argument for the optimizer."""
     patience = validate.integer(name, "patience", patience, low=0)
     halt_after = validate.integer(name, "halt_after", halt_after, low=1)
-    history = validate.integer(name, "history", history, low=1, high=validate.MILLION)
+    recorder_rows = validate.integer(name, "recorder_rows", recorder_rows, low=1, high=validate.MILLION)
     validate.axis_name(name, axis_name)
     inner = as_transformation(name, inner, argument)
     if check_updates is None:  # an optimizer that asks for gradients by itself: none of these is seen here
@@ -258,7 +258,7 @@ def guarded(
             nonfinite_total=jnp.zeros((), jnp.int32),
             let_through_total=jnp.zeros((), jnp.int32),
             halted=jnp.zeros((), bool),
-            recorder=empty_recorder(history),
+            recorder=empty_recorder(recorder_rows),
             recovery_state=_ladder.init_ladder(ladder, params, inner_state),
             seen_leaves=saw_leaves(params),
         )
@@ -280,7 +280,7 @@ def guarded(
         if axis_name is not None and loss is not None:
             extra = {**extra, "value": loss}
         if statistics is None:
-            statistics = first_look(only_chosen(name, mask, total), axis_name)
+            statistics = one_pass_statistics(only_chosen(name, mask, total), axis_name)
         elif mask is not None:
             statistics = select_statistics(statistics, chosen(name, mask, total))
         total = zeros_elsewhere(name, mask, total)
@@ -299,7 +299,7 @@ def guarded(
 
         def propose(inner_state: Any = inner_state, params: PyTree = params) -> tuple[PyTree, Any]:
             updates, new_state = update_inner(mean_of(total, scale, like), inner_state, params, **extra)
-            return _ladder.scaled(plan, updates), settle(name, new_state, inner_state)
+            return _ladder.scaled(plan, updates), checked_state(name, new_state, inner_state)
 
         untouched = params if fast else no_updates(jax.eval_shape(propose)[0], like)
 
@@ -308,7 +308,7 @@ def guarded(
             if fast and not checks and not scales_updates:
                 gradient = mean_of(total, scale, like)
                 new_params, new_state = take_step(inner, gradient, inner_state, params, None, like, extra)
-                return new_params, settle(name, new_state, inner_state), nothing_bad
+                return new_params, checked_state(name, new_state, inner_state), nothing_bad
             updates, new_state = propose()
             if not checks:
                 return add_updates(params, updates) if fast else updates, new_state, nothing_bad

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_guard._common.tree import find_states, unwrapped
+from optax_guard._common.tree import field_array, find_states
 from optax_guard._common.typing import PyTree, State
 from optax_guard._guard import GuardState
 from optax_guard._step.reading import (
@@ -66,7 +66,7 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
     if not states:
         raise ValueError("raise_if_halted: there is no guard in this state; wrap the optimizer in `guard` first.")
     for each in states:
-        halted = np.asarray(jax.device_get(unwrapped(each.halted)))
+        halted = np.asarray(jax.device_get(field_array(each.halted)))
         if halted.any():
             who = [index for index in members(each.halted) if halted[index]]
             story = _story(each, who[0], state, params)
@@ -104,7 +104,7 @@ def clear_halt(state: State) -> State:
         fields["guarded_state"] = clear_halt(node.guarded_state)
         fields["halted"] = jax.tree.map(jnp.zeros_like, node.halted)
         fields["nonfinite_in_row"] = jax.tree.map(jnp.zeros_like, node.nonfinite_in_row)
-        fields["recovery_state"] = _ladder.forgive(node.recovery_state)
+        fields["recovery_state"] = _ladder.cleared(node.recovery_state)
         return GuardState(**fields)
 
     return jax.tree.map(clear, state, is_leaf=lambda node: isinstance(node, GuardState))
@@ -127,7 +127,7 @@ def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, param
     if len(bad) == 0:
         return "halted; the flight recorder no longer reaches back to the cause."
     last, loss_given = rows[bad[-1]], bool(losses_given(recorder)[bad[-1]])
-    count = int(unwrapped(in_row))
+    count = int(field_array(in_row))
     steps = "step" if count == 1 else "steps"
     seen = _what_was_seen(last, loss_given, guard_state, params)
     return (
@@ -164,9 +164,9 @@ def _what_to_do(
                 "The cause is `optax.MultiSteps` around the guard: its sum took in a number that is not finite, which "
                 "it keeps for ever (0 * NaN is NaN), so that every later cycle is lost. The parameters are those "
                 "before the first of them. Take `accumulate(guard(...), every)` in its place, which drops such a "
-                "micro-batch; `with_guard_state` brings the optimizer's state over."
+                "micro-batch; `add_guard_state` brings the optimizer's state over."
             )
-    shape = np.shape(unwrapped(guard_state.halted))
+    shape = np.shape(field_array(guard_state.halted))
     many = all(np.shape(leaf)[: len(shape)] == shape for leaf in jax.tree.leaves(params))
     bad = None if params is None else nonfinite_leaf(member(params, index if many else ()))
     if bad is not None:
@@ -179,7 +179,7 @@ def _what_to_do(
     if bad is not None:
         return (
             f"The optimizer's own state holds {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint, or "
-            "start its moments anew: `with_guard_state` into a guard with `recovery=(reset_moments(),)`."
+            "start its moments anew: `add_guard_state` into a guard with `recovery=(reset_moments(),)`."
         )
     return (
         "The parameters are those before the first of them. Look at `flight_log(state)`, mend the cause, and go on "

@@ -23,18 +23,18 @@ from optax_guard._common import validate
 from optax_guard._common.counters import count_if
 from optax_guard._common.extra import is_number, loss_in, with_value
 from optax_guard._common.parts import part_of
-from optax_guard._common.tree import as_params, find_states, is_gradient, map_gradients, unwrapped, wider_dtype
+from optax_guard._common.tree import as_params, field_array, find_states, is_gradient, map_gradients, wider_dtype
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.act import (
     FastStep,
     as_transformation,
+    checked_state,
     fast_transformation,
     no_updates,
-    settle,
     take_step,
 )
 from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
-from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics, squarable
+from optax_guard._step.observe import GradientStatistics, one_pass_statistics, scale_statistics, squarable
 
 __all__ = ["LossScalingState", "loss_scaling", "scale_loss"]
 
@@ -178,7 +178,7 @@ def loss_scaling(
         statistics: GradientStatistics | None = None,
     ) -> tuple[PyTree, LossScalingState]:
         if statistics is None:
-            statistics = first_look(only_chosen(name, mask, total), axis_name)
+            statistics = one_pass_statistics(only_chosen(name, mask, total), axis_name)
         elif mask is not None:
             statistics = select_statistics(statistics, chosen(name, mask, total))
         total = zeros_elsewhere(name, mask, total)
@@ -204,7 +204,7 @@ def loss_scaling(
                 fast=fast,
                 statistics=statistics,
             )
-            return result if fast else _narrowed(result, like, params), settle(name, new, state.unscaled_state)
+            return result if fast else _narrowed(result, like, params), checked_state(name, new, state.unscaled_state)
 
         if judges:  # it holds what is not finite by itself, and counts it
             result, inner_state = step()
@@ -259,7 +259,7 @@ def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"scale_loss: `loss` must be real; got {loss.dtype}.")
     wide = wider_dtype(loss.dtype, jnp.float32)
-    return loss.astype(wide) * lax.stop_gradient(unwrapped(states[0].loss_scale)).astype(wide)
+    return loss.astype(wide) * lax.stop_gradient(field_array(states[0].loss_scale)).astype(wide)
 
 
 def _widened(leaf: Any) -> Any:

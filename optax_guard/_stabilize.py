@@ -34,21 +34,21 @@ __all__ = ["stabilize"]
 
 
 def stabilize(
-    optimizer: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
     *,
     max_norm: float | None = None,
     max_change: ScalarOrSchedule | None = None,
-    follow: float = 400.0,
+    horizon: float = 400.0,
     recovery: tuple[Rung, ...] = (),
     patience: int = 10,
     halt_after: int = 50,
-    history: int = 256,
+    recorder_rows: int = 256,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Guards an optimizer against the three ways in which a run blows up: faults, spikes, steps that are too long.
 
-    guard(chain(optimizer, limit_step(max_change)), skip_spikes(on="loss"), clip_by_norm_history(follow, max_norm))
+    guard(chain(inner, limit_step(max_change)), skip_spikes(on="loss"), clip_by_norm_history(horizon, max_norm))
 
       - a gradient that is not finite, and a loss that is not, hold the step;
       - a loss far above its own history holds the step, where it is passed as `value=`; without it nothing is missed
@@ -59,14 +59,14 @@ def stabilize(
 
     Guarantees:
       - Those of `guard`: nothing non-finite is ever applied, a held step leaves no trace, a flight recorder runs along.
-      - Until a rule acts, and while steps are within `max_change`, the result equals that of `optimizer` up to the
+      - Until a rule acts, and while steps are within `max_change`, the result equals that of `inner` up to the
         rounding of single operations, as under `guard`.
 
     ===========================================  ===================================================================
     Case                                         Result
     ===========================================  ===================================================================
     no `value=`                                  no skip of spikes in the loss; everything else
-    a lasting change of level, of loss or norm   followed: after 8 refused steps, and within about `follow` steps
+    a lasting change of level, of loss or norm   followed: after 8 refused steps, and within about `horizon` steps
     first steps                                  the loss is judged from the 16th, the norm from the 2nd on;
                                                  `max_norm` bounds the first
     fixed learning rate, far too large           lives with `max_change`; without it, finite but useless
@@ -75,19 +75,19 @@ def stabilize(
     In the flight log rule 0 is the skip of spikes and rule 1 the clip.
 
     Args:
-      optimizer: any Optax transformation: SGD, Adam, Lion, Adafactor, Muon, chains with schedules and weight decay.
+      inner: any Optax transformation: SGD, Adam, Lion, Adafactor, Muon, chains with schedules and weight decay.
       max_norm: also a fixed bound (> 0) on the gradient's norm, as of `clip_by_global_norm`.
       max_change: bound on the norm of a step relative to that of the parameters (>= 0): a number, a 0-d array or a
         schedule. Begin with 0.01, which did well on every task of StabilityBench; 0.001 to 0.003 was better for some
         recurrent nets. Halve or double it like a learning rate. None leaves steps as they are, at no cost; with it the
         update is written out and read once more.
-      follow: steps in which the norm's history follows a change by x100 (see `clip_by_norm_history`), four times as
+      horizon: steps in which the norm's history follows a change by x100 (see `clip_by_norm_history`), four times as
         many as that rule's own default: with 100 an explosion of 5 % a step is followed and hardly touched. In
         StabilityBench the slower one lost a sixth as much to it, and nothing elsewhere.
       recovery: rungs of the ladder, as for `guard`.
       patience: as for `guard`.
       halt_after: as for `guard`.
-      history: rows of the flight recorder.
+      recorder_rows: rows of the flight recorder.
       mask: which leaves are trained, as for `guard`; `max_change` is relative to these alone.
       axis_name: as in `gradient_statistics`.
 
@@ -111,8 +111,8 @@ def stabilize(
       `guard`, to choose the rules oneself.
     """
     name = "stabilize"
-    inner = as_transformation(name, optimizer, "optimizer")
-    validate.scalar(name, "follow", follow, low=10)
+    inner = as_transformation(name, inner, "inner")
+    validate.scalar(name, "horizon", horizon, low=10)
     validate_scope_and_cap(name, "tree", max_norm)
     if max_change is not None:
         validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
@@ -122,16 +122,16 @@ def stabilize(
         elif mask is not None:
             limit = optax.masked(limit, mask)
         inner = optax.chain(inner, limit)
-    rules = _skip_loss_spikes(axis_name), clip_by_norm_history(follow, max_norm=max_norm, axis_name=axis_name)
+    rules = _skip_loss_spikes(axis_name), clip_by_norm_history(horizon, max_norm=max_norm, axis_name=axis_name)
     return guarded(
         name,
-        "optimizer",
+        "inner",
         inner,
         rules,
         recovery=recovery,
         patience=patience,
         halt_after=halt_after,
-        history=history,
+        recorder_rows=recorder_rows,
         mask=mask,
         check_updates=None,
         axis_name=axis_name,

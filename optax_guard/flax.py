@@ -201,7 +201,7 @@ def clear_halt(optimizer: nnx.Optimizer) -> None:
 
 
 def add_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation) -> None:
-    """Puts a guard around the optimizer of a run in flight, as `optax_guard.with_guard_state` does.
+    """Puts a guard around the optimizer of a run in flight, as `optax_guard.add_guard_state` does.
 
     Guarantees:
       - The optimizer's Variables (moments, counters) stay the same objects with the same bits.
@@ -216,7 +216,7 @@ def add_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransforma
       tx: a transformation with a `guard` in it; it becomes `optimizer.tx`.
 
     Raises:
-      ValueError: as `optax_guard.with_guard_state`.
+      ValueError: as `optax_guard.add_guard_state`.
 
     Example:
       >>> import optax_guard as og
@@ -227,11 +227,11 @@ def add_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransforma
       0
     """
     params = nnx.as_pure(nnx.state(model, optimizer.wrt, graph=optimizer.graph))
-    _put(optimizer, model, tx, _migration.with_guard_state(tx, params, nnx.as_pure(optimizer.opt_state)))
+    _put(optimizer, model, tx, _migration.add_guard_state(tx, params, nnx.as_pure(optimizer.opt_state)))
 
 
 def remove_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation) -> None:
-    """Takes every guard out of the optimizer, as `optax_guard.inner_state` does.
+    """Takes every guard out of the optimizer, as `optax_guard.remove_guard_state` does.
 
     Guarantees:
       - The optimizer's Variables (moments, counters) stay the same objects with the same bits.
@@ -255,13 +255,13 @@ def remove_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransfo
       >>> og.metrics(optimizer.opt_state)
       {}
     """
-    _put(optimizer, model, tx, _migration.inner_state(nnx.as_pure(optimizer.opt_state)))
+    _put(optimizer, model, tx, _migration.remove_guard_state(nnx.as_pure(optimizer.opt_state)))
 
 
 def inner_state(optimizer: nnx.Optimizer) -> Any:
     """The optimizer's state without guards, in its own Variables: what is written into them counts.
 
-    `optax_guard.inner_state(optimizer.opt_state)` gives a copy.
+    `optax_guard.remove_guard_state(optimizer.opt_state)` gives a copy.
 
     Args:
       optimizer: an `nnx.Optimizer` with a guard, Flax's or the one here.

@@ -36,7 +36,7 @@ try:
 except ImportError as error:
     raise ImportError("optax_guard.models needs Flax: pip install 'optax_guard[flax]'") from error
 
-__all__ = ["GRU", "MLP", "RNN", "ConvNet", "Transformer"]
+__all__ = ["GRU", "MLP", "RNN", "ConvNet", "Init", "Transformer"]
 
 Init: TypeAlias = Literal["calm", "explosive"]
 

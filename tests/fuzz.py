@@ -198,12 +198,12 @@ def build(stack: Stack) -> optax.GradientTransformation:
     tx = optax.chain(*parts) if len(parts) > 1 else optimizer
     rules = [by_name[name].make() for name in stack.rules]
     ladder = {"recovery": tuple(RUNGS[name]() for name in stack.rungs)}
-    limits = {"patience": stack.patience, "halt_after": stack.halt_after, "history": 2 * STEPS}
+    limits = {"patience": stack.patience, "halt_after": stack.halt_after, "recorder_rows": 2 * STEPS}
     for position, name in enumerate(stack.outside):
         if name == "guard" and position == 0:
             tx = og.guard(tx, *rules, **ladder, **limits, check_updates=stack.check_updates)
         elif name == "guard":
-            tx = og.guard(tx, og.clip_by_global_norm(2.0), history=2 * STEPS)
+            tx = og.guard(tx, og.clip_by_global_norm(2.0), recorder_rows=2 * STEPS)
         elif name == "stabilize":
             tx = og.stabilize(tx, max_norm=5.0, **ladder, **limits)
         elif name == "accumulate":

@@ -39,10 +39,10 @@ NOT_TRANSFORMATIONS = {
     "perturb_weights": "wraps a loss",
     "raise_if_halted": "reads a state",
     "sparsity": "a function of a tree",
-    "inner_state": "takes a state apart",
+    "remove_guard_state": "takes a state apart",
     "reset_moments": "an argument of `guard`",
     "rewind": "an argument of `guard`",
-    "with_guard_state": "puts a state together",
+    "add_guard_state": "puts a state together",
     "scale_loss": "a function of a state and a loss",
 }
 
@@ -116,17 +116,19 @@ def schedule(step: jax.Array) -> jax.Array:
 
 def guarded(learning_rate=0.1, max_norm=1.0, inner=momentum, check_updates=False, axis_name=None):
     rules = og.clip_by_global_norm(max_norm, axis_name=axis_name), og.skip_large(100.0, axis_name=axis_name)
-    return og.guard(inner(learning_rate), *rules, history=4, check_updates=check_updates, axis_name=axis_name)
+    return og.guard(inner(learning_rate), *rules, recorder_rows=4, check_updates=check_updates, axis_name=axis_name)
 
 
 def recovering(learning_rate=0.1, max_norm=1.0, inner=momentum, keep=1, axis_name=None):
     rungs = og.reset_moments(after=2, check_every=2), og.back_off(diverged=2.0), og.rewind(every=2, keep=keep, after=3)
     rule = og.clip_by_global_norm(max_norm, axis_name=axis_name)
-    return og.guard(inner(learning_rate), rule, history=4, recovery=rungs, axis_name=axis_name)
+    return og.guard(inner(learning_rate), rule, recorder_rows=4, recovery=rungs, axis_name=axis_name)
 
 
 def stabilized(learning_rate=0.1, max_norm=1.0, inner=momentum, max_change=None, axis_name=None):
-    return og.stabilize(inner(learning_rate), max_norm=max_norm, max_change=max_change, history=4, axis_name=axis_name)
+    return og.stabilize(
+        inner(learning_rate), max_norm=max_norm, max_change=max_change, recorder_rows=4, axis_name=axis_name
+    )
 
 
 def accumulated(learning_rate=0.1, inner=momentum, every=2, axis_name=None):
@@ -229,11 +231,11 @@ def rms_clipped(learning_rate=0.1, inner=momentum, max_rms=1.0):
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
 HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
-NOISE_STATIC = ("key", "kind", "relative_to", "mask")
+NOISE_STATIC = ("key", "distribution", "relative_to", "mask")
 
 ZCLIP_STATIC = ("mode", "faithful", "warmup", "skip_update_on_spike")
-UPDATE_NORM_STATIC = ("window", "follow", "faithful", "axis_name")
-SPIKE_STATIC = ("window", "on", "follow", "faithful", "axis_name")
+UPDATE_NORM_STATIC = ("window", "accept_after", "faithful", "axis_name")
+SPIKE_STATIC = ("window", "on", "accept_after", "faithful", "axis_name")
 LOSS_SCALING_STATIC = ("inner", "axis_name")
 
 ENTRIES = (
@@ -275,20 +277,22 @@ ENTRIES = (
     Entry("clip_by_update_rms", "", rms_clipped, {}, ("inner",), needs_params=True, wraps=True, parameter_copies=2),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),
-    Entry("dense_penalty", "", og.dense_penalty, {"strength": 0.1}, ("kind", "mask"), needs_params=True),
+    Entry("dense_penalty", "", og.dense_penalty, {"strength": 0.1}, ("penalty", "mask"), needs_params=True),
     Entry(
         "dense_penalty",
         "pseudo_huber",
         og.dense_penalty,
-        {"strength": schedule, "kind": "pseudo_huber", "delta": 0.1},
-        ("kind", "mask"),
+        {"strength": schedule, "penalty": "pseudo_huber", "delta": 0.1},
+        ("penalty", "mask"),
         needs_params=True,
     ),
     Entry("elastic_net_penalty", "", og.elastic_net_penalty, {"l1": 0.1, "l2": schedule}, ("mask",), needs_params=True),
-    Entry("shrink_gradients", "", og.shrink_gradients, {"threshold": 0.1}, ("kind",)),
-    Entry("shrink_gradients", "dense", og.shrink_gradients, {"threshold": schedule, "kind": "dense"}, ("kind",)),
+    Entry("shrink_gradients", "", og.shrink_gradients, {"threshold": 0.1}, ("shrinkage",)),
+    Entry(
+        "shrink_gradients", "dense", og.shrink_gradients, {"threshold": schedule, "shrinkage": "dense"}, ("shrinkage",)
+    ),
     Entry("noise_injection", "", og.noise_injection, {"key": 7}, NOISE_STATIC),
-    Entry("noise_injection", "uniform_ball", og.noise_injection, {"kind": "uniform_ball"}, NOISE_STATIC),
+    Entry("noise_injection", "uniform_ball", og.noise_injection, {"distribution": "uniform_ball"}, NOISE_STATIC),
     Entry(
         "noise_injection",
         "relative",

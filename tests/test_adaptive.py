@@ -84,18 +84,20 @@ def eventful_norms(seed: int, steps: int = 300) -> np.ndarray:
 # Oracles, in float64, from the equations
 
 
-def norm_history_oracle(norms: np.ndarray, follow: float = 100, width: float = 5, floor: float = 2) -> list[float]:
-    scales, level, spread = [], 0.0, np.log(8) / width
+def norm_history_oracle(
+    norms: np.ndarray, horizon: float = 100, deviations: float = 5, floor: float = 2
+) -> list[float]:
+    scales, level, spread = [], 0.0, np.log(8) / deviations
     for n, x in enumerate(np.log(norms)):
         if n == 0:
             level = x
             scales.append(1.0)
             continue
-        r, margin = x - level, max(width * spread, np.log(floor))
+        r, margin = x - level, max(deviations * spread, np.log(floor))
         scales.append(np.exp(min(0.0, margin - r)))
-        young, settled = 3 / (n + 3), 6 / follow
+        young, settled = 3 / (n + 3), 6 / horizon
         level += young * np.clip(r, -3, 2 / 3) if young > settled else settled * np.clip(r, -1, 1)
-        weight = max(0.5 / follow, 1 / (n + 10)) * (0.1 if abs(r) > margin else 1)
+        weight = max(0.5 / horizon, 1 / (n + 10)) * (0.1 if abs(r) > margin else 1)
         spread += weight * (min(abs(r), 1) - spread)
     return scales
 
@@ -116,7 +118,7 @@ def assert_scales(rule: og.Rule, norms: np.ndarray, expected: Any) -> None:
     np.testing.assert_allclose(got, np.reshape(expected, got.shape), rtol=2e-5)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"follow": 30, "width": 4, "floor": 1.5}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"horizon": 30, "deviations": 4, "floor": 1.5}], ids=str)
 def test_clip_by_norm_history_follows_its_equations(arguments: dict[str, float]) -> None:
     norms = eventful_norms(0)
     assert_scales(og.clip_by_norm_history(**arguments), norms, norm_history_oracle(norms, **arguments))
@@ -333,8 +335,8 @@ def test_under_a_guard_held_steps_teach_nothing() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: og.clip_by_norm_history(5), "`follow` must be a number in"),
-        (lambda: og.clip_by_norm_history(width=0), "`width` must be a number in"),
+        (lambda: og.clip_by_norm_history(5), "`horizon` must be a number in"),
+        (lambda: og.clip_by_norm_history(deviations=0), "`deviations` must be a number in"),
         (lambda: og.clip_by_norm_history(floor=1.0), "`floor` must be a number in"),
         (lambda: og.clip_by_norm_history(scope="layer"), "`scope` must be one of 'tree', 'leaf'"),
         (lambda: og.clip_by_norm_history(max_norm=-1.0), "`max_norm` must be a number in"),

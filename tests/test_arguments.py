@@ -51,7 +51,7 @@ def accept(*args: Any, **kwargs: Any) -> Any:
 
 
 SGD, ADAM = optax.sgd(0.1), optax.scale_by_adam()
-GUARD = og.guard(SGD, og.record_leaves(2), history=2)
+GUARD = og.guard(SGD, og.record_leaves(2), recorder_rows=2)
 SUM = og.accumulate(SGD, 2)
 SCALING = og.loss_scaling(SGD)
 RECORDED = GUARD.update(GRADS, GUARD.init(PARAMS), PARAMS)[1]
@@ -80,7 +80,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "gradient_statistics": {"tree": GRADS},
     "guard": {"inner": SGD},
     "has_updated": {"state": SUM.init(PARAMS)},
-    "inner_state": {"state": GUARD.init(PARAMS)},
+    "remove_guard_state": {"state": GUARD.init(PARAMS)},
     "l1_penalty": {"strength": 0.1},
     "langevin_noise": {"learning_rate": 0.1},
     "leaf_log": {"state": RECORDED},
@@ -101,9 +101,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "skip_large": {"max_norm": 1.0},
     "spam_clip": {"inner": ADAM},
     "sparsity": {"params": PARAMS},
-    "stabilize": {"optimizer": SGD},
+    "stabilize": {"inner": SGD},
     "stable_spam": {"inner": SGD},
-    "with_guard_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
+    "add_guard_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
     "smoothing.augment_with_noise": {"inputs": BATCH, "sigma": 0.1, "key": 0},
     "smoothing.certified_accuracy": {
         "certificate": smoothing.Certificate(np.array([1, 0]), np.array([0.5, 0.2])),
@@ -206,7 +206,7 @@ DATA = {
     "grads",
     "params",
     "state",
-    "inner_state",
+    "remove_guard_state",
     "like",
     "loss",
     "inputs",
@@ -324,9 +324,9 @@ def test_there_are_few_exceptions() -> None:
 
 
 MEETS_FLOAT32 = [
-    ("clip_by_update_norm", "sigmas"),
+    ("clip_by_update_norm", "deviations"),
     ("loss_scaling", "growth_factor"),
-    ("skip_spikes", "sigmas"),
+    ("skip_spikes", "deviations"),
     ("clip_by_norm_history", "width"),
     ("clip_by_value", "max_value"),
     ("proximal_l1", "strength"),

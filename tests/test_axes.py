@@ -111,8 +111,8 @@ def stack(rules: list[og.Rule], rungs: tuple[Any, ...], axis_name: Any) -> list[
         og.limit_step(0.05, scope="leaf", axis_name=axis_name),
         og.clippy(absolute=0.01, axis_name=axis_name),
     )
-    guarded = og.guard(bounds, *rules, recovery=rungs, check_updates=True, history=4, axis_name=axis_name)
-    accumulated = og.accumulate(og.guard(momentum(0.1), history=4, axis_name=axis_name), 2, axis_name=axis_name)
+    guarded = og.guard(bounds, *rules, recovery=rungs, check_updates=True, recorder_rows=4, axis_name=axis_name)
+    accumulated = og.accumulate(og.guard(momentum(0.1), recorder_rows=4, axis_name=axis_name), 2, axis_name=axis_name)
     return [og.loss_scaling(guarded, init=4.0, axis_name=axis_name), accumulated]
 
 

@@ -625,7 +625,7 @@ WRONG_ARGUMENTS = {  # the call, and what the message must say: function, argume
     "two keys": (lambda: og.noise_injection(key=jax.random.split(jax.random.key(0))), "noise_injection: `key` uint32"),
     "patience": (lambda: og.guard(SGD, patience=-1), "guard: `patience` -1 >= 0"),
     "halt_after": (lambda: og.guard(SGD, halt_after=0), "guard: `halt_after` 0 >= 1"),
-    "history": (lambda: og.guard(SGD, history=0), "guard: `history` 0 >= 1"),
+    "recorder_rows": (lambda: og.guard(SGD, recorder_rows=0), "guard: `recorder_rows` 0 >= 1"),
     "check_updates": (lambda: og.guard(SGD, check_updates=1), "guard: `check_updates` 1 True False"),
     "no rule": (lambda: og.guard(SGD, optax.clip(1.0)), "guard: rule 0 must be made by `rule` GradientTransformation"),
     "a number as rule": (lambda: og.guard(SGD, og.skip_large(9.0), 1.0), "guard: rule 1 1.0"),

@@ -496,7 +496,7 @@ LADDER_TX = og.guard(
     og.skip_large(2.0),
     recovery=(og.reset_moments(after=2), og.back_off(0.5, recover_after=4, after=3), og.rewind(every=1, after=4)),
     patience=100,
-    history=32,
+    recorder_rows=32,
 )
 
 

@@ -26,7 +26,7 @@ BATCHES = [X, np.full_like(X, np.nan), X[::-1].copy()]
 
 
 def make_tx() -> Any:
-    return og.guard(optax.adam(0.05), og.clip_by_global_norm(0.5), history=4)
+    return og.guard(optax.adam(0.05), og.clip_by_global_norm(0.5), recorder_rows=4)
 
 
 def loss_of(model: Any, x: jax.Array) -> jax.Array:
@@ -238,7 +238,7 @@ def nnx_step(model: Any, optimizer: Any, x: jax.Array) -> None:
 
 @pytest.mark.parametrize("kind", [nnx.Optimizer, Optimizer])
 def test_a_halt_is_cleared_in_place_also_for_a_cached_step(kind: Any) -> None:
-    model, optimizer, step = nnx_run(og.guard(optax.sgd(0.1), halt_after=1, history=4), kind)
+    model, optimizer, step = nnx_run(og.guard(optax.sgd(0.1), halt_after=1, recorder_rows=4), kind)
     step(BATCHES[1])
     with pytest.raises(og.TrainingHalted, match=r"the gradient of `bias.*`optax_guard.flax.clear_halt\(optimizer\)`"):
         og.raise_if_halted(optimizer.opt_state, model)
@@ -252,7 +252,7 @@ def test_a_halt_is_cleared_in_place_also_for_a_cached_step(kind: Any) -> None:
 
 def test_a_guard_is_put_in_and_taken_out_in_place() -> None:
     plain = optax.inject_hyperparams(optax.adam)(0.05)
-    tx = og.guard(plain, og.clip_by_global_norm(0.5), history=4)
+    tx = og.guard(plain, og.clip_by_global_norm(0.5), recorder_rows=4)
     model, optimizer, step = nnx_run(plain)
     step(BATCHES[0])
     moment = optimizer.opt_state.inner_state[0].mu["kernel"]
@@ -282,7 +282,7 @@ def test_a_guard_is_put_in_and_taken_out_in_place() -> None:
 
 def test_an_optimizer_that_trains_some_variables_has_them_named() -> None:
     model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.LoRA(2, 2, 2, rngs=nnx.Rngs(1)))
-    optimizer = Optimizer(model, og.guard(optax.sgd(0.1), halt_after=1, history=4), wrt=nnx.LoRAParam)
+    optimizer = Optimizer(model, og.guard(optax.sgd(0.1), halt_after=1, recorder_rows=4), wrt=nnx.LoRAParam)
     grads = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.LoRAParam))
     last = grads["layers"][1]["lora_b"]
     last[...] = last[...] * jnp.nan

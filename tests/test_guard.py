@@ -39,7 +39,7 @@ def optimizer() -> optax.GradientTransformation:
     return optax.chain(og.noise_injection(0.01, key=3), optax.adamw(optax.cosine_decay_schedule(0.1, 100)))
 
 
-TX = og.guard(optimizer(), og.skip_large(100.0), og.clip_by_global_norm(1.0), patience=2, halt_after=3, history=4)
+TX = og.guard(optimizer(), og.skip_large(100.0), og.clip_by_global_norm(1.0), patience=2, halt_after=3, recorder_rows=4)
 
 
 @jax.jit
@@ -143,7 +143,7 @@ def test_silent_rules_and_no_rules_equal_the_inner_optimizer_bit_for_bit() -> No
 def test_patience_lets_one_refused_step_through_and_starts_again() -> None:
     _, state = run(fast, [constant(1e3)] * 7)
     events = ["skipped", "skipped", "let_through"] * 2 + ["skipped"]
-    assert list(og.flight_log(state)["event"]) == events[-4:]  # history=4
+    assert list(og.flight_log(state)["event"]) == events[-4:]  # recorder_rows=4
     metrics = jax.device_get(og.metrics(state))
     assert (metrics["guard/skipped_total"], metrics["guard/let_through_total"]) == (5, 2)
     assert og.flight_log(state)["clipped_norm"][-2] == pytest.approx(1.0)  # let through as the rules scale it

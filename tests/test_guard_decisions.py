@@ -189,6 +189,6 @@ def test_a_step_is_judged_and_counted_by_the_rules(rules: Any, checks: bool, fas
 
 
 def test_a_new_guard_has_counted_nothing() -> None:
-    og.guard(spoiling(), patience=0, halt_after=1, history=1)  # the least of each
+    og.guard(spoiling(), patience=0, halt_after=1, recorder_rows=1)  # the least of each
     state = built(RULES).init({"bias": jnp.ones(2)})._replace(recorder=(), seen_leaves=())
     assert not any(x.any() for x in jax.tree.leaves(state))

@@ -133,7 +133,7 @@ def test_the_bits_are_those_of_jax_random() -> None:
 
 KINDS = {
     "gaussian": lambda **options: og.noise_injection(1.0, 0.0, **options),
-    "ball": lambda **options: og.noise_injection(1e4, 0.0, kind="uniform_ball", **options),
+    "ball": lambda **options: og.noise_injection(1e4, 0.0, distribution="uniform_ball", **options),
     "anticorrelated": lambda **options: og.anticorrelated_noise(1.0, **options),
     "langevin": lambda **options: og.langevin_noise(0.5, **options),
 }
@@ -160,9 +160,9 @@ def test_kinds_leaves_steps_and_elements_are_independent_under_one_key() -> None
     np.testing.assert_allclose(correlation, expected, atol=5 / np.sqrt(size))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_noise_sharded_explicitly_inside_jit_equals_unsharded(kind: str) -> None:
-    tx = KINDS[kind](key=9)
+@pytest.mark.parametrize("distribution", KINDS)
+def test_noise_sharded_explicitly_inside_jit_equals_unsharded(distribution: str) -> None:
+    tx = KINDS[distribution](key=9)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(jnp.zeros((16, 3)), NamedSharding(mesh, PartitionSpec("x")))
@@ -172,10 +172,10 @@ def test_noise_sharded_explicitly_inside_jit_equals_unsharded(kind: str) -> None
     np.testing.assert_allclose(noisy, once(tx, jnp.zeros((16, 3))), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_noise_of_a_zero_schedule_or_a_masked_leaf_changes_no_bit(kind: str) -> None:
+@pytest.mark.parametrize("distribution", KINDS)
+def test_noise_of_a_zero_schedule_or_a_masked_leaf_changes_no_bit(distribution: str) -> None:
     grads = {"a": jnp.array([-0.0, 1e-40, 3.0]), "b": jnp.array([1, 2])}
-    masked = once(KINDS[kind](mask={"a": False, "b": True}), grads)
+    masked = once(KINDS[distribution](mask={"a": False, "b": True}), grads)
     np.testing.assert_array_equal(np.asarray(masked["a"]).view(np.uint32), np.asarray(grads["a"]).view(np.uint32))
     np.testing.assert_array_equal(masked["b"], grads["b"])  # integers pass
 
@@ -202,7 +202,7 @@ def test_noise_is_drawn_once_per_emitted_step() -> None:
 
 def test_the_ball_is_filled_uniformly() -> None:
     """P(||n|| <= r) = (r / sigma)^dimension, over the whole tree as one vector; sigma^2 = eta / (1 + t)^gamma."""
-    tx = og.noise_injection(4.0, 0.0, key=1, kind="uniform_ball")
+    tx = og.noise_injection(4.0, 0.0, key=1, distribution="uniform_ball")
     grads = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
 
     def draw(state: Any, _: Any) -> tuple[Any, Any]:
@@ -314,7 +314,10 @@ def test_perturbed_weights_relative_masked_and_in_16_bits() -> None:
         (lambda: og.noise_injection(-1.0), r"noise_injection: `eta` must be a number in \[0, inf\); got -1.0"),
         (lambda: og.noise_injection(float("nan")), r"`eta` must be a number in \[0, inf\); got nan"),
         (lambda: og.noise_injection(1.0, float("inf")), r"`gamma` must be a number"),
-        (lambda: og.noise_injection(kind="ball"), r"`kind` must be one of 'gaussian', 'uniform_ball'; got 'ball'"),
+        (
+            lambda: og.noise_injection(distribution="ball"),
+            r"`distribution` must be one of 'gaussian', 'uniform_ball'; got 'ball'",
+        ),
         (lambda: og.noise_injection(relative_to="weights"), r"`relative_to` must be one of 'none', 'gradient'"),
         (lambda: og.noise_injection(max_norm=-1), r"`max_norm` must be a number in \[0, inf\)"),
         (

@@ -66,14 +66,14 @@ def test_multisteps_of_optax_may_be_guarded() -> None:
 
 
 WRONG: dict[str, Any] = {
-    "optimizer": optax.adam,
+    "inner": optax.adam,
     "max_norm": -1.0,
     "max_change": -1.0,
-    "follow": 1.0,
+    "horizon": 1.0,
     "recovery": (og.guard,),
     "patience": -1,
     "halt_after": 0,
-    "history": 0,
+    "recorder_rows": 0,
 }
 
 
@@ -81,7 +81,7 @@ WRONG: dict[str, Any] = {
 def test_the_errors_of_stabilize_name_it_and_its_argument(argument: str) -> None:
     assert {*WRONG, "axis_name", "mask"} == inspect.signature(og.stabilize).parameters.keys()
     with pytest.raises(ValueError, match=rf"^stabilize: `{argument}`"):
-        og.stabilize(**{"optimizer": optax.sgd(0.1), argument: WRONG[argument]})
+        og.stabilize(**{"inner": optax.sgd(0.1), argument: WRONG[argument]})
 
 
 def test_the_errors_of_a_step_of_stabilize_name_it() -> None:

@@ -52,5 +52,6 @@ def test_stabilize_names_its_own_option() -> None:
 def test_the_page_lists_all_that_needs_them() -> None:
     section = PAGE.read_text().split("## Where a library passes no parameters\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    listed = {name for row in rows for name in re.findall(r"\w+", row)} & set(og.__all__)
+    functions = {name for name in og.__all__ if callable(getattr(og, name))}  # `recovery` is also a folder
+    listed = {name for row in rows for name in re.findall(r"\w+", row)} & functions
     assert listed == {entry.name for entry in OURS} | set(RUNGS) | {"guard"}

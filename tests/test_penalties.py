@@ -205,12 +205,12 @@ def test_the_threshold_of_shrunk_gradients_can_be_a_schedule() -> None:
     ("make", "message"),
     [
         (lambda: og.dense_penalty(-1.0), r"dense_penalty: `strength` must be a number in \[0, inf\); got -1.0"),
-        (lambda: og.dense_penalty(1.0, "l1"), "dense_penalty: `kind` must be one of 'l2', 'pseudo_huber'; got 'l1'"),
+        (lambda: og.dense_penalty(1.0, "l1"), "dense_penalty: `penalty` must be one of 'l2', 'pseudo_huber'; got 'l1'"),
         (lambda: og.dense_penalty(1.0, delta=0.0), r"dense_penalty: `delta` must be a number in \(0, inf\); got 0.0"),
         (lambda: og.elastic_net_penalty(-1.0, 0.0), "elastic_net_penalty: `l1` must be .*; got -1.0"),
         (lambda: og.elastic_net_penalty(0.0, np.nan), "elastic_net_penalty: `l2` must be .*; got nan"),
         (lambda: og.shrink_gradients(np.inf), r"shrink_gradients: `threshold` must be a number in \[0, inf\); got inf"),
-        (lambda: og.shrink_gradients(0.1, "hard"), "shrink_gradients: `kind` must be one of 'soft', 'dense'"),
+        (lambda: og.shrink_gradients(0.1, "hard"), "shrink_gradients: `shrinkage` must be one of 'soft', 'dense'"),
     ],
 )
 def test_wrong_arguments_are_named(make: Callable[[], Any], message: str) -> None:

@@ -129,10 +129,10 @@ def test_recovery_and_accumulation_around_stabilize() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: og.stabilize(optax.adam), "stabilize: `optimizer`"),
+        (lambda: og.stabilize(optax.adam), "stabilize: `inner`"),
         (lambda: og.stabilize(optax.sgd(1.0), max_norm=-1.0), "`max_norm` -1.0"),
         (lambda: og.stabilize(optax.sgd(1.0), max_change=-1.0), "`max_change` -1.0"),
-        (lambda: og.stabilize(optax.sgd(1.0), follow=0), "`follow` 0"),
+        (lambda: og.stabilize(optax.sgd(1.0), horizon=0), "`horizon` 0"),
         (lambda: og.stabilize(optax.sgd(1.0), recovery=(1,)), "`recovery` 1"),
     ],
 )
@@ -154,8 +154,8 @@ def test_a_guard_comes_to_a_run_in_flight_and_leaves_it(tmp_path: Any) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         old = checkpointer.restore(tmp_path / "old", jax.eval_shape(adam.init, PARAMS))
     tx = og.guard(adam, og.clip_by_global_norm(1e6), og.skip_large(1e6), recovery=(og.rewind(), og.reset_moments()))
-    state = og.with_guard_state(tx, params, old)
-    assert bits(og.inner_state(state)) == bits(old)
+    state = og.add_guard_state(tx, params, old)
+    assert bits(og.remove_guard_state(state)) == bits(old)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
     params, state = train(tx, [1.0] * 3, params, state)
     with ocp.StandardCheckpointer() as checkpointer:  # that of the guarded one
@@ -163,7 +163,7 @@ def test_a_guard_comes_to_a_run_in_flight_and_leaves_it(tmp_path: Any) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "new", jax.eval_shape(tx.init, PARAMS))
     assert bits(restored) == bits(state)
-    params, state = train(adam, [1.0] * 3, params, og.inner_state(restored))
+    params, state = train(adam, [1.0] * 3, params, og.remove_guard_state(restored))
     assert jax.tree.structure(state) == jax.tree.structure(expected_state)
     # To rounding: another compiled step may fuse a multiply-add. The states themselves were moved bit for bit.
     chex.assert_trees_all_close((params, state), (expected_params, expected_state), rtol=1e-5, atol=1e-7)
@@ -184,16 +184,16 @@ NESTED = {
 def test_states_go_in_and_come_out_in_any_nesting(case: str) -> None:
     tx, bare = NESTED[case]
     old = jax.tree.map(lambda x: jnp.full_like(x, 3), bare.init(PARAMS))
-    state = og.with_guard_state(tx, PARAMS, old)
+    state = og.add_guard_state(tx, PARAMS, old)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
-    assert jax.tree.structure(og.inner_state(state)) == jax.tree.structure(old)
-    assert bits(og.inner_state(state)) == bits(old)
+    assert jax.tree.structure(og.remove_guard_state(state)) == jax.tree.structure(old)
+    assert bits(og.remove_guard_state(state)) == bits(old)
 
 
 def test_the_optimizers_state_alone_fits_into_the_one_guard_of_a_larger_whole() -> None:
     old = jax.tree.map(jnp.ones_like, ADAM.init(PARAMS))
     for tx in (og.accumulate(og.guard(ADAM), 3), optax.chain(LION, og.guard(ADAM))):
-        state = og.with_guard_state(tx, PARAMS, old)
+        state = og.add_guard_state(tx, PARAMS, old)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
         (guarded,) = [node for node in jax.tree.leaves(state, is_leaf=_is_guard) if _is_guard(node)]
         assert bits(guarded.guarded_state) == bits(old)
@@ -207,13 +207,13 @@ def test_what_does_not_fit_is_named() -> None:
     guard, adam = og.guard(ADAM), ADAM.init(PARAMS)
     other = {"bias": jnp.ones(4), "kernel": jnp.ones((3, 4))}
     for call, words in (
-        (lambda: og.with_guard_state(ADAM, PARAMS, adam), "with_guard_state: no guard in `tx`"),
-        (lambda: og.with_guard_state(guard, PARAMS, guard.init(PARAMS)), "with_guard_state: `inner_state` already"),
-        (lambda: og.with_guard_state(guard, PARAMS, LION.init(PARAMS)), "with_guard_state: lacks `0/nu/bias`"),
-        (lambda: og.with_guard_state(guard, PARAMS, ADAM.init(other)), "with_guard_state: `0/mu/kernel` [3, 4] [8, 4]"),
-        (lambda: og.with_guard_state(og.guard(LION), PARAMS, adam), "with_guard_state: `0/nu/bias`"),
-        (lambda: og.with_guard_state(NESTED["two"][0], PARAMS, adam), "with_guard_state: lacks `0/0/count`"),
-        (lambda: og.inner_state(adam), "inner_state: no guard"),
+        (lambda: og.add_guard_state(ADAM, PARAMS, adam), "add_guard_state: no guard in `tx`"),
+        (lambda: og.add_guard_state(guard, PARAMS, guard.init(PARAMS)), "add_guard_state: `inner_state` already"),
+        (lambda: og.add_guard_state(guard, PARAMS, LION.init(PARAMS)), "add_guard_state: lacks `0/nu/bias`"),
+        (lambda: og.add_guard_state(guard, PARAMS, ADAM.init(other)), "add_guard_state: `0/mu/kernel` [3, 4] [8, 4]"),
+        (lambda: og.add_guard_state(og.guard(LION), PARAMS, adam), "add_guard_state: `0/nu/bias`"),
+        (lambda: og.add_guard_state(NESTED["two"][0], PARAMS, adam), "add_guard_state: lacks `0/0/count`"),
+        (lambda: og.remove_guard_state(adam), "inner_state: no guard"),
     ):
         with pytest.raises(ValueError, match=r".") as caught:
             call()

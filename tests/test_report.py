@@ -31,7 +31,12 @@ from optax_guard.report import (
 
 PARAMS = {"decoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
 TX = og.guard(
-    optax.sgd(1e-3), og.record_leaves(64), og.skip_large(1e3), og.clip_by_global_norm(4.0), history=64, halt_after=20
+    optax.sgd(1e-3),
+    og.record_leaves(64),
+    og.skip_large(1e3),
+    og.clip_by_global_norm(4.0),
+    recorder_rows=64,
+    halt_after=20,
 )
 
 

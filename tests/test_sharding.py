@@ -48,7 +48,7 @@ STACK = og.accumulate(
         optax.chain(og.l1_penalty(0.01), og.noise_injection(0.01, key=3), momentum(0.1)),
         og.skip_large(100.0),
         og.clip_by_global_norm(1.0),
-        history=4,
+        recorder_rows=4,
     ),
     2,
 )
@@ -132,7 +132,7 @@ def test_jit_sees_global_norms_and_shard_map_local_ones_unless_axis_name() -> No
 def test_in_shard_map_guard_adds_one_all_reduce_and_replicas_agree_on_a_nan_of_one(axis_name: str | None) -> None:
     """Gradients averaged over the axis need no axis_name; gradients sharded over it do: one float a leaf."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    tx = og.guard(momentum(0.1), og.clip_by_global_norm(1.0, axis_name=axis_name), axis_name=axis_name, history=2)
+    tx = og.guard(momentum(0.1), og.clip_by_global_norm(1.0, axis_name=axis_name), axis_name=axis_name, recorder_rows=2)
     params = {"w": jnp.ones((16, 4))}
     grads = {"w": jnp.ones((16, 4)).at[9, 1].set(jnp.nan)}
     spec = P() if axis_name is None else P("x")
@@ -175,7 +175,7 @@ rng = np.random.default_rng(0)
 def put(x):
     return jax.make_array_from_callback(x.shape, split, lambda i: x[i])
 inner = optax.chain(og.noise_injection(0.01, key=3), optax.sgd(0.1, momentum=0.9))
-tx = og.accumulate(og.guard(inner, og.clip_by_global_norm(1.0), history=4), 2)
+tx = og.accumulate(og.guard(inner, og.clip_by_global_norm(1.0), recorder_rows=4), 2)
 params = {"w": put(rng.normal(size=(16, 3)).astype(np.float32))}
 state = jax.jit(tx.init)(params)
 step = jax.jit(lambda p, s, g: og.apply_gradients(tx, g, s, p))

@@ -65,7 +65,7 @@ def test_hyperparams_inside_a_guard_are_found_by_name_and_without_it() -> None:
     assert not hasattr(state, "hyperparams")
     state = optax.tree.set(state, learning_rate=jnp.float32(0.25))
     assert optax.tree.get(state, "learning_rate") == 0.25
-    chex.assert_trees_all_equal(og.inner_state(state).hyperparams, {"learning_rate": jnp.float32(0.25)})
+    chex.assert_trees_all_equal(og.remove_guard_state(state).hyperparams, {"learning_rate": jnp.float32(0.25)})
 
 
 def test_the_last_place_of_a_chain_stays_reachable_with_the_guard_before_it() -> None:

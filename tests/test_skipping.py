@@ -40,7 +40,7 @@ def refused(norms: Any, losses: Any = None, **arguments: Any) -> np.ndarray:
     return np.asarray(replay(**arguments)(norms, losses)[0])
 
 
-def published(values: np.ndarray, window: int = 128, sigmas: float = 6.0) -> np.ndarray:
+def published(values: np.ndarray, window: int = 128, deviations: float = 6.0) -> np.ndarray:
     """OLMo-core's rule in float64: unbiased std of the last `window` values, refused ones included."""
     verdicts = []
     for t, x in enumerate(values):
@@ -49,7 +49,7 @@ def published(values: np.ndarray, window: int = 128, sigmas: float = 6.0) -> np.
             verdicts.append(False)
             continue
         with np.errstate(invalid="ignore"):
-            verdicts.append(not x <= past.mean() + sigmas * past.std(ddof=1))
+            verdicts.append(not x <= past.mean() + deviations * past.std(ddof=1))
     return np.array(verdicts)
 
 
@@ -78,21 +78,23 @@ def test_faithful_refuses_128_healthy_steps_after_one_bad_loss_and_its_state_is_
 # The default: four laws
 
 
-def quantile_rule(values: np.ndarray, least: float, relative: bool, window: int = 128, follow: int = 8) -> np.ndarray:
+def quantile_rule(
+    values: np.ndarray, least: float, relative: bool, window: int = 128, accept_after: int = 8
+) -> np.ndarray:
     """The equations of the docstring in float64, with Python lists."""
     accepted, recent, verdicts = [], [], []
     for x in values:
-        last, few = np.sort(accepted[-window:]), np.sort(recent[-(2 * follow - 1) :])
+        last, few = np.sort(accepted[-window:]), np.sort(recent[-(2 * accept_after - 1) :])
         limit = np.inf
-        if len(last) >= min(window, 2 * follow - 1):
+        if len(last) >= min(window, 2 * accept_after - 1):
             n, middle = len(last), np.median(last)
             spread = 6 * (last[min(9 * n // 10, n - 1)] - middle) / 1.2815516
             margin = max(spread * (1 + 8 / n), least * abs(middle) if relative else least)
             limit = middle + margin
-            if len(few) == 2 * follow - 1 and few[follow - 1] > limit:
-                mad = np.median(np.abs(few - few[follow - 1]))
-                floor = least * abs(few[follow - 1]) if relative else least
-                limit = few[follow - 1] + max(6 * 1.4826022 * mad, floor, margin)
+            if len(few) == 2 * accept_after - 1 and few[accept_after - 1] > limit:
+                mad = np.median(np.abs(few - few[accept_after - 1]))
+                floor = least * abs(few[accept_after - 1]) if relative else least
+                limit = few[accept_after - 1] + max(6 * 1.4826022 * mad, floor, margin)
         verdicts.append(x > limit)
         recent.append(x)
         accepted += [] if verdicts[-1] else [x]
@@ -152,11 +154,11 @@ def test_law_2_seven_refused_spikes_change_no_later_verdict(noise: str, size: fl
 def test_law_3_a_lasting_rise_is_followed_within_follow_steps_or_so(noise: str, factor: float) -> None:
     values = NOISES[noise].copy()
     values[300:] *= factor
-    for follow in (3, 8):
-        if noise == "quiet":  # nothing but the change: exactly `follow`
-            assert refused(np.ones(600), values, on="loss", follow=follow)[300:].sum() == follow
-        assert refused(np.ones(600), values, on="loss", follow=follow)[300:].sum() <= 3 * follow + 3
-        assert refused(values, on="norm", follow=follow)[300:].sum() <= 2 * follow
+    for accept_after in (3, 8):
+        if noise == "quiet":  # nothing but the change: exactly `accept_after`
+            assert refused(np.ones(600), values, on="loss", accept_after=accept_after)[300:].sum() == accept_after
+        assert refused(np.ones(600), values, on="loss", accept_after=accept_after)[300:].sum() <= 3 * accept_after + 3
+        assert refused(values, on="norm", accept_after=accept_after)[300:].sum() <= 2 * accept_after
     assert refused(values[::-1], on="norm").sum() <= 3  # a fall refuses nothing
 
 
@@ -209,7 +211,7 @@ def test_constant_zero_and_non_finite_histories(faithful: bool) -> None:
 
 
 def test_counters_come_back_before_they_overflow() -> None:
-    tx = og.skip_spikes(window=5, follow=2, on="loss")
+    tx = og.skip_spikes(window=5, accept_after=2, on="loss")
     state = tx.init(None)
     state = og.rules.SpikeState(state[0], state[1], jnp.full(1, 2**30, jnp.int32), state[3])
     state = tx.update(jnp.ones(1), state, value=1.0)[1]
@@ -278,10 +280,10 @@ def test_auto_without_a_loss_judges_the_norm() -> None:
     [
         ({"window": 0}, "`window` must be a whole number >= 2; got 0"),
         ({"window": 1.5}, "`window` must be a whole number >= 2; got 1.5"),
-        ({"sigmas": 0.0}, r"`sigmas` must be a number in \(0, inf\); got 0.0"),
-        ({"sigmas": np.nan}, "`sigmas` .* nan"),
+        ({"deviations": 0.0}, r"`deviations` must be a number in \(0, inf\); got 0.0"),
+        ({"deviations": np.nan}, "`deviations` .* nan"),
         ({"on": "gradient"}, "`on` must be one of 'auto', 'loss', 'norm', 'both'; got 'gradient'"),
-        ({"follow": 0}, "`follow` must be a whole number >= 1; got 0"),
+        ({"accept_after": 0}, "`accept_after` must be a whole number >= 1; got 0"),
         ({"faithful": 1}, "`faithful` must be True or False; got 1"),
     ],
 )

@@ -44,7 +44,7 @@ AROUND = {
 
 @pytest.mark.parametrize("around", AROUND)
 def test_a_guard_that_sees_some_of_the_leaves_names_the_right_one(around: str) -> None:
-    tx = AROUND[around](og.guard(optax.sgd(0.1), og.record_leaves(4), halt_after=1, history=4))
+    tx = AROUND[around](og.guard(optax.sgd(0.1), og.record_leaves(4), halt_after=1, recorder_rows=4))
     params, state = step_of(tx)(BAD, tx.init(PARAMS), PARAMS)
     assert "the gradient of `b` held NaN" in halted(state, params)
     assert "the gradient of leaf 0 of 1 held NaN" in halted(state)
@@ -53,7 +53,7 @@ def test_a_guard_that_sees_some_of_the_leaves_names_the_right_one(around: str) -
 
 
 def test_parameters_other_than_those_of_the_guard_are_never_given_a_wrong_name() -> None:
-    tx = og.guard(optax.sgd(0.1), halt_after=1, history=4)
+    tx = og.guard(optax.sgd(0.1), halt_after=1, recorder_rows=4)
     _, state = step_of(tx)(BAD, tx.init(PARAMS), PARAMS)
     assert "the gradient of leaf 1 of 2 held NaN" in halted(state, {"a": PARAMS["a"]})
     assert "the gradient of `b` held NaN" in halted(state, {"0": PARAMS["a"], **PARAMS})
@@ -71,7 +71,7 @@ MANY = og.accumulate(
         og.clip_by_norm_history(scope="leaf"),
         og.record_leaves(4),
         halt_after=1,
-        history=4,
+        recorder_rows=4,
         recovery=(og.reset_moments(after=1), og.back_off(after=1), og.rewind(after=1)),
     ),
     1,
@@ -114,7 +114,7 @@ def test_a_state_of_many_runs_reads_as_those_of_its_members() -> None:
 
 
 def test_members_of_different_age_are_read_too() -> None:
-    tx = og.guard(optax.sgd(0.1), og.record_leaves(4), history=4)
+    tx = og.guard(optax.sgd(0.1), og.record_leaves(4), recorder_rows=4)
     step = step_of(tx)
     states = [tx.init(PARAMS), step(GRADS, tx.init(PARAMS), PARAMS)[1]]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -130,7 +130,7 @@ def test_members_of_different_age_are_read_too() -> None:
 
 @pytest.mark.parametrize("gradient", [GRADS, BAD], ids=["healthy", "bad"])
 def test_metrics_can_be_read_where_jax_stops_at_nan_and_inf(gradient: Any) -> None:
-    tx = og.loss_scaling(og.accumulate(og.guard(optax.sgd(0.1), og.clip_by_norm_history(), history=4), 1))
+    tx = og.loss_scaling(og.accumulate(og.guard(optax.sgd(0.1), og.clip_by_norm_history(), recorder_rows=4), 1))
     _, state = step_of(tx)(gradient, tx.init(PARAMS), PARAMS)
     with jax.debug_nans(True), jax.debug_infs(True):
         numbers = og.metrics(state)
@@ -143,7 +143,7 @@ def test_metrics_can_be_read_where_jax_stops_at_nan_and_inf(gradient: Any) -> No
 
 
 def test_a_nan_that_multi_steps_never_loses_is_called_so() -> None:
-    multi = optax.MultiSteps(og.stabilize(optax.sgd(0.1), halt_after=2, history=4), 2)
+    multi = optax.MultiSteps(og.stabilize(optax.sgd(0.1), halt_after=2, recorder_rows=4), 2)
     step = quick_jit(lambda g, s: multi.update(g, s, PARAMS))
     state = multi.init(PARAMS)
     for i in range(6):
@@ -154,7 +154,7 @@ def test_a_nan_that_multi_steps_never_loses_is_called_so() -> None:
 
 
 def test_a_halt_looks_at_parameters_and_moments() -> None:
-    tx = og.guard(optax.adam(0.1), halt_after=1, history=4)
+    tx = og.guard(optax.adam(0.1), halt_after=1, recorder_rows=4)
     bad_params = {"a": PARAMS["a"].at[0, 0].set(jnp.inf), "b": PARAMS["b"]}
     _, state = step_of(tx)(BAD, tx.init(PARAMS), bad_params)
     assert "The parameters are those before the first of them." in halted(state, PARAMS)
@@ -168,7 +168,7 @@ def test_a_halt_looks_at_parameters_and_moments() -> None:
 # Another optimizer's state put under a guard
 
 ADAM = optax.adam(0.1)
-GUARD = og.guard(ADAM, og.clip_by_global_norm(1.0), history=4)
+GUARD = og.guard(ADAM, og.clip_by_global_norm(1.0), recorder_rows=4)
 
 
 def numbered(tree: Any) -> Any:
@@ -251,7 +251,7 @@ SOURCES = {
 def test_the_optimizers_state_is_found_in_what_people_have(source: str) -> None:
     tx, old, paths = SOURCES[source]
     fresh = jax.eval_shape(tx.init, PARAMS)
-    state = og.with_guard_state(tx, PARAMS, old)
+    state = og.add_guard_state(tx, PARAMS, old)
     assert jax.tree.structure(state) == jax.tree.structure(fresh)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [(x.shape, x.dtype) for x in jax.tree.leaves(fresh)]
     adam = next(each for each in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(each))
@@ -290,22 +290,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_with_guard_state_says_why_it_refuses(case: str) -> None:
+def test_add_guard_state_says_why_it_refuses(case: str) -> None:
     tx, old, message = REFUSED[case]
-    with pytest.raises(ValueError, match=f"with_guard_state: .*{message}"):
-        og.with_guard_state(tx, PARAMS, old)
+    with pytest.raises(ValueError, match=f"add_guard_state: .*{message}"):
+        og.add_guard_state(tx, PARAMS, old)
 
 
-def test_with_guard_state_refuses_parameters_that_hold_nan() -> None:
+def test_add_guard_state_refuses_parameters_that_hold_nan() -> None:
     with pytest.raises(ValueError, match="the parameters themselves hold NaN, the first in `b`: restore an earlier"):
-        og.with_guard_state(GUARD, {"a": PARAMS["a"], "b": jnp.full(3, jnp.nan)}, OLD)
+        og.add_guard_state(GUARD, {"a": PARAMS["a"], "b": jnp.full(3, jnp.nan)}, OLD)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_reset_moments_starts_moments_anew_that_came_in_bad(bad: float) -> None:
-    tx = og.guard(ADAM, history=4, recovery=(og.reset_moments(),))
+    tx = og.guard(ADAM, recorder_rows=4, recovery=(og.reset_moments(),))
     old = jax.tree.map(lambda x: jnp.full_like(x, bad) if x.ndim else x, OLD)
-    state = og.with_guard_state(tx, PARAMS, old)
+    state = og.add_guard_state(tx, PARAMS, old)
     step = step_of(tx)
     params, state = step(GRADS, state, PARAMS)
     assert og.flight_log(state)["recovery"].tolist() == ["reset_nonfinite"]
@@ -317,15 +317,15 @@ def test_reset_moments_starts_moments_anew_that_came_in_bad(bad: float) -> None:
 # A state that is not of this transformation
 
 OWN = GUARD.init(PARAMS)
-RECOVERING = og.guard(ADAM, og.clip_by_global_norm(1.0), recovery=(og.back_off(),), history=4)
-TWO_RULES = og.guard(ADAM, og.clip_by_global_norm(1.0), og.skip_spikes(), history=4)
+RECOVERING = og.guard(ADAM, og.clip_by_global_norm(1.0), recovery=(og.back_off(),), recorder_rows=4)
+TWO_RULES = og.guard(ADAM, og.clip_by_global_norm(1.0), og.skip_spikes(), recorder_rows=4)
 WRONG = {
-    "bare": (GUARD, OWN.guarded_state, "it is a tuple, here a GuardState. There is no guard in it: `with_guard_state"),
+    "bare": (GUARD, OWN.guarded_state, "it is a tuple, here a GuardState. There is no guard in it: `add_guard_state"),
     "list": (GUARD, list(OWN), "it is a list, here a GuardState"),
     "list inside": (
         GUARD,
         OWN._replace(guarded_state=list(OWN.guarded_state)),
-        "`guarded_state` is a list, here a tuple. `with_guard_state.*`inner_state",
+        "`guarded_state` is a list, here a tuple. `add_guard_state.*`inner_state",
     ),
     "a rule less": (TWO_RULES, OWN, "it has the states of 1 rules, here are 2"),
     "a rule more": (og.guard(ADAM), OWN, "it has the states of 1 rules, here are 0"),
@@ -397,13 +397,13 @@ def test_a_check_of_the_state_is_remembered_and_lets_pass_what_works() -> None:
         return init(params)
 
     for start in (init, peeks):
-        tx = og.guard(optax.GradientTransformation(start, lambda u, s, _=None: (u, s)), history=4)
+        tx = og.guard(optax.GradientTransformation(start, lambda u, s, _=None: (u, s)), recorder_rows=4)
         state = tx.init(PARAMS)
         calls.clear()
         for _ in range(3):
             jax.eval_shape(tx.update, GRADS, state, PARAMS)
         assert len(calls) <= 1
-    longer = og.guard(ADAM, og.clip_by_global_norm(1.0), history=8).init(PARAMS)  # goes on with its own length
+    longer = og.guard(ADAM, og.clip_by_global_norm(1.0), recorder_rows=8).init(PARAMS)  # goes on with its own length
     jax.eval_shape(GUARD.update, GRADS, longer, PARAMS)
 
 

@@ -185,7 +185,7 @@ def test_clippy_with_zeros_and_numbers_that_are_none() -> None:
     [
         ("limit_step", lambda: og.limit_step(lambda step: 0.1 + 0.0 * step.astype(jnp.float32))),
         ("clippy", lambda: og.clippy(0.1, absolute=1e-3)),
-        ("update_norm", lambda: og.clip_by_update_norm(8, follow=2)),
+        ("update_norm", lambda: og.clip_by_update_norm(8, accept_after=2)),
     ],
 )
 def test_metrics_tell_how_often_a_bound_takes_hold(name: str, make: Any) -> None:
@@ -216,8 +216,8 @@ def test_the_factor_of_a_bound_that_is_nan_counts_as_0_in_the_state() -> None:
         (lambda: og.limit_step(0.1, scope="row"), "limit_step: `scope` must be one of 'tree', 'leaf'; got 'row'"),
         (lambda: og.limit_step(0.1, floor=0.0), "limit_step: `floor` .* 0.0"),
         (lambda: og.clip_by_update_norm(0), "clip_by_update_norm: `window` must be a whole number >= 2; got 0"),
-        (lambda: og.clip_by_update_norm(sigmas=-1.0), "clip_by_update_norm: `sigmas` .* -1.0"),
-        (lambda: og.clip_by_update_norm(follow=0), "clip_by_update_norm: `follow` .* 0"),
+        (lambda: og.clip_by_update_norm(deviations=-1.0), "clip_by_update_norm: `deviations` .* -1.0"),
+        (lambda: og.clip_by_update_norm(accept_after=0), "clip_by_update_norm: `accept_after` .* 0"),
         (lambda: og.clip_by_update_norm(faithful="yes"), "clip_by_update_norm: `faithful` .* 'yes'"),
         (lambda: og.clippy(-1.0), "clippy: `relative` .* -1.0"),
         (lambda: og.clippy(absolute=0.0), "clippy: `absolute` .* 0.0"),

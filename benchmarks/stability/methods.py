@@ -140,106 +140,106 @@ def stable_adamw(optimizer: Transformation, setting: Any) -> Transformation:
     return og.clip_by_update_rms(optimizer, setting)
 
 
-@method("spike skipping", PUBLISHED, "sigmas", SIGMAS)
+@method("spike skipping", PUBLISHED, "deviations", SIGMAS)
 def skipping(optimizer: Transformation, setting: Any) -> Transformation:
     """OLMo-core, Levanter and MaxText; of the three, MaxText's answer to NaN: the step is skipped."""
     rule = og.skip_spikes(128, setting, faithful=True)
-    return og.guard(optimizer, rule, patience=_FOREVER, halt_after=_FOREVER, history=1)
+    return og.guard(optimizer, rule, patience=_FOREVER, halt_after=_FOREVER, recorder_rows=1)
 
 
 @method("og.guard alone", OURS)
 def guard(optimizer: Transformation, setting: Any) -> Transformation:
     """What is not finite is held; nothing else."""
     del setting
-    return og.guard(optimizer, history=1)
+    return og.guard(optimizer, recorder_rows=1)
 
 
 @method("og.clip_by_global_norm", OURS, "max_norm", NORMS)
 def guard_clip(optimizer: Transformation, setting: Any) -> Transformation:
     """A fixed bound, inside the guard."""
-    return og.guard(optimizer, og.clip_by_global_norm(setting), history=1)
+    return og.guard(optimizer, og.clip_by_global_norm(setting), recorder_rows=1)
 
 
-@method("og.clip_by_norm_history", OURS, "width", (5.0, 2.0, 3.0, 8.0, 12.0))
+@method("og.clip_by_norm_history", OURS, "deviations", (5.0, 2.0, 3.0, 8.0, 12.0))
 def norm_history(optimizer: Transformation, setting: Any) -> Transformation:
     """The library's own history of the norm."""
-    return og.guard(optimizer, og.clip_by_norm_history(width=setting), history=1)
+    return og.guard(optimizer, og.clip_by_norm_history(deviations=setting), recorder_rows=1)
 
 
 @method("og.clip_by_median_norm", OURS, "factor", (8.0, 2.0, 4.0, 16.0, 32.0))
 def median_norm(optimizer: Transformation, setting: Any) -> Transformation:
     """A multiple of the median norm."""
-    return og.guard(optimizer, og.clip_by_median_norm(setting), history=1)
+    return og.guard(optimizer, og.clip_by_median_norm(setting), recorder_rows=1)
 
 
 @method("og.zclip", OURS, "z_threshold", SCORES)
 def repaired_zclip(optimizer: Transformation, setting: Any) -> Transformation:
     """ZClip, repaired."""
-    return og.guard(optimizer, og.zclip(setting), history=1)
+    return og.guard(optimizer, og.zclip(setting), recorder_rows=1)
 
 
 @method("og.autoclip", OURS, "percentile", (90.0, 10.0, 25.0, 50.0, 75.0))
 def repaired_autoclip(optimizer: Transformation, setting: Any) -> Transformation:
     """AutoClip, repaired."""
-    return og.guard(optimizer, og.autoclip(setting), history=1)
+    return og.guard(optimizer, og.autoclip(setting), recorder_rows=1)
 
 
 @method("og.adagc", OURS, "ratio", (2.0, 1.05, 1.5, 4.0, 8.0))
 def repaired_adagc(optimizer: Transformation, setting: Any) -> Transformation:
     """AdaGC, repaired."""
-    return og.guard(optimizer, og.adagc(setting), history=1)
+    return og.guard(optimizer, og.adagc(setting), recorder_rows=1)
 
 
-@method("og.skip_spikes", OURS, "sigmas", SIGMAS)
+@method("og.skip_spikes", OURS, "deviations", SIGMAS)
 def repaired_skipping(optimizer: Transformation, setting: Any) -> Transformation:
     """Spike skipping, repaired."""
-    return og.guard(optimizer, og.skip_spikes(128, setting), history=1)
+    return og.guard(optimizer, og.skip_spikes(128, setting), recorder_rows=1)
 
 
 @method("og.spam_clip", OURS, "threshold", THRESHOLDS, second_moment=True)
 def repaired_spam(optimizer: Transformation, setting: Any) -> Transformation:
     """SPAM, repaired."""
-    return og.guard(og.spam_clip(optimizer, setting), history=1)
+    return og.guard(og.spam_clip(optimizer, setting), recorder_rows=1)
 
 
 @method("og.stable_spam", OURS, "gamma1", MOMENTS)
 def repaired_stable_spam(optimizer: Transformation, setting: Any) -> Transformation:
     """Stable-SPAM, repaired."""
-    return og.guard(og.stable_spam(optimizer, gamma1=setting), history=1)
+    return og.guard(og.stable_spam(optimizer, gamma1=setting), recorder_rows=1)
 
 
-@method("og.clip_by_update_norm", OURS, "sigmas", (3.0, 2.0, 4.0, 6.0, 12.0))
+@method("og.clip_by_update_norm", OURS, "deviations", (3.0, 2.0, 4.0, 6.0, 12.0))
 def update_norm(optimizer: Transformation, setting: Any) -> Transformation:
     """The update against its own history."""
-    return og.guard(optax.chain(optimizer, og.clip_by_update_norm(128, setting)), history=1)
+    return og.guard(optax.chain(optimizer, og.clip_by_update_norm(128, setting)), recorder_rows=1)
 
 
 @method("og.clippy", OURS, "relative", (0.1, 0.01, 0.03, 0.3, 1.0))
 def clippy(optimizer: Transformation, setting: Any) -> Transformation:
     """The update against the weights, element by element."""
-    return og.guard(optax.chain(optimizer, og.clippy(setting)), history=1)
+    return og.guard(optax.chain(optimizer, og.clippy(setting)), recorder_rows=1)
 
 
 @method("og.limit_step", OURS, "max_change", CHANGES)
 def limit_step(optimizer: Transformation, setting: Any) -> Transformation:
     """The update against the parameters."""
-    return og.guard(optax.chain(optimizer, og.limit_step(setting)), history=1)
+    return og.guard(optax.chain(optimizer, og.limit_step(setting)), recorder_rows=1)
 
 
 @method("og.stabilize", OURS, "max_norm", (float("inf"), 0.1, 0.3, 1.0, 10.0))
 def stabilize(optimizer: Transformation, setting: Any) -> Transformation:
     """The preset."""
-    return og.stabilize(optimizer, max_norm=setting, history=1)
+    return og.stabilize(optimizer, max_norm=setting, recorder_rows=1)
 
 
 @method("og.stabilize(max_change)", OURS, "max_change", CHANGES)
 def stabilize_change(optimizer: Transformation, setting: Any) -> Transformation:
     """The preset with a bound on the step."""
-    return og.stabilize(optimizer, max_change=setting, history=1)
+    return og.stabilize(optimizer, max_change=setting, recorder_rows=1)
 
 
 @method("og.stabilize(recovery)", OURS)
 def stabilize_recovery(optimizer: Transformation, setting: Any) -> Transformation:
     """The preset with the whole ladder: moments reset, learning rate backed off, rewound where the loss diverges."""
     del setting
-    return og.stabilize(optimizer, recovery=(og.reset_moments(), og.back_off(), og.rewind(every=50)), history=1)
+    return og.stabilize(optimizer, recovery=(og.reset_moments(), og.back_off(), og.rewind(every=50)), recorder_rows=1)

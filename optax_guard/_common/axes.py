@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_guard._common.tree import is_gradient, path_name, positions, varying_axes, wider_dtype
+from optax_guard._common.tree import is_gradient, leaves_with_none, path_name, varying_axes, wider_dtype
 from optax_guard._common.typing import AxisName, PyTree
 
 __all__ = [
@@ -129,7 +129,7 @@ def axes_of(x: Any, axis_name: AxisName | None) -> tuple[Hashable, ...]:
 def sharding_of(tree: PyTree, axis_name: AxisName | None) -> Sharding:
     """How the leaves lie along `axis_name`, by their types and by `leaf_axes`."""
     if axis_name is None:
-        return Sharding((), (1,) * len(positions(tree)))
+        return Sharding((), (1,) * len(leaves_with_none(tree)))
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
     typed = [axes_of(leaf, axis_name) if is_gradient(leaf) else () for _, leaf in leaves]
     names = tuple(name for name in axis_names(axis_name) if any(name in axes for axes in typed))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_guard._common.tree import is_gradient, positions, wider_dtype
+from optax_guard._common.tree import is_gradient, leaves_with_none, wider_dtype
 from optax_guard._common.typing import PyTree
 
 __all__ = ["absolute_square", "accumulator_dtype", "direction", "multiplied", "safe_sqrt", "widest_accumulator"]
@@ -17,7 +17,7 @@ def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 def widest_accumulator(tree: PyTree) -> jnp.dtype:
     """The accumulator dtype of a whole tree: float64 if a leaf needs it."""
-    wide = any(is_gradient(x) and accumulator_dtype(x.dtype) == jnp.float64 for x in positions(tree))
+    wide = any(is_gradient(x) and accumulator_dtype(x.dtype) == jnp.float64 for x in leaves_with_none(tree))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 

@@ -19,10 +19,17 @@ from optax._src.transform import (  # states that Optax makes but does not expor
 from optax_guard._common import validate
 from optax_guard._common.counters import value_at
 from optax_guard._common.numerics import accumulator_dtype
-from optax_guard._common.tree import check_same_structure, find_states, is_gradient, is_like, path_name, positions
+from optax_guard._common.tree import (
+    check_same_structure,
+    find_states,
+    is_gradient,
+    is_like,
+    leaves_with_none,
+    path_name,
+)
 from optax_guard._common.typing import PyTree
 
-__all__ = ["ANY", "Metric", "Path", "Reader", "Response", "injected_learning_rate", "reader", "responses"]
+__all__ = ["ANY", "Metric", "MetricName", "Path", "Reader", "Response", "injected_learning_rate", "reader", "responses"]
 
 MetricName: TypeAlias = Literal["auto", "second_moment", "identity"]
 Metric: TypeAlias = MetricName | Callable[[Any], PyTree]
@@ -101,13 +108,15 @@ def responses(read: Reader, state: Any, params: PyTree, chosen: PyTree, step: ja
             unknown |= {path: kind for path in roots if path == ANY}
         elif not isinstance(node, optax.EmaState):
             unknown |= {path: kind for part in _parts(node, params)[1] for path, _ in _arrays(part, shapes)}
-    needed = [path for path, use in zip(leaves, positions(chosen), strict=True) if use and path in shapes]
+    needed = [path for path, use in zip(leaves, leaves_with_none(chosen), strict=True) if use and path in shapes]
     _check(read, needed, roots, unknown)
     if callable(read.metric):
         tree = read.metric(state)
         check_same_structure(read.function, "metric", tree, "params", params)
         roots = {
-            path: jnp.asarray(root) for path, root in zip(leaves, positions(tree), strict=True) if root is not None
+            path: jnp.asarray(root)
+            for path, root in zip(leaves, leaves_with_none(tree), strict=True)
+            if root is not None
         }
     elif read.metric == "identity":
         roots = {}

@@ -1,13 +1,13 @@
 """Judging a number against its own history: when is it a spike, and when is the level a new one?
 
-Two answers, each a threshold from the past alone. `published_threshold` is mean + sigmas * standard deviation of the
-last `window` values, whatever they were. `threshold` reads two windows: the values that were accepted give the
-threshold, and the last 2 * follow - 1 values, accepted or not, can say that the level has changed:
+Two answers, each a threshold from the past alone. `published_threshold` is mean + deviations * standard deviation of
+the last `window` values, whatever they were. `threshold` reads two windows: the values that were accepted give the
+threshold, and the last 2 * accept_after - 1 values, accepted or not, can say that the level has changed:
 
-    margin = max(sigmas * (q90 - q50) / 1.28 * (1 + 8 / n), least)     over the n <= window accepted values
+    margin = max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), least)     over the n <= window accepted values
     limit  = q50 + margin
-    if the median of the recent values exceeds limit (so at least `follow` of them do):
-        limit = that median + max(sigmas * 1.48 * MAD of the recent values, margin)
+    if the median of the recent values exceeds limit (so at least `accept_after` of them do):
+        limit = that median + max(deviations * 1.48 * MAD of the recent values, margin)
 
 The upper decile and not the MAD measures the spread, since losses and norms have long upper tails: on lognormal values
 with a log-sd of 1.5, median + 6 MAD is exceeded by one healthy value in ten, this limit by one in eighty.
@@ -30,27 +30,27 @@ class Series(NamedTuple):
     """The history of one number. No field ever holds a NaN or an Inf."""
 
     accepted: jax.Array  # f32[window]: the last accepted values, a ring
-    recent: jax.Array  # f32[2 * follow - 1]: the last finite values, a ring
+    recent: jax.Array  # f32[2 * accept_after - 1]: the last finite values, a ring
     accepted_total: jax.Array  # i32[]: values ever written to `accepted`, up to 2^30
     recent_total: jax.Array  # i32[]: the same for `recent`
 
 
-def empty_series(window: int, follow: int) -> Series:
+def empty_series(window: int, accept_after: int) -> Series:
     """A history without a value."""
     return Series(
         accepted=jnp.full(window, _UNSEEN, jnp.float32),
-        recent=jnp.full(2 * follow - 1, _UNSEEN, jnp.float32),
+        recent=jnp.full(2 * accept_after - 1, _UNSEEN, jnp.float32),
         accepted_total=jnp.zeros((), jnp.int32),
         recent_total=jnp.zeros((), jnp.int32),
     )
 
 
-def start_of(window: int, follow: int) -> int:
+def start_of(window: int, accept_after: int) -> int:
     """The number of accepted values from which on `threshold` is finite."""
-    return min(window, 2 * follow - 1)
+    return min(window, 2 * accept_after - 1)
 
 
-def threshold(series: Series, sigmas: float | jax.Array, least: float, relative: bool) -> jax.Array:
+def threshold(series: Series, deviations: float | jax.Array, least: float, relative: bool) -> jax.Array:
     """The largest value that is no spike; Inf while too little is known.
 
     `least` is the smallest margin, times |median| if `relative`.
@@ -65,12 +65,12 @@ def threshold(series: Series, sigmas: float | jax.Array, least: float, relative:
     def margin(center: jax.Array, spread: jax.Array) -> jax.Array:
         return jnp.maximum(spread, least * jnp.abs(center) if relative else least)
 
-    known = margin(middle, sigmas * young * (upper - middle) / _DECILE)
+    known = margin(middle, deviations * young * (upper - middle) / _DECILE)
     limit = middle + known
     recent = jnp.sort(series.recent)[width // 2]
     mad = jnp.sort(jnp.abs(series.recent - recent))[width // 2]
     changed = (series.recent_total >= width) & (recent > limit)
-    limit = jnp.where(changed, recent + jnp.maximum(margin(recent, sigmas * _MAD * mad), known), limit)
+    limit = jnp.where(changed, recent + jnp.maximum(margin(recent, deviations * _MAD * mad), known), limit)
     # A history of nothing but zeros has no scale to judge by.
     return jnp.where((n >= min(window, width)) & (known > 0), limit, jnp.inf)
 
@@ -88,9 +88,9 @@ def push(series: Series, x: jax.Array, kept: jax.Array, accept: jax.Array, seen:
 
 
 def published_threshold(
-    series: Series, sigmas: float | jax.Array, *, unbiased: bool, least: float, counts_itself: bool
+    series: Series, deviations: float | jax.Array, *, unbiased: bool, least: float, counts_itself: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean + sigmas * std of the window, as published, NaN while a non-finite value is in it; and whether to judge.
+    """Mean + deviations * std of the window, as published, NaN while a non-finite value is in it; and whether to judge.
 
     That is from half a window on, in which the value to be judged counts itself or not.
     """
@@ -102,7 +102,7 @@ def published_threshold(
     mean = jnp.sum(jnp.where(used, values, 0)) / count
     squares = jnp.sum(jnp.where(used, jnp.square(values - mean), 0))
     spread = jnp.sqrt(squares / jnp.maximum(count - (1 if unbiased else 0), 1))
-    return mean + sigmas * jnp.maximum(spread, least), n + int(counts_itself) >= max(2, window // 2)
+    return mean + deviations * jnp.maximum(spread, least), n + int(counts_itself) >= max(2, window // 2)
 
 
 def push_published(series: Series, x: jax.Array) -> Series:

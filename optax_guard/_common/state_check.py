@@ -127,11 +127,11 @@ def _cure(got: PyTree, wanted: PyTree) -> str:
     guarded, wants = _holds_guard(got), _holds_guard(wanted)
     if wants and guarded:
         return (
-            ". `with_guard_state(tx, params, state)` takes the optimizer's state over into a guard that begins anew; "
+            ". `add_guard_state(tx, params, state)` takes the optimizer's state over into a guard that begins anew; "
             "`inner_state(state)` gives it without."
         )
     if wants:
-        return ". There is no guard in it: `with_guard_state(tx, params, state)` puts the optimizer's state into one."
+        return ". There is no guard in it: `add_guard_state(tx, params, state)` puts the optimizer's state into one."
     if guarded:
         return ". There is a guard in it: `inner_state(state)` gives the optimizer's state without."
     return ". Restore a checkpoint into the structure of `tx.init(params)`."

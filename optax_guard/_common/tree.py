@@ -30,17 +30,17 @@ __all__ = [
     "checked_with_params",
     "count_true",
     "difference",
+    "field_array",
     "find_states",
     "is_function",
     "is_gradient",
     "is_like",
     "leaf_names",
+    "leaves_with_none",
     "map_gradients",
     "path_name",
-    "positions",
     "resolve_mask",
     "small_leaves_together",
-    "unwrapped",
     "varying_axes",
     "wider_dtype",
 ]
@@ -63,7 +63,7 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def positions(tree: PyTree) -> list[Any]:
+def leaves_with_none(tree: PyTree) -> list[Any]:
     """The leaves of `tree` in JAX's order, `None` included."""
     return jax.tree.leaves(tree, is_leaf=_is_none)
 
@@ -392,7 +392,7 @@ def find_states(state: PyTree, kind: type | tuple[type, ...], params: PyTree = N
     return found
 
 
-def unwrapped(field: Any) -> jax.Array:
+def field_array(field: Any) -> jax.Array:
     """The array in a state's field; flax.nnx wraps each in a Variable, which is a tree of one leaf."""
     return jax.tree.leaves(field)[0]
 

@@ -41,11 +41,11 @@ __all__ = [
     "apply_gradients",
     "as_transformation",
     "bad_updates",
+    "checked_state",
     "fast_transformation",
     "mean_of",
     "no_updates",
     "refuse_inside",
-    "settle",
     "step_without_params",
     "take_step",
 ]
@@ -352,7 +352,7 @@ def step_without_params(function: str, step: Callable[[], Any], updates: PyTree,
     return new_updates, new_state
 
 
-def settle(function: str, new_state: Any, old_state: Any) -> Any:
+def checked_state(function: str, new_state: Any, old_state: Any) -> Any:
     """The new inner state with the dtypes of the old one, or an error that says why it cannot be held."""
     if jax.tree.structure(new_state) != jax.tree.structure(old_state):
         raise ValueError(

@@ -6,7 +6,7 @@ A rule is written once, as a `judge`. `rule` makes an ordinary Optax transformat
 =================  ==========================================  ==============================================
 A rule may         inside `guard`                              alone in a chain
 =================  ==========================================  ==============================================
-scale leaves       the gradient is scaled on its way in         the same
+scale leaves       the gradient is scaled on its way in        the same
 skip the step      no trace: params and inner state keep bits  zero updates (what follows still advances)
 remember           its state is kept over held NaN steps       it must ignore non-finite statistics itself
 =================  ==========================================  ==============================================

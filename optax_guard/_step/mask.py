@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._common.tree import is_gradient, positions, resolve_mask
+from optax_guard._common.tree import is_gradient, leaves_with_none, resolve_mask
 from optax_guard._common.typing import Mask, PyTree
 from optax_guard._step.observe import GradientStatistics
 
@@ -15,10 +15,10 @@ __all__ = ["chosen", "only_chosen", "select_statistics", "zeros_elsewhere"]
 
 def chosen(function: str, mask: Mask, tree: PyTree) -> np.ndarray:
     """bool[n_leaves]: what a mask says of every position; False for a `None`."""
-    leaves = positions(tree)
+    leaves = leaves_with_none(tree)
     if not leaves:  # Optax also calls `init` with a placeholder without leaves
         return np.zeros(0, bool)
-    return np.array([bool(x) for x in positions(resolve_mask(function, mask, tree))], bool)
+    return np.array([bool(x) for x in leaves_with_none(resolve_mask(function, mask, tree))], bool)
 
 
 def only_chosen(function: str, mask: Mask | None, tree: PyTree) -> PyTree:

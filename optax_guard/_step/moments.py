@@ -15,9 +15,9 @@ import optax
 from jax import lax
 
 from optax_guard._common.axes import on_any_device, sharding_of, sum_over
-from optax_guard._common.tree import is_gradient, is_like, map_gradients, positions, wider_dtype
+from optax_guard._common.tree import is_gradient, is_like, leaves_with_none, map_gradients, wider_dtype
 from optax_guard._common.typing import AxisName, PyTree
-from optax_guard._step.observe import first_look
+from optax_guard._step.observe import one_pass_statistics
 
 __all__ = ["all_finite", "fingerprints", "moments", "moves_float32", "reset_state"]
 
@@ -64,10 +64,10 @@ def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
             return jnp.zeros((), jnp.float32)
         return jnp.sum(jnp.real(leaf), dtype=wider_dtype(jnp.real(leaf).dtype, jnp.float32)).astype(jnp.float32)
 
-    leaves = positions(params)
+    leaves = leaves_with_none(params)
     if not leaves:
         return jnp.zeros((0, 2), jnp.float32)
-    squares = first_look(params, axis_name).sum_squares.astype(jnp.float32)
+    squares = one_pass_statistics(params, axis_name).sum_squares.astype(jnp.float32)
     sums = sum_over(jnp.stack([total(leaf) for leaf in leaves]), sharding_of(params, axis_name))
     result = jnp.stack([squares, sums], axis=1)
     return jnp.where(jnp.isfinite(result), result, 0)
@@ -82,7 +82,7 @@ def moves_float32(updates: PyTree, params: PyTree, axis_name: AxisName | None) -
         size, least = (jnp.abs(x.astype(wider_dtype(x.dtype, jnp.float32))) for x in (update, param))
         return jnp.any((size >= 2.0**-24 * least.astype(size.dtype)) & (size > 0))
 
-    result = jnp.stack([moves(*pair) for pair in zip(positions(updates), positions(params), strict=True)])
+    result = jnp.stack([moves(*pair) for pair in zip(leaves_with_none(updates), leaves_with_none(params), strict=True)])
     return on_any_device(result, axis_name)
 
 

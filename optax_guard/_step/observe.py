@@ -25,14 +25,14 @@ from jax import lax
 from optax_guard._common import validate
 from optax_guard._common.axes import Sharding, max_over, sharding_of, sum_over
 from optax_guard._common.numerics import absolute_square, accumulator_dtype, safe_sqrt, widest_accumulator
-from optax_guard._common.tree import as_arrays, is_gradient, positions, small_leaves_together
+from optax_guard._common.tree import as_arrays, is_gradient, leaves_with_none, small_leaves_together
 from optax_guard._common.typing import AxisName, PyTree
 
 __all__ = [
     "GradientStatistics",
-    "first_look",
     "global_norm",
     "gradient_statistics",
+    "one_pass_statistics",
     "overflows",
     "scale_statistics",
     "squarable",
@@ -103,17 +103,18 @@ def overflows(statistics: GradientStatistics, scale: jax.Array, tree: PyTree) ->
     `statistics` are those after the multiplication; no element exceeds its leaf's norm.
     """
     norms = statistics.leaf_norms
-    largest = [float(jnp.finfo(leaf.dtype).max) if is_gradient(leaf) else np.inf for leaf in positions(tree)]
+    largest = [float(jnp.finfo(leaf.dtype).max) if is_gradient(leaf) else np.inf for leaf in leaves_with_none(tree)]
     return statistics.finite & (scale > 1) & ~(norms <= _bounds(largest, norms.dtype))
 
 
 def squarable(statistics: GradientStatistics, tree: PyTree) -> jax.Array:
-    """bool[n_leaves]: whether a leaf can be trusted after it was multiplied, as `first_look` tells of one that was not.
+    """bool[n_leaves]: whether a leaf can be trusted after it was multiplied.
 
-    It is finite, and its squares stay within the dtype to reduce in.
+    It is finite, and its squares stay within the dtype to reduce in: what `one_pass_statistics` tells of a leaf that
+    was not multiplied.
     """
     norms = statistics.leaf_norms
-    dtypes = [accumulator_dtype(leaf.dtype) if is_gradient(leaf) else None for leaf in positions(tree)]
+    dtypes = [accumulator_dtype(leaf.dtype) if is_gradient(leaf) else None for leaf in leaves_with_none(tree)]
     largest = [np.inf if each is None else np.sqrt(float(jnp.finfo(each).max)) for each in dtypes]
     return statistics.finite & (norms <= _bounds(largest, norms.dtype))
 
@@ -122,9 +123,9 @@ def _bounds(numbers: list[Any], dtype: Any) -> jax.Array:
     return jnp.asarray(np.minimum(np.array(numbers, np.float64), float(jnp.finfo(dtype).max)), dtype)
 
 
-def first_look(tree: PyTree, axis_name: AxisName | None = None) -> GradientStatistics:
+def one_pass_statistics(tree: PyTree, axis_name: AxisName | None = None) -> GradientStatistics:
     """One read of the tree. A leaf whose squares overflow counts as not finite here, one whose squares vanish as 0."""
-    sums = sum_over(_sum_squares(positions(tree)), sharding_of(tree, axis_name))
+    sums = sum_over(_sum_squares(leaves_with_none(tree)), sharding_of(tree, axis_name))
     return GradientStatistics(sum_squares=sums, magnitude=jnp.ones_like(sums))
 
 
@@ -175,13 +176,13 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
     """
     validate.axis_name("gradient_statistics", axis_name)
     tree = as_arrays("gradient_statistics", tree)
-    look = first_look(tree, axis_name)
+    look = one_pass_statistics(tree, axis_name)
     if look.sum_squares.shape == (0,):
         return look
     total = jnp.sum(look.sum_squares)
     trouble = ~jnp.isfinite(total) | (total < _SMALL)
     # Operands, and functions that are the same at each call: outside of jit, fresh lambdas would be compiled anew.
-    leaves = [x if is_gradient(x) else None for x in positions(tree)]
+    leaves = [x if is_gradient(x) else None for x in leaves_with_none(tree)]
     return lax.cond(trouble, _second_look_at(sharding_of(tree, axis_name)), _keep_first_look, leaves, look)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_guard._common import tree as _tree
-from optax_guard._common.tree import find_states, is_gradient, path_name, unwrapped
+from optax_guard._common.tree import field_array, find_states, is_gradient, path_name
 from optax_guard._common.typing import PyTree
 from optax_guard._step.moments import moments
 
@@ -82,7 +82,7 @@ def leaf_names(params: PyTree, state: PyTree | None = None) -> list[str]:
 
 def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
     """The names of the leaves that a guard saw, in its order; without `params`, or where they lack one, its index."""
-    hashes = np.asarray(jax.device_get(unwrapped(seen)))
+    hashes = np.asarray(jax.device_get(field_array(seen)))
     hashes = hashes.reshape(-1, hashes.shape[-1])[0]  # all members of many saw the same
     unknown = [f"leaf {i} of {len(hashes)}" for i in range(len(hashes))]
     if params is None:
@@ -97,12 +97,12 @@ def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
 
 def axes_in_front(scalar: Any) -> int:
     """How many axes `vmap` or `pmap` have put in front of a field that is a scalar by itself."""
-    return np.ndim(unwrapped(scalar))
+    return np.ndim(field_array(scalar))
 
 
 def members(scalar: Any) -> Iterator[tuple[int, ...]]:
     """The index of each member of a state of many; one empty index for a state of one run."""
-    return np.ndindex(*np.shape(unwrapped(scalar)))
+    return np.ndindex(*np.shape(field_array(scalar)))
 
 
 def member(tree: PyTree, index: tuple[int, ...]) -> PyTree:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._common.tree import unwrapped
+from optax_guard._common.tree import field_array
 
 __all__ = [
     "EVENTS",
@@ -103,7 +103,7 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
 
 def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     """The row of step `step - 1`; works inside `jit`. Before the first step, its event is -1 and its numbers are 0."""
-    all_numbers, all_codes = map(unwrapped, recorder)
+    all_numbers, all_codes = map(field_array, recorder)
     place = (step - 1) % all_codes.shape[0]
     codes = all_codes[place]
     numbers = _unpack(all_numbers[place], jnp.maximum(codes[4], 0), jnp)
@@ -113,7 +113,7 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:
     """All rows on the host, oldest first, as a structured array."""
-    numbers, codes = (np.asarray(x) for x in jax.device_get(tuple(map(unwrapped, recorder))))
+    numbers, codes = (np.asarray(x) for x in jax.device_get(tuple(map(field_array, recorder))))
     written = codes[:, 0] >= 0
     numbers, codes = numbers[written], codes[written]
     order = np.argsort(codes[:, 0], kind="stable")
@@ -138,7 +138,7 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
 
 def losses_given(recorder: FlightRecorder) -> np.ndarray:
     """For every row of `read_rows`, whether a loss was passed: one that was not reads as NaN there."""
-    codes = np.asarray(jax.device_get(unwrapped(recorder.codes)))
+    codes = np.asarray(jax.device_get(field_array(recorder.codes)))
     codes = codes[codes[:, 0] >= 0]
     return codes[np.argsort(codes[:, 0], kind="stable"), 4] % 5 != _ABSENT
 

@@ -33,24 +33,24 @@ from optax_guard._common.tree import (
     as_params,
     check_same_shapes,
     check_same_structure,
+    field_array,
     find_states,
     is_gradient,
-    positions,
-    unwrapped,
+    leaves_with_none,
     wider_dtype,
 )
 from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
 from optax_guard._step.act import (
     FastStep,
     as_transformation,
+    checked_state,
     fast_transformation,
     mean_of,
     no_updates,
-    settle,
     take_step,
 )
 from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
-from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics
+from optax_guard._step.observe import GradientStatistics, one_pass_statistics, scale_statistics
 from optax_guard.accumulation._sums import (
     BadMicroBatch,
     Labels,
@@ -60,7 +60,7 @@ from optax_guard.accumulation._sums import (
     check_shapes,
     labels,
     too_large,
-    with_passengers,
+    with_other_leaves,
 )
 
 __all__ = ["AccumulateState", "accumulate", "flush", "has_updated"]
@@ -204,7 +204,7 @@ def accumulate(
 
     def init(params: optax.Params) -> AccumulateState:
         params = as_params(name, params)
-        if positions(params):  # Optax also calls `init` with a placeholder without leaves
+        if leaves_with_none(params):  # Optax also calls `init` with a placeholder without leaves
             check_reduction(reduction, params)
         return AccumulateState(
             accumulated_state=inner.init(params),
@@ -259,7 +259,7 @@ def accumulate(
         value_mean, value_weight = _with_loss(state, loss, call.weight, adds)
         if loss is not None:
             extra = {**extra, "value": jnp.where(value_weight > 0, value_mean.astype(loss.dtype), loss)}
-        end = _Sum(with_passengers(sums, updates), weight_sum, dropped, finished, seen, loss)
+        end = _Sum(with_other_leaves(sums, updates), weight_sum, dropped, finished, seen, loss)
         whole = call.alone and not call.weighted  # its mean is itself: a product with 1 changes what XLA fuses
         result, inner_state, emit = close(end, full, state, params, updates, extra, fast, divides=not whole)
         added = state.added + adds.astype(jnp.int32)
@@ -316,7 +316,7 @@ def accumulate(
             result, new_state = take_step(
                 inner, end.total, state.accumulated_state, params, factor, like, extra, fast=fast, statistics=statistics
             )
-            return result, settle(name, new_state, state.accumulated_state)
+            return result, checked_state(name, new_state, state.accumulated_state)
 
         untouched = params if fast else no_updates(jax.eval_shape(step)[0], like)
         return *lax.cond(active, step, lambda: (untouched, state.accumulated_state)), emit
@@ -325,10 +325,10 @@ def accumulate(
         state: AccumulateState, params: PyTree, like: PyTree, extra: dict[str, Any]
     ) -> tuple[PyTree, AccumulateState]:
         check_shapes(state.gradient_sum, like)
-        total = with_passengers(positions(state.gradient_sum), like)
+        total = with_other_leaves(leaves_with_none(state.gradient_sum), like)
         holds = state.micro_step > 0
         weight = jnp.where(state.added == 0, 0, state.accumulated_weight)
-        look = first_look(only_chosen(name, mask, total), axis_name) if judges else None
+        look = one_pass_statistics(only_chosen(name, mask, total), axis_name) if judges else None
         end = _Sum(total, weight, state.dropped_in_cycle, look, None)
         params, inner_state, emit = close(end, holds, state, params, like, extra, fast=True)
         nothing = jnp.zeros((), jnp.int32)
@@ -438,7 +438,7 @@ def has_updated(state: optax.OptState) -> jax.Array:
     states = find_states(state, AccumulateState)
     if len(states) != 1:
         raise ValueError(f"has_updated: expected one `accumulate` in this state, found {len(states)}.")
-    return unwrapped(states[0].emitted)
+    return field_array(states[0].emitted)
 
 
 def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:

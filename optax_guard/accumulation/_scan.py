@@ -22,10 +22,10 @@ from optax_guard._common import validate
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.tree import as_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._common.typing import PyTree
-from optax_guard._step.observe import first_look, scale_statistics, squarable
+from optax_guard._step.observe import one_pass_statistics, scale_statistics, squarable
 from optax_guard.accumulation._sums import BadMicroBatch
 
-__all__ = ["accumulate_gradients"]
+__all__ = ["Remainder", "accumulate_gradients"]
 
 Remainder: TypeAlias = Literal["error", "pad"]
 
@@ -248,7 +248,7 @@ def _plus(total: jax.Array, share: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _fits(value: jax.Array, grads: PyTree, weight: jax.Array) -> jax.Array:
     """Whether loss and weight are finite, and weight times gradient can be squared in the dtype of its sum."""
-    statistics = first_look(grads)
+    statistics = one_pass_statistics(grads)
     scaled = scale_statistics(statistics, weight.astype(statistics.sum_squares.dtype))
     return jnp.all(squarable(scaled, grads)) & jnp.isfinite(value) & jnp.isfinite(weight)
 

@@ -16,12 +16,12 @@ from optax_guard._common.tree import (
     is_function,
     is_gradient,
     leaf_names,
+    leaves_with_none,
     path_name,
-    positions,
     varying_axes,
 )
 from optax_guard._common.typing import AxisName, PyTree
-from optax_guard._step.observe import GradientStatistics, first_look, scale_statistics, squarable
+from optax_guard._step.observe import GradientStatistics, one_pass_statistics, scale_statistics, squarable
 
 __all__ = [
     "BadMicroBatch",
@@ -33,7 +33,7 @@ __all__ = [
     "labels",
     "too_large",
     "weight_of",
-    "with_passengers",
+    "with_other_leaves",
 ]
 
 BadMicroBatch: TypeAlias = Literal["drop_micro", "drop_cycle", "propagate"]
@@ -58,7 +58,7 @@ class MicroBatch:
         self.first = state.added == 0
         whole = self.weight + jnp.where(self.first, 0, state.accumulated_weight)  # finite only if the weight is
         self.usable = jnp.isfinite(whole) & (self.weight >= 0)
-        self.sums = positions(state.gradient_sum)
+        self.sums = leaves_with_none(state.gradient_sum)
         self.kinds = labels(reduction, state.gradient_sum)
 
     def written(self, adds: jax.Array) -> list[Any]:
@@ -70,18 +70,18 @@ class MicroBatch:
 
     def stored(self, sums: list[Any]) -> PyTree:
         """The buffer after this call; cycles of one call need none."""
-        return self.state.gradient_sum if self.alone else with_passengers(sums, self.state.gradient_sum)
+        return self.state.gradient_sum if self.alone else with_other_leaves(sums, self.state.gradient_sum)
 
     def look(self, tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
         """First look in the dtype of the sums."""
         dtype = widest_accumulator(self.state.gradient_sum)
-        return jax.tree.map(lambda x: x.astype(dtype), first_look(tree, axis_name))
+        return jax.tree.map(lambda x: x.astype(dtype), one_pass_statistics(tree, axis_name))
 
     def look_if(self, wanted: jax.Array, sums: list[Any], axis_name: AxisName | None) -> GradientStatistics:
         """The statistics of the sums if they are wanted, and of no finite number otherwise."""
 
         def look() -> GradientStatistics:
-            return self.look(with_passengers(sums, self.updates), axis_name)
+            return self.look(with_other_leaves(sums, self.updates), axis_name)
 
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
         return lax.cond(wanted, look, lambda: _varying_like(nothing, sums, axis_name))
@@ -94,10 +94,10 @@ class MicroBatch:
         if not (self.weighted or scaled):
             return jnp.all(seen.finite)
         weight = jnp.where(self.weight > 0, self.weight, 1).astype(seen.magnitude.dtype)
-        return jnp.all(squarable(scale_statistics(seen, weight), with_passengers(self.sums, self.updates)))
+        return jnp.all(squarable(scale_statistics(seen, weight), with_other_leaves(self.sums, self.updates)))
 
     def _each(self, function: Callable[[Any, Any, str], Any]) -> list[Any]:
-        leaves = zip(positions(self.updates), self.sums, self.kinds, strict=True)
+        leaves = zip(leaves_with_none(self.updates), self.sums, self.kinds, strict=True)
         return [function(leaf, old, kind) if is_gradient(leaf) else old for leaf, old, kind in leaves]
 
     def _share(self, leaf: Any, old: Any, kind: str) -> jax.Array:
@@ -116,7 +116,7 @@ def too_large(
     """If `wanted`, whether a sum that is not divided leaves the range of its gradient's dtype; None if none could."""
     narrow = [
         (leaf, jnp.finfo(old.dtype))
-        for leaf, old, kind in zip(positions(total), positions(like), kinds, strict=True)
+        for leaf, old, kind in zip(leaves_with_none(total), leaves_with_none(like), kinds, strict=True)
         if kind == "sum" and is_gradient(old) and jnp.finfo(old.dtype).maxexp < jnp.finfo(leaf.dtype).maxexp
     ]
     if not narrow:
@@ -132,7 +132,7 @@ def too_large(
 def labels(reduction: Any, tree: PyTree) -> list[str]:
     """The reduction of every position."""
     if isinstance(reduction, str):
-        return [reduction] * len(positions(tree))
+        return [reduction] * len(leaves_with_none(tree))
     chosen = reduction(tree) if is_function(reduction) else reduction
     kinds = get_args(Reduction)
     for path, label in jax.tree_util.tree_leaves_with_path(chosen):
@@ -152,7 +152,7 @@ def labels(reduction: Any, tree: PyTree) -> list[str]:
 
 
 def check_reduction(reduction: Any, params: PyTree) -> None:
-    for path, leaf, kind in zip(leaf_names(params), positions(params), labels(reduction, params), strict=True):
+    for path, leaf, kind in zip(leaf_names(params), leaves_with_none(params), labels(reduction, params), strict=True):
         if kind == "max" and is_gradient(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ValueError(f"accumulate: `reduction` 'max' needs real numbers; `{path}` is {leaf.dtype}.")
 
@@ -180,9 +180,9 @@ def _structure(tree: PyTree) -> Any:
     return jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
 
 
-def with_passengers(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
+def with_other_leaves(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
     """The sums in the structure of `updates`, whose own leaves stay where they carry no gradient."""
-    leaves = positions(updates)
+    leaves = leaves_with_none(updates)
     chosen = [total if is_gradient(leaf) else leaf for leaf, total in zip(leaves, sums, strict=True)]
     return jax.tree.unflatten(_structure(updates), chosen)
 
@@ -191,4 +191,4 @@ def check_shapes(gradient_sum: PyTree, updates: PyTree) -> None:
     """Adding would broadcast silently where shapes differ."""
     gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, updates)  # passengers have no sum
     check_same_shapes("accumulate", "updates", gradients, "params at init", gradient_sum)
-    check_leaf_count("accumulate", len(positions(gradient_sum)), len(positions(updates)))
+    check_leaf_count("accumulate", len(leaves_with_none(gradient_sum)), len(leaves_with_none(updates)))

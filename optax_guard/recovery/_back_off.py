@@ -15,7 +15,7 @@ from optax_guard._common.state_check import state_check
 from optax_guard._common.tree import checked
 from optax_guard._common.typing import AxisName
 from optax_guard._step.judge import scale_leaves
-from optax_guard._step.observe import first_look
+from optax_guard._step.observe import one_pass_statistics
 from optax_guard.recovery._loss_watch import empty_watch, loss_above, watch_loss
 from optax_guard.recovery._seen import Seen, Trouble
 
@@ -134,7 +134,7 @@ def back_off(
         updates, params = checked(name, updates, params)
         check_state(state, params, updates)
         warn_of_misspellings(extra)
-        finite = jnp.all(first_look(updates, axis_name).finite)
+        finite = jnp.all(one_pass_statistics(updates, axis_name).finite)
         loss, watch = loss_in(name, extra, axis_name), state.back_off_watch
         if loss is not None:
             finite = finite & jnp.isfinite(loss)

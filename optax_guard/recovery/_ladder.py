@@ -41,8 +41,8 @@ __all__ = [
     "RecoveryState",
     "Rung",
     "as_ladder",
+    "cleared",
     "finish",
-    "forgive",
     "held_updates",
     "init_ladder",
     "plan",
@@ -283,7 +283,7 @@ def finish(
     )
 
 
-def forgive(state: RecoveryState | tuple[()]) -> RecoveryState | tuple[()]:
+def cleared(state: RecoveryState | tuple[()]) -> RecoveryState | tuple[()]:
     """The state after `clear_halt`: rewinds are counted anew, and the loss as it now is becomes the level."""
     if not isinstance(state, RecoveryState):
         return state

@@ -11,7 +11,7 @@ from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
-from optax_guard._common.tree import is_gradient, positions
+from optax_guard._common.tree import is_gradient, leaves_with_none
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.moments import all_finite, fingerprints, moments, moves_float32, reset_state
 from optax_guard.recovery._seen import Seen, Trouble
@@ -129,7 +129,7 @@ def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
 
 def empty_reset(params: PyTree) -> ResetState:
     """The state before the first step."""
-    leaves = len(positions(params))
+    leaves = len(leaves_with_none(params))
     return ResetState(
         parameter_sums=jnp.zeros((leaves, 2), jnp.float32),
         leaf_moved=jnp.zeros(leaves, bool),
@@ -224,7 +224,7 @@ def _rounded(
     Only the update tells, and the fast way never writes it down: it is made once more, with the gradient of this step,
     in a branch that is taken when a leaf of 16 bits stood still.
     """
-    narrow = np.array([is_gradient(leaf) and jnp.finfo(leaf.dtype).bits < 32 for leaf in positions(types)], bool)
+    narrow = np.array([is_gradient(leaf) and jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves_with_none(types)], bool)
     if not narrow.any():
         return jnp.zeros_like(still)
 

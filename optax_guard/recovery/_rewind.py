@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
-from optax_guard._common.tree import cast_like, is_gradient, positions, wider_dtype
+from optax_guard._common.tree import cast_like, is_gradient, leaves_with_none, wider_dtype
 from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._step.mask import only_chosen
 from optax_guard._step.moments import all_finite, moments
@@ -20,6 +20,7 @@ from optax_guard.recovery._loss_watch import LossWatch
 from optax_guard.recovery._seen import Seen, Trouble
 
 __all__ = [
+    "Memory",
     "Rewind",
     "RewindState",
     "after_rewind",
@@ -261,7 +262,7 @@ def take_snapshot(
     def clean() -> jax.Array:
         now = params()
         trained = only_chosen("guard", mask, now)
-        return all_finite([*positions(trained), *moments(inner_state, now)], axis_name)
+        return all_finite([*leaves_with_none(trained), *moments(inner_state, now)], axis_name)
 
     takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
     target = (state.newest_snapshot + 1) % rung.keep

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_guard._common.tree import find_states, unwrapped
+from optax_guard._common.tree import field_array, find_states
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
 from optax_guard._step.reading import SeenLeaves, axes_in_front, leaf_names, seen_names
@@ -61,7 +61,7 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
     rows = flight_log(state)
     leaves = leaf_log(state, params) if find_states(state, LeafRecordState) else None
     names = leaves.names if leaves is not None else [] if params is None else leaf_names(params, state)
-    totals = {name: int(jax.device_get(unwrapped(getattr(guards[0], name)))) for name in _TOTALS}
+    totals = {name: int(jax.device_get(field_array(getattr(guards[0], name)))) for name in _TOTALS}
     return _checked(TrainingLog(rows, names, leaves, totals))
 
 

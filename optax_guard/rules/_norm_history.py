@@ -66,9 +66,9 @@ class MedianNormState(NamedTuple):
 
 
 def clip_by_norm_history(
-    follow: float = 100.0,
+    horizon: float = 100.0,
     *,
-    width: float = 5.0,
+    deviations: float = 5.0,
     floor: float = 2.0,
     scope: Scope = "tree",
     max_norm: float | None = None,
@@ -77,18 +77,18 @@ def clip_by_norm_history(
     """Scale the gradient down to a threshold that follows the usual norm and its noise.
 
     x      = log ||g||
-    r      = x - level,   margin = max(width * spread, log floor)        (of the steps before)
+    r      = x - level,   margin = max(deviations * spread, log floor)        (of the steps before)
     g     <- g * exp(min(0, margin - r))                                 passes min(||g||, exp(level + margin))
-    level  <- level + 6/follow * clip(r, -1, 1)
-    spread <- spread + w * (min(|r|, 1) - spread),   w = 0.5/follow, a tenth of it where |r| > margin
+    level  <- level + 6/horizon * clip(r, -1, 1)
+    spread <- spread + w * (min(|r|, 1) - spread),   w = 0.5/horizon, a tenth of it where |r| > margin
 
-    The start-up, n norms so far: while 3/(n + 3) exceeds 6/follow, level <- level + 3/(n + 3) * clip(r, -3, 2/3); w is
+    The start-up, n norms so far: while 3/(n + 3) exceeds 6/horizon, level <- level + 3/(n + 3) * clip(r, -3, 2/3); w is
     at least 1/(n + 10); the margin begins at log 8; the first norm is the first level.
 
     Guarantees:
       - Law 1: a non-finite step changes no field. Alone in a chain it gives zeros; under `guard` it is held.
-      - Law 2: k settled steps in a row, of any size, raise the threshold by at most exp(8.5 k / follow) (five: x1.53).
-      - Law 3: a lasting change by x100 is followed (threshold within x2 of where it will stay) in about `follow`
+      - Law 2: k settled steps in a row, of any size, raise the threshold by at most exp(8.5 k / horizon) (five: x1.53).
+      - Law 3: a lasting change by x100 is followed (threshold within x2 of where it will stay) in about `horizon`
         steps: up 64 at the median and 94 in the worst of 600 histories, down 78 and 130.
       - Law 4: of steady noise up to a log deviation of 0.7, at most 1.2 % of the first 500 steps are touched, as the
         mean of the noisiest kind (0.2 % over all kinds; of the first 20 steps 2 to 5 % and 0.3 to 0.6 %).
@@ -106,21 +106,22 @@ def clip_by_norm_history(
     constant norms                      never touched
     NaN or Inf in any leaf              zeros alone in a chain, held under `guard`; no leaf's history changes
     norm above 8e37 * threshold         zero: the factor is below the smallest normal float32
-    explosion                           slower than x1.06 a step (follow = 100) it is followed and barely touched;
+    explosion                           slower than x1.06 a step (horizon = 100) it is followed and barely touched;
                                         faster, it is held to that rate: `touched_in_row` in `metrics` is the alarm
     1 batch in 10 is rightly x10        touched for ever: a recurring fault looks the same
     ==================================  ==============================================================================
 
     Args:
-      follow: steps in which the threshold may rise or fall by x100, >= 10: the one trade-off. Half of it follows twice
+      horizon: steps in which the threshold may rise or fall by x100, >= 10: the one trade-off. Half of it follows twice
         as fast and lets twice as much of an explosion through (five spikes: x1.9; 200: x1.2).
-      width: margin in mean absolute deviations of the log norm, > 0: 5 are four Gaussian standard deviations. With 4,
-        1.7 % of the steps of the noisiest kind are touched; with 6, 0.5 %, but more passes.
+      deviations: margin in mean absolute deviations of the log norm, > 0: 5 are four Gaussian standard deviations. With
+        4, 1.7 % of the steps of the noisiest kind are touched; with 6, 0.5 %, but more passes.
       floor: nothing below `floor` times the usual norm is touched, > 1.
       scope: "tree" judges the norm of the whole gradient, "leaf" every leaf against its own history. Leaves should then
         live alike: one that starts near zero and grows x1000 in 20 steps is held back for tens of steps.
       max_norm: None, or a bound on the norm at every step, >= 0, on top of the history: the only protection of the
-        first step. The history learns the norm as it came. `follow`, `width`, `floor` and `max_norm` may be 0-d arrays.
+        first step. The history learns the norm as it came. `horizon`, `deviations`, `floor` and `max_norm` may be 0-d
+        arrays.
       axis_name: as in `gradient_statistics`.
 
     Returns:
@@ -147,15 +148,15 @@ def clip_by_norm_history(
       you choose.
     """
     name = "clip_by_norm_history"
-    follow = validate.scalar(name, "follow", follow, low=10)
-    width = validate.scalar(name, "width", width, low=0, open_low=True)
+    horizon = validate.scalar(name, "horizon", horizon, low=10)
+    deviations = validate.scalar(name, "deviations", deviations, low=0, open_low=True)
     floor = validate.scalar(name, "floor", floor, low=1, open_low=True)
     max_norm = validate_scope_and_cap(name, scope, max_norm)
     validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> NormHistoryState:
         shape = scope_shape(params, scope)
-        first_margin = jnp.log(_FIRST_FACTOR) / number(width)
+        first_margin = jnp.log(_FIRST_FACTOR) / number(deviations)
         return NormHistoryState(
             log_level=jnp.zeros(shape, jnp.float32),
             log_spread=jnp.broadcast_to(first_margin, shape),
@@ -173,7 +174,7 @@ def clip_by_norm_history(
         threshold = jnp.where(first, seen.log_norm, state.log_threshold)
         touched = seen.log_norm > threshold
         n = state.norms_seen.astype(jnp.float32)
-        speed = 6 / number(follow)
+        speed = 6 / number(horizon)
         young = 3 / (n + 3)
         residual = seen.log_norm - state.log_level
         far = jnp.abs(residual) > threshold - state.log_level
@@ -185,13 +186,13 @@ def clip_by_norm_history(
             speed * jnp.clip(residual, -1, 1),
         )
         level = jnp.where(first, seen.log_norm, state.log_level + move)
-        weight = jnp.maximum(0.5 / number(follow), 1 / (n + 10)) * jnp.where(far, _FAR_WEIGHT, 1.0)
+        weight = jnp.maximum(0.5 / number(horizon), 1 / (n + 10)) * jnp.where(far, _FAR_WEIGHT, 1.0)
         spread = state.log_spread + weight * (jnp.minimum(jnp.abs(residual), 1) - state.log_spread)
         spread = jnp.where(first, state.log_spread, spread)
         new = NormHistoryState(
             log_level=level,
             log_spread=spread,
-            log_threshold=level + jnp.maximum(number(width) * spread, jnp.log(number(floor))),
+            log_threshold=level + jnp.maximum(number(deviations) * spread, jnp.log(number(floor))),
             norms_seen=next_step(state.norms_seen),
             touched_in_row=jnp.where(touched, next_step(state.touched_in_row), 0),
         )

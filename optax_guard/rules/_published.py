@@ -41,7 +41,7 @@ from optax_guard.rules._window import (
     validate_scope_and_cap,
 )
 
-__all__ = ["AdaGCState", "AutoClipState", "ZClipState", "adagc", "autoclip", "zclip"]
+__all__ = ["AdaGCState", "AutoClipState", "Mode", "ZClipState", "adagc", "autoclip", "zclip"]
 
 Mode: TypeAlias = Literal["reciprocal", "mean", "percentile"]
 

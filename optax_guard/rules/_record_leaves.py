@@ -21,7 +21,7 @@ import optax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step
-from optax_guard._common.tree import as_arrays, check_leaf_count, find_states, leaf_names, positions, unwrapped
+from optax_guard._common.tree import as_arrays, check_leaf_count, field_array, find_states, leaf_names, leaves_with_none
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
@@ -71,8 +71,8 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
     ====================================  =====================================================
 
     Args:
-      window: steps to keep (>= 1); the memory is 4 bytes * window * leaves. Equal to the guard's `history`, it tells
-        the same steps. Under `optax.inject_hyperparams` list it in `static_args`.
+      window: steps to keep (>= 1); the memory is 4 bytes * window * leaves. Equal to the guard's `recorder_rows`, it
+        tells the same steps. Under `optax.inject_hyperparams` list it in `static_args`.
       axis_name: as in `gradient_statistics`.
 
     Returns:
@@ -102,7 +102,7 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
 
     def init(params: optax.Params) -> LeafRecordState:
         params = as_arrays(name, params)
-        leaves = len(positions(params))
+        leaves = len(leaves_with_none(params))
         return LeafRecordState(
             recorded_norms=jnp.full((window, leaves), _EMPTY, jnp.float32), recorded_steps=jnp.zeros((), jnp.int32)
         )
@@ -154,7 +154,7 @@ def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
             f"leaf_log: expected one `record_leaves` in this state, found {len(states)}. Give it to the guard as a "
             "rule: og.guard(optimizer, og.record_leaves(256), ...)."
         )
-    coded, calls = (np.asarray(x) for x in jax.device_get(tuple(map(unwrapped, states[0]))))
+    coded, calls = (np.asarray(x) for x in jax.device_get(tuple(map(field_array, states[0]))))
     names, guards = None, find_states(state, SeenLeaves)
     if params is not None:
         names = leaf_names(params)

@@ -28,7 +28,7 @@ from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
 
-__all__ = ["SpikeState", "skip_large", "skip_nonfinite", "skip_spikes"]
+__all__ = ["Signal", "SpikeState", "skip_large", "skip_nonfinite", "skip_spikes"]
 
 Signal: TypeAlias = Literal["auto", "loss", "norm", "both"]
 
@@ -41,7 +41,7 @@ class SpikeState(NamedTuple):
     """What `skip_spikes` remembers: one row for each signal it judges, the loss before the norm (as its logarithm)."""
 
     spike_accepted: jax.Array  # f32[signals, window]: the last values of steps that were not refused
-    spike_recent: jax.Array  # f32[signals, 2 * follow - 1]: the last finite values
+    spike_recent: jax.Array  # f32[signals, 2 * accept_after - 1]: the last finite values
     spike_accepted_total: jax.Array  # i32[signals]: how many were accepted; a place in the ring once it is full
     spike_recent_total: jax.Array  # i32[signals]
 
@@ -146,10 +146,10 @@ def skip_large(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None)
 
 def skip_spikes(
     window: int = 128,
-    sigmas: float = 6.0,
+    deviations: float = 6.0,
     *,
     on: Signal = "auto",
-    follow: int = 8,
+    accept_after: int = 8,
     faithful: bool = False,
     axis_name: AxisName | None = None,
 ) -> Rule:
@@ -157,28 +157,30 @@ def skip_spikes(
 
     skip if x > limit for x = the loss, or x = log ||g||_2;  over the last `window` values of accepted steps
 
-        limit = q50 + max(sigmas * (q90 - q50) / 1.28 * (1 + 8 / n), least)
+        limit = q50 + max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), least)
 
-    with `least` 5 % of |q50| for the loss and log 2 for the norm. Once more than half of the last 2 * follow - 1
-    values, accepted or not, lie above it, that is no spike but a new level, and the limit is measured from there:
-    their median + max(sigmas * 1.48 * MAD, the margin above). With `faithful`, skip if x > mean + sigmas * std of the
+    with `least` 5 % of |q50| for the loss and log 2 for the norm. Once more than half of the last 2 * accept_after - 1
+    values, accepted or not, lie above it, that is no spike but a new level, and the limit is measured from there: their
+    median + max(deviations * 1.48 * MAD, the margin above). With `faithful`, skip if x > mean + deviations * std of the
     last `window` values, whatever they were.
 
     Guarantees (of the default, as the table):
       - Nothing that is not finite enters the history, and a non-finite loss or gradient changes none of it.
-      - Up to `follow` - 1 refused spikes within 2 * follow - 1 steps, of any size, change later limits by nothing.
-      - A lasting rise, of any size, is followed after `follow` refused steps where the noise is small against it, fewer
-        than the default `patience` of `guard`. Wide noise takes longer: x10 and x100 within 19 (norm) or 29 (loss)
-        refused steps in the worst of 800 histories. A lasting fall is followed within `window` steps, refusing none.
+      - Up to `accept_after` - 1 refused spikes within 2 * accept_after - 1 steps, of any size, change later limits by
+        nothing.
+      - A lasting rise, of any size, is followed after `accept_after` refused steps where the noise is small against it,
+        fewer than the default `patience` of `guard`. Wide noise takes longer: x10 and x100 within 19 (norm) or 29
+        (loss) refused steps in the worst of 800 histories. A lasting fall is followed within `window` steps, refusing
+        none.
       - On steady noise, from the first step on, at most 0.3 % of healthy steps are refused by the norm and 0.7 % by the
         loss (log-sd up to 0.7); by a loss with tails so long that published rules refuse 0.8 %, 1.5 %. The first
-        2 * follow - 1 steps (15) are never refused.
+        2 * accept_after - 1 steps (15) are never refused.
       - The verdict on the norm does not change if all norms are multiplied by a number, nor that on the loss.
 
     ===================================  ==========================================================================
     Case                                 Result
     ===================================  ==========================================================================
-    first 2 * follow - 1 steps           pass; spikes among them widen the limit until `window` values are clean
+    first 2 * accept_after - 1 steps     pass; spikes among them widen the limit until `window` values are clean
     loss NaN or Inf (if it is judged)    skipped; under `guard` held and counted as non-finite: never let through
     gradient NaN or Inf                  skipped; no history changes
     finite 1e30                          judged like any other
@@ -190,14 +192,14 @@ def skip_spikes(
 
     Args:
       window: how many accepted values are remembered (>= 2).
-      sigmas: how far above the history a spike is, > 0, a number or a 0-d array.
+      deviations: how far above the history a spike is, > 0, a number or a 0-d array.
       on: "loss", "norm", "both", or "auto": both where the loss is passed as `value=`, else the norm.
-      follow: after how many steps in a row a rise is taken for a new level (>= 1).
+      accept_after: after how many steps in a row a rise is taken for a new level (>= 1).
       faithful: the published rule, for comparison.
       axis_name: as in `gradient_statistics`; the loss is averaged over the axis.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams` all arguments but `sigmas` go into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams` all arguments but `deviations` go into `static_args`.
 
     Raises:
       ValueError: wrong static arguments; `value=` missing where it is needed, or not a scalar.
@@ -217,9 +219,9 @@ def skip_spikes(
       once the value to be judged is the (window / 2)-th, so from 63 before it. Deviations: a skip selects instead of
       multiplying with 0, which writes NaN; NaN is kept as a code, so that the state stays finite (the window is blind
       to it no longer and no shorter). Levanter judges from 64 values on, by the population's standard deviation, at
-      least 1e-6, of the last `window` + 1; on 2200 healthy histories that differs in 1 verdict of 19 000. Deviations
-      of the default: quantiles instead of mean and standard deviation, the logarithm of the norm, refused values kept
-      out, `follow`, and judging from 15 values on instead of 63. Published, one NaN refuses the next `window` steps,
+      least 1e-6, of the last `window` + 1; on 2200 healthy histories that differs in 1 verdict of 19 000. Deviations of
+      the default: quantiles instead of mean and standard deviation, the logarithm of the norm, refused values kept out,
+      `accept_after`, and judging from 15 values on instead of 63. Published, one NaN refuses the next `window` steps,
       and after a lone spike A everything below 0.54 A passes for `window` steps.
 
     See Also:
@@ -227,8 +229,8 @@ def skip_spikes(
     """
     name = "skip_spikes"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
-    follow = validate.integer(name, "follow", follow, low=1, high=validate.MILLION)
-    sigmas = validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
+    accept_after = validate.integer(name, "accept_after", accept_after, low=1, high=validate.MILLION)
+    deviations = validate.scalar(name, "deviations", deviations, low=0, open_low=True)
     validate.one_of(name, "on", on, Signal)
     faithful = validate.boolean(name, "faithful", faithful)
     validate.axis_name(name, axis_name)
@@ -236,7 +238,7 @@ def skip_spikes(
 
     def init(params: optax.Params) -> SpikeState:
         del params
-        return _packed([empty_series(window, follow)] * len(signals))
+        return _packed([empty_series(window, accept_after)] * len(signals))
 
     def judge(
         statistics: GradientStatistics, state: SpikeState, params: PyTree | None = None, **extra: Any
@@ -261,7 +263,7 @@ def skip_spikes(
             refused = jnp.zeros((), bool)
             for signal in used:
                 limit, judged = published_threshold(
-                    series[signal], sigmas, unbiased=True, least=0.0, counts_itself=True
+                    series[signal], deviations, unbiased=True, least=0.0, counts_itself=True
                 )
                 refused = refused | judged & ~(values[signal] <= limit)
                 series[signal] = push_published(series[signal], values[signal])
@@ -269,7 +271,7 @@ def skip_spikes(
         refused = ~known | ~finite
         for signal in used:
             least = _LEAST_LOSS if signal == "loss" else _LEAST_LOG_NORM
-            limit = threshold(series[signal], sigmas, least, relative=signal == "loss")
+            limit = threshold(series[signal], deviations, least, relative=signal == "loss")
             refused = refused | (values[signal] > limit)
         for signal in used:
             series[signal] = push(series[signal], values[signal], values[signal], ~refused, seen[signal] & known)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_guard._common import validate
-from optax_guard._common.tree import positions
+from optax_guard._common.tree import leaves_with_none
 from optax_guard._common.typing import PyTree, Scope
 from optax_guard._step.observe import GradientStatistics
 
@@ -91,7 +91,7 @@ def push(ring: jax.Array, index: jax.Array, number: jax.Array) -> jax.Array:
 
 def scope_shape(params: PyTree, scope: Scope) -> tuple[int, ...]:
     """The shape of one number per scope."""
-    return (len(positions(params)),) if scope == "leaf" else ()
+    return (len(leaves_with_none(params)),) if scope == "leaf" else ()
 
 
 def validate_scope_and_cap(name: str, scope: Any, max_norm: Any) -> Any:

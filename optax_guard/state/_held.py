@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_guard._common.tree import check_same_structure, path_name, unwrapped
+from optax_guard._common.tree import check_same_structure, field_array, path_name
 from optax_guard._common.typing import PyTree, Tree
 from optax_guard._guard import GuardState
 from optax_guard._loss_scaling import LossScalingState
@@ -117,19 +117,19 @@ def _is_wrapper(node: Any) -> bool:
 def _held(node: Any) -> jax.Array | None:
     """The answer of one wrapper, which knows whether what is inside was asked in the last call."""
     if isinstance(node, GuardState):
-        here = _row_held(FlightRecorder(*map(unwrapped, node.recorder)), unwrapped(node.guard_step))
+        here = _row_held(FlightRecorder(*map(field_array, node.recorder)), field_array(node.guard_step))
         return _or(here, last_step_held(node.guarded_state))
     if isinstance(node, AccumulateState):
         inside = last_step_held(node.accumulated_state)
-        return _or(unwrapped(node.micro_batch_lost), None if inside is None else unwrapped(node.emitted) & inside)
+        return _or(field_array(node.micro_batch_lost), None if inside is None else field_array(node.emitted) & inside)
     if isinstance(node, LossScalingState):
-        return _or(unwrapped(node.overflowed), last_step_held(node.unscaled_state))
+        return _or(field_array(node.overflowed), last_step_held(node.unscaled_state))
     inside = last_step_held(node.inner_opt_state if isinstance(node, optax.MultiStepsState) else node.inner_state)
     if inside is None:
         return None
     if isinstance(node, optax.MultiStepsState):
-        return (unwrapped(node.mini_step) == 0) & inside
-    return ~unwrapped(node.last_finite) | inside
+        return (field_array(node.mini_step) == 0) & inside
+    return ~field_array(node.last_finite) | inside
 
 
 def _row_held(recorder: FlightRecorder, step: jax.Array) -> jax.Array:

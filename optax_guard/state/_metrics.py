@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_guard._common.tree import find_states, unwrapped
+from optax_guard._common.tree import field_array, find_states
 from optax_guard._guard import GuardState
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.reading import axes_in_front, member, members
@@ -144,7 +144,7 @@ def flight_log(state: optax.OptState) -> np.ndarray:
             f"flight_log: expected one guard in this state, found {len(states)}; pass the guard's own state."
         )
     logs = [read_rows(member(states[0].recorder, index)) for index in members(states[0].guard_step)]
-    shape = np.shape(unwrapped(states[0].guard_step))
+    shape = np.shape(field_array(states[0].guard_step))
     if not shape:
         return logs[0]
     longest = max(len(log) for log in logs)
@@ -186,7 +186,7 @@ def _own_numbers(state: Any) -> Any:
 
 
 def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
-    step = unwrapped(state.guard_step)
+    step = field_array(state.guard_step)
     row = last_row(state.recorder, step)
     held = jnp.array([event in HELD for event in EVENTS], jnp.int32)
     return {
@@ -197,7 +197,7 @@ def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
         "worst_leaf": row.worst_leaf,
         "step": step,
         **{
-            name: unwrapped(getattr(state, name))
+            name: field_array(getattr(state, name))
             for name in (
                 "clipped_total",
                 "skipped_total",
@@ -214,34 +214,34 @@ def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
 
 def _recovery_metrics(state: RecoveryState) -> dict[str, jax.Array]:
     """Of the rungs that are there."""
-    numbers = {"trouble_in_row": unwrapped(state.trouble_in_row)}
+    numbers = {"trouble_in_row": field_array(state.trouble_in_row)}
     for part, names in (
         (state.reset_state, ("reset_total", "silent_death_total", "moments_finite", "frozen_leaves", "standing_still")),
         (state.back_off_state, ("update_scale", "back_off_total")),
         (state.rewind_state, ("rewind_total",)),
         (state.loss_watch, ("smoothed_loss", "best_loss")),
     ):
-        numbers |= {name: unwrapped(getattr(part, name)) for name in names if part != ()}
+        numbers |= {name: field_array(getattr(part, name)) for name in names if part != ()}
     if state.rewind_state != ():
-        steps, newest = unwrapped(state.rewind_state.snapshot_steps), unwrapped(state.rewind_state.newest_snapshot)
+        steps, newest = field_array(state.rewind_state.snapshot_steps), field_array(state.rewind_state.newest_snapshot)
         numbers["snapshot_step"] = steps[newest]
     return numbers
 
 
 def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
     return {
-        "micro_step": unwrapped(state.micro_step),
-        "weight": unwrapped(state.accumulated_weight),
-        "emitted_total": unwrapped(state.emitted_total),
-        "dropped_total": unwrapped(state.dropped_total),
-        "empty_total": unwrapped(state.empty_total),
-        "updated": unwrapped(state.emitted),
+        "micro_step": field_array(state.micro_step),
+        "weight": field_array(state.accumulated_weight),
+        "emitted_total": field_array(state.emitted_total),
+        "dropped_total": field_array(state.dropped_total),
+        "empty_total": field_array(state.empty_total),
+        "updated": field_array(state.emitted),
     }
 
 
 def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
-    threshold, seen = unwrapped(state.log_threshold), unwrapped(state.norms_seen)
-    in_row = unwrapped(state.touched_in_row)
+    threshold, seen = field_array(state.log_threshold), field_array(state.norms_seen)
+    in_row = field_array(state.touched_in_row)
     leaf = jnp.full((), -1, jnp.int32)
     threshold = jnp.where(seen > 0, jnp.exp(threshold), 0)
     if in_row.size == 0:
@@ -254,12 +254,12 @@ def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
 
 def _bound(prefix: str, *names: str) -> Callable[[Any], dict[str, jax.Array]]:
     """A reader of fields that are called `prefix` and what they are."""
-    return lambda state: {name: unwrapped(getattr(state, f"{prefix}_{name}")) for name in names}
+    return lambda state: {name: field_array(getattr(state, f"{prefix}_{name}")) for name in names}
 
 
 def _loss_scaling(state: LossScalingState) -> dict[str, jax.Array]:
     return {
-        "scale": unwrapped(state.loss_scale),
-        "clean_in_row": unwrapped(state.clean_in_row),
-        "overflow_total": unwrapped(state.overflow_total),
+        "scale": field_array(state.loss_scale),
+        "clean_in_row": field_array(state.clean_in_row),
+        "overflow_total": field_array(state.overflow_total),
     }

@@ -3,10 +3,10 @@
 ====================================================  ================================================
 You have                                              Take
 ====================================================  ================================================
-a checkpoint of an optimizer, want `guard(...)`       `with_guard_state(tx, params, inner_state)`
+a checkpoint of an optimizer, want `guard(...)`       `add_guard_state(tx, params, inner_state)`
 one of another guard (rules, `recovery`, a preset)    the same
 the question which part of it that takes              `find_inner_state(tx, params, inner_state)`
-a state of `guard(...)`, want it of the optimizer     `inner_state(state)`
+a state of `guard(...)`, want it of the optimizer     `remove_guard_state(state)`
 ====================================================  ================================================
 
 The optimizer's state is found by its structure: names and kinds of nodes, shapes and dtypes of leaves. What a restore
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from optax_guard._common.state_check import is_single_leaf
-from optax_guard._common.tree import as_arrays, find_states, path_name, unwrapped
+from optax_guard._common.tree import as_arrays, field_array, find_states, path_name
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
 from optax_guard._step.act import as_transformation
@@ -29,7 +29,7 @@ from optax_guard._step.reading import is_traced, nonfinite_leaf, nonfinite_momen
 from optax_guard.recovery._ladder import RecoveryState
 from optax_guard.recovery._reset import ResetState
 
-__all__ = ["find_inner_state", "inner_state", "with_guard_state", "without_guards"]
+__all__ = ["add_guard_state", "find_inner_state", "remove_guard_state", "without_guards"]
 
 _GUARD_FIELDS = {"guarded_state", "guard_step", "recorder"}
 
@@ -41,7 +41,7 @@ class _Piece(NamedTuple):
     leaves: list[Any]  # in the order of those wanted
 
 
-def with_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_state: optax.OptState) -> optax.OptState:
+def add_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_state: optax.OptState) -> optax.OptState:
     """The state of a guarded transformation around an optimizer state that already exists.
 
     Guarantees:
@@ -83,11 +83,11 @@ def with_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
       >>> import optax_guard as og
       >>> params, adam = jnp.ones(2), optax.adam(0.1)
       >>> updates, old = adam.update(params, adam.init(params))  # a run in flight
-      >>> state = with_guard_state(og.guard(adam), params, old)
+      >>> state = add_guard_state(og.guard(adam), params, old)
       >>> int(optax.tree.get(state, "count")), int(og.metrics(state)["guard/step"])
       (1, 0)
     """
-    name = "with_guard_state"
+    name = "add_guard_state"
     params = as_arrays(name, params)
     fresh = as_transformation(name, tx, "tx").init(params)
     whole, pieces = _pieces(name, fresh, inner_state)
@@ -109,7 +109,7 @@ def with_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
 
 
 def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_state: optax.OptState) -> tuple[str, ...]:
-    """The paths in `inner_state` from which `with_guard_state` takes the optimizer's state.
+    """The paths in `inner_state` from which `add_guard_state` takes the optimizer's state.
 
     One path if it is all in one place, "(root)" if `inner_state` is that place; else one for each part of a chain. An
     optimizer without a state of its own (`optax.sgd(0.1)`) has none.
@@ -117,13 +117,13 @@ def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
     Args:
       tx: a transformation with a `guard` in it.
       params: the parameters, as for `tx.init`.
-      inner_state: as for `with_guard_state`.
+      inner_state: as for `add_guard_state`.
 
     Returns:
       The paths, joined by "/" as in `leaf_names`, guards left out.
 
     Raises:
-      ValueError: as `with_guard_state`, but for its look at NaN.
+      ValueError: as `add_guard_state`, but for its look at NaN.
 
     Example:
       >>> import optax_guard as og
@@ -138,13 +138,13 @@ def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
     return tuple(piece.path for piece in pieces if piece.path is not None)
 
 
-def inner_state(state: optax.OptState) -> optax.OptState:
+def remove_guard_state(state: optax.OptState) -> optax.OptState:
     """The same state with every guard taken out, for the transformation without them.
 
     Guarantees:
       - Every array of what the guards wrap is in the result as it is. Of an `nnx.Optimizer` its Variables are copies:
         to write into the optimizer's own take `optax_guard.flax.inner_state(optimizer)`.
-      - `inner_state(with_guard_state(tx, params, old))` is `old`, for an `old` that fits the whole of `tx`.
+      - `remove_guard_state(add_guard_state(tx, params, old))` is `old`, for an `old` that fits the whole of `tx`.
 
     ===========================  =======================================================================
     State of                     Result
@@ -168,7 +168,7 @@ def inner_state(state: optax.OptState) -> optax.OptState:
       >>> import jax.numpy as jnp
       >>> import optax_guard as og
       >>> adam = optax.adam(0.1)
-      >>> state = inner_state(og.guard(adam).init(jnp.ones(2)))
+      >>> state = remove_guard_state(og.guard(adam).init(jnp.ones(2)))
       >>> jax.tree.structure(state) == jax.tree.structure(adam.init(jnp.ones(2)))
       True
     """
@@ -201,11 +201,11 @@ def _pieces(name: str, fresh: PyTree, given: PyTree) -> tuple[bool, list[_Piece]
     """What of `given` goes into `fresh`: into the whole of it, or into its outermost guard alone."""
     if not find_states(fresh, GuardState):
         raise ValueError(f"{name}: there is no guard in `tx`; wrap the optimizer in `guard` first.")
-    given = jax.tree.map(lambda x: unwrapped(x) if _is_variable(x) else x, given, is_leaf=_is_variable)
+    given = jax.tree.map(lambda x: field_array(x) if _is_variable(x) else x, given, is_leaf=_is_variable)
     if jax.tree.structure(given) == jax.tree.structure(fresh):
         raise ValueError(
             f"{name}: `inner_state` already holds a guard, this `tx`'s: go on with it, or take the guard out with "
-            "`inner_state(state)`."
+            "`remove_guard_state(state)`."
         )
     given = without_guards(given)
     outermost = [node for node in jax.tree.leaves(fresh, is_leaf=_is_guard) if _is_guard(node)]

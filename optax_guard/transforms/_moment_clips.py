@@ -40,7 +40,7 @@ from optax_guard._common.tree import (
     checked_with_params,
     is_gradient,
     is_like,
-    positions,
+    leaves_with_none,
 )
 from optax_guard._common.typing import PyTree, ScalarOrSchedule
 from optax_guard._guard import HOLDING
@@ -302,7 +302,7 @@ def stable_spam(
 
     def init(params: optax.Params) -> StableSpamState:
         params = as_params(name, params)
-        leaves, inner_state = len(positions(params)), inner.init(params)
+        leaves, inner_state = len(leaves_with_none(params)), inner.init(params)
         refuse_inside(name, "inner", inner_state, HOLDING)
         return StableSpamState(
             stable_spam_inner_state=inner_state,
@@ -329,7 +329,7 @@ def stable_spam(
         updates: optax.Updates, state: StableSpamState, params: optax.Params | None, extra: dict[str, Any]
     ) -> tuple[optax.Updates, StableSpamState]:
         check_state(state, params, updates)
-        check_leaf_count(name, state.leaf_steps.shape[0], len(positions(updates)))
+        check_leaf_count(name, state.leaf_steps.shape[0], len(leaves_with_none(updates)))
         step = next_step(state.stable_spam_step)
         restart = _restart(step, restart_every, 0)[0]
         like = updates if params is None else params
@@ -337,7 +337,8 @@ def stable_spam(
         settings = (value_at(gamma1, state.stable_spam_step), gamma2, gamma3, eps)
         old = (state.largest_average, state.norm_average, state.squared_norm_average, state.leaf_steps)
         results = [
-            _normalised(leaf, tuple(x[i] for x in old), settings, faithful) for i, leaf in enumerate(positions(updates))
+            _normalised(leaf, tuple(x[i] for x in old), settings, faithful)
+            for i, leaf in enumerate(leaves_with_none(updates))
         ]
         normal = jax.tree.unflatten(
             jax.tree.structure(updates, is_leaf=lambda leaf: leaf is None), [leaf for leaf, _ in results]
@@ -441,7 +442,7 @@ def clip_by_update_rms(
             scale = jnp.where(over, jnp.asarray(max_rms, real) * lax.rsqrt(jnp.where(over, square, 1)), 1)
             return jnp.where(over, multiplied(moved, scale), moved)
 
-        clipped = _map_positions(clip, updates, positions(gradients), roots)
+        clipped = _map_positions(clip, updates, leaves_with_none(gradients), roots)
         return clipped, after
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -454,7 +455,7 @@ def _roots(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]:
 
 
 def _map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
-    """Maps over the floating-point leaves of `tree` with the entries of lists that follow `positions`."""
+    """Maps over the floating-point leaves of `tree` with the entries of lists that follow `leaves_with_none`."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
     mapped = [
         function(leaf, *others) if is_gradient(leaf) else leaf for leaf, *others in zip(leaves, *rest, strict=True)

@@ -46,7 +46,7 @@ from optax_guard._common.tree import (
     checked,
     is_gradient,
     leaf_names,
-    positions,
+    leaves_with_none,
     resolve_mask,
     small_leaves_together,
 )
@@ -54,7 +54,16 @@ from optax_guard._common.typing import Mask, PRNGKeyLike, PyTree, ScalarOrSchedu
 from optax_guard._step.judge import scale_leaves
 from optax_guard._step.observe import gradient_statistics
 
-__all__ = ["NoiseState", "anticorrelated_noise", "langevin_noise", "noise_injection", "perturb_weights"]
+__all__ = [
+    "Kind",
+    "NoiseScale",
+    "NoiseState",
+    "WeightScale",
+    "anticorrelated_noise",
+    "langevin_noise",
+    "noise_injection",
+    "perturb_weights",
+]
 
 Kind: TypeAlias = Literal["gaussian", "uniform_ball"]
 NoiseScale: TypeAlias = Literal["none", "gradient"]
@@ -82,7 +91,7 @@ def noise_injection(
     gamma: ScalarOrSchedule = 0.55,
     *,
     key: PRNGKeyLike = 0,
-    kind: Kind = "gaussian",
+    distribution: Kind = "gaussian",
     max_norm: ScalarOrSchedule | None = None,
     relative_to: NoiseScale = "none",
     mask: Mask | None = None,
@@ -125,8 +134,8 @@ def noise_injection(
       gamma: exponent of the decay, >= 0: a number, a 0-d array or a schedule. 0 for constant noise, or for an `eta`
         that is a schedule itself.
       key: an int, a PRNG key or raw uint32 key data. Under `optax.inject_hyperparams` list it in `static_args`, with
-        `kind`, `relative_to` and `mask`.
-      kind: "gaussian", or "uniform_ball" for perturbed gradient descent.
+        `distribution`, `relative_to` and `mask`.
+      distribution: "gaussian", or "uniform_ball" for perturbed gradient descent.
       max_norm: bound on the norm of the noise over the whole tree, >= 0; None for none. In high dimension ||n|| hardly
         varies around sigma * sqrt(size), so an absolute bound is either always or never active: the relative one is the
         useful one.
@@ -158,11 +167,11 @@ def noise_injection(
     name = "noise_injection"
     eta = validate.scalar_or_schedule(name, "eta", eta, low=0)
     gamma = validate.scalar_or_schedule(name, "gamma", gamma, low=0)
-    validate.one_of(name, "kind", kind, Kind)
+    validate.one_of(name, "distribution", distribution, Kind)
     if max_norm is not None:
         max_norm = validate.scalar_or_schedule(name, "max_norm", max_norm, low=0)
     validate.one_of(name, "relative_to", relative_to, NoiseScale)
-    salted = salt(name, kind)
+    salted = salt(name, distribution)
 
     def perturb(updates: PyTree, state: NoiseState) -> PyTree:
         step = state.noise_step
@@ -173,7 +182,7 @@ def noise_injection(
         sigma = jnp.sqrt(variance)
         stream = step_words(state.noise_key, step, salted)
         draw = _draw(name, stream, updates, mask, sigma)
-        if kind == "uniform_ball":
+        if distribution == "uniform_ball":
             sigma = sigma * _ball_factor(stream, draw.normals).astype(sigma.dtype)
         if max_norm is None:
             return _add(updates, draw, sigma)
@@ -384,7 +393,7 @@ def perturb_weights(
     def perturbed(clean: PyTree, key: jax.Array) -> PyTree:
         draw = _draw(name, step_words(key, jnp.zeros((), jnp.uint32), salted), clean, mask, value_at(sigma, None))
         if relative_to == "weights":
-            pairs = zip(draw.normals, positions(clean), strict=True)
+            pairs = zip(draw.normals, leaves_with_none(clean), strict=True)
             draw = _Draw([None if z is None else z * _root_mean_square(w, z) for z, w in pairs], draw.rounding)
         return _add(clean, draw, value_at(sigma, None))
 
@@ -438,10 +447,10 @@ def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: j
     XLA does not find out: with a constant sigma it would take the branch away.
     """
     on = (sigma != 0) & ((stream.first | np.uint32(1)) != 0)
-    chosen = positions(updates) if mask is None else positions(resolve_mask(name, mask, updates))
+    chosen = leaves_with_none(updates) if mask is None else leaves_with_none(resolve_mask(name, mask, updates))
 
     leaves: list[Any] = [
-        leaf if use is not False else None for leaf, use in zip(positions(updates), chosen, strict=True)
+        leaf if use is not False else None for leaf, use in zip(leaves_with_none(updates), chosen, strict=True)
     ]
     keys = leaf_words(stream, leaf_names(updates))
 

@@ -4,7 +4,7 @@
 Function                           Adds the gradient of
 =================================  ===================================================================================
 `l1_penalty(strength)`             strength * sum |w|: pulls weights towards zero, all with the same force
-`dense_penalty(strength, kind)`    strength / 2 * sum w^2, or a Huber-like cross of both: smooth everywhere
+`dense_penalty(strength)`          strength / 2 * sum w^2, or a Huber-like cross of both: smooth everywhere
 `elastic_net_penalty(l1, l2)`      both
 `shrink_gradients(threshold)`      nothing: it shrinks the elements of the gradient itself
 =================================  ===================================================================================
@@ -37,7 +37,16 @@ from optax_guard._common.tree import (
 )
 from optax_guard._common.typing import Mask, PyTree, ScalarOrSchedule
 
-__all__ = ["PenaltyState", "dense_penalty", "elastic_net_penalty", "l1_penalty", "penalised", "shrink_gradients"]
+__all__ = [
+    "Dense",
+    "PenaltyState",
+    "Shrinkage",
+    "dense_penalty",
+    "elastic_net_penalty",
+    "l1_penalty",
+    "penalised",
+    "shrink_gradients",
+]
 
 Dense: TypeAlias = Literal["l2", "pseudo_huber"]
 Shrinkage: TypeAlias = Literal["soft", "dense"]
@@ -109,7 +118,7 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
 
 
 def dense_penalty(
-    strength: ScalarOrSchedule, kind: Dense = "l2", *, delta: float = 1.0, mask: Mask | None = None
+    strength: ScalarOrSchedule, penalty: Dense = "l2", *, delta: float = 1.0, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Add the gradient of a penalty that is smooth everywhere: all weights shrink, none becomes zero.
 
@@ -137,9 +146,9 @@ def dense_penalty(
 
     Args:
       strength: weight of the penalty, >= 0, as in `l1_penalty`.
-      kind: "l2" or "pseudo_huber".
+      penalty: "l2" or "pseudo_huber".
       delta: where "pseudo_huber" turns from square to linear, > 0, in units of the weights; unused by "l2".
-      mask: as in `l1_penalty`. Under `optax.inject_hyperparams` list it in `static_args`, with `kind`.
+      mask: as in `l1_penalty`. Under `optax.inject_hyperparams` list it in `static_args`, with `penalty`.
 
     Returns:
       A transformation; its `update` needs `params`.
@@ -164,11 +173,11 @@ def dense_penalty(
     """
     name = "dense_penalty"
     strength = validate.scalar_or_schedule(name, "strength", strength, low=0)
-    validate.one_of(name, "kind", kind, Dense)
+    validate.one_of(name, "penalty", penalty, Dense)
     delta = validate.scalar(name, "delta", delta, low=0, open_low=True)
 
     def force(weight: jax.Array, factor: jax.Array) -> jax.Array:
-        if kind == "l2":
+        if penalty == "l2":
             return _product(factor, weight)
         size = jnp.abs(weight)
         width = value_at(delta, None).astype(size.dtype)
@@ -232,7 +241,9 @@ def elastic_net_penalty(
     return _penalty(name, (l1, l2), mask, force)
 
 
-def shrink_gradients(threshold: ScalarOrSchedule, kind: Shrinkage = "soft") -> optax.GradientTransformationExtraArgs:
+def shrink_gradients(
+    threshold: ScalarOrSchedule, shrinkage: Shrinkage = "soft"
+) -> optax.GradientTransformationExtraArgs:
     """Shrink every element of the gradient itself, the small ones most.
 
     "soft":   g <- sign(g) * max(|g| - threshold, 0)           exact zeros below the threshold
@@ -258,7 +269,7 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: Shrinkage = "soft") -> o
 
     Args:
       threshold: in units of the gradient, >= 0: a number, a 0-d array or a schedule.
-      kind: "soft" or "dense"; under `optax.inject_hyperparams` in `static_args`.
+      shrinkage: "soft" or "dense"; under `optax.inject_hyperparams` in `static_args`.
 
     Returns:
       A transformation. It needs no parameters and goes where a clip goes.
@@ -279,7 +290,7 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: Shrinkage = "soft") -> o
     """
     name = "shrink_gradients"
     threshold = validate.scalar_or_schedule(name, "threshold", threshold, low=0)
-    validate.one_of(name, "kind", kind, Shrinkage)
+    validate.one_of(name, "shrinkage", shrinkage, Shrinkage)
 
     def init(params: optax.Params) -> optax.OptState:
         params = as_arrays(name, params)
@@ -301,8 +312,8 @@ def shrink_gradients(threshold: ScalarOrSchedule, kind: Shrinkage = "soft") -> o
             limit = jnp.maximum(bound, 0).astype(size.dtype)
             # |g| is taken out of the sum first: Inf / Inf is not 1. By how much it shrinks is never above the limit.
             share = 1 / (1 + limit / jnp.where(size > 0, size, 1))
-            less = limit if kind == "soft" else limit * share
-            small = jnp.zeros_like(size) if kind == "soft" else size * share
+            less = limit if shrinkage == "soft" else limit * share
+            small = jnp.zeros_like(size) if shrinkage == "soft" else size * share
             shrunk = multiplied(direction(wide), jnp.where(size <= limit, small, size - less))
             return jnp.where((limit == 0) | jnp.isinf(size), gradient, shrunk.astype(gradient.dtype))
 

@@ -34,7 +34,7 @@ from optax_guard._common.tree import (
     count_true,
     is_gradient,
     leaf_names,
-    positions,
+    leaves_with_none,
     wider_dtype,
 )
 from optax_guard._common.typing import Mask, PyTree, ScalarOrSchedule
@@ -335,7 +335,7 @@ def sparsity(params: PyTree) -> Sparsity:
     params = as_arrays("sparsity", params)
     named = [
         (name, leaf)
-        for name, leaf in zip(leaf_names(params), positions(params), strict=True)
+        for name, leaf in zip(leaf_names(params), leaves_with_none(params), strict=True)
         if leaf is not None and leaf.dtype != jax.dtypes.float0 and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     ]
     zeros = {name: count_true(leaf == 0) for name, leaf in named}
@@ -410,7 +410,7 @@ def _proximal(
             return jnp.where(new == 0, -old, new - old).astype(both)
 
         read_out = responses(read, new_state, params, chosen, step)
-        flat = [positions(tree) for tree in (updates, params, chosen)]
+        flat = [leaves_with_none(tree) for tree in (updates, params, chosen)]
         moved = [move(*parts) for parts in zip(*flat, read_out, strict=True)]
         result = jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda leaf: leaf is None), moved)
         return result, ProximalState(proximal_state=new_state, proximal_step=next_step(step))

@@ -26,10 +26,10 @@ from optax_guard._common.eager import compiled_once
 from optax_guard._common.numerics import accumulator_dtype, multiplied, safe_sqrt
 from optax_guard._common.series import Series, empty_series, published_threshold, push, push_published, threshold
 from optax_guard._common.state_check import state_check
-from optax_guard._common.tree import checked, checked_with_params, is_gradient, positions
+from optax_guard._common.tree import checked, checked_with_params, is_gradient, leaves_with_none
 from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule, Scope
 from optax_guard._step.judge import scale_leaves
-from optax_guard._step.observe import first_look
+from optax_guard._step.observe import one_pass_statistics
 
 __all__ = ["ClippyState", "LimitStepState", "UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
 
@@ -56,7 +56,7 @@ class UpdateNormState(NamedTuple):
     """What `clip_by_update_norm` remembers: norms of updates (their logarithms, unless it is the published rule)."""
 
     update_norms_kept: jax.Array  # f32[window]: after the clip (published: before it), a ring
-    update_norms_recent: jax.Array  # f32[2 * follow - 1]: before the clip, a ring
+    update_norms_recent: jax.Array  # f32[2 * accept_after - 1]: before the clip, a ring
     update_norms_kept_total: jax.Array  # i32[]: how many were kept; a place in the ring once it is full
     update_norms_recent_total: jax.Array  # i32[]
     update_norm_bound_total: jax.Array  # i32[]: updates that were scaled down
@@ -85,8 +85,8 @@ def limit_step(
     `max_change` = 0                   zero
     schedule or array below 0          as 0
     schedule or array NaN              NaN, which `guard(..., check_updates=True)` holds
-    NaN in a leaf of the update       that leaf is left as it is; the others are bounded by the norm of the rest
-    Inf in the update, or > 1.8e19    zero: its squares overflow; the elements that are Inf become NaN
+    NaN in a leaf of the update        that leaf is left as it is; the others are bounded by the norm of the rest
+    Inf in the update, or > 1.8e19     zero: its squares overflow; the elements that are Inf become NaN
     NaN or Inf in the parameters       those leaves count as zero ("leaf": they are bounded by the floor)
     finite parameters above 1.8e19     likewise: their squares overflow
     norm above 8e37 times the bound    zero: the factor is below the smallest normal float32
@@ -146,7 +146,7 @@ def limit_step(
         check_state(state, params, updates)
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
         moved = _squares(updates, axis_name)
-        weights = first_look(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
+        weights = one_pass_statistics(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
         weights = jnp.where(jnp.isfinite(weights), weights, 0)
         sizes = _sizes(updates, params, axis_name).astype(moved.dtype)
         if scope == "tree":
@@ -162,9 +162,9 @@ def limit_step(
 
 def clip_by_update_norm(
     window: int = 128,
-    sigmas: float = 3.0,
+    deviations: float = 3.0,
     *,
-    follow: int = 8,
+    accept_after: int = 8,
     faithful: bool = False,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -172,11 +172,11 @@ def clip_by_update_norm(
 
     u <- u * min(1, limit / ||u||_2);  with x = log ||u||_2, over the last `window` values of min(x, log limit)
 
-        log limit = q50 + max(sigmas * (q90 - q50) / 1.28 * (1 + 8 / n), log 2)
+        log limit = q50 + max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), log 2)
 
-    Once more than half of the last 2 * follow - 1 norms, before the clip, lie above it, that is a new level, and the
-    limit is measured from their median: see `skip_spikes`, which shares the equations. With `faithful`, limit = mean +
-    sigmas * std of the last `window` norms before the clip.
+    Once more than half of the last 2 * accept_after - 1 norms, before the clip, lie above it, that is a new level, and
+    the limit is measured from their median: see `skip_spikes`, which shares the equations. With `faithful`, limit =
+    mean + deviations * std of the last `window` norms before the clip.
 
     An optimizer can turn an ordinary gradient into a large update (Adam, when its second moment has fallen behind), so
     this sees what a clip of the gradient does not.
@@ -184,16 +184,16 @@ def clip_by_update_norm(
     Guarantees:
       - Nothing that is not finite enters the history, and a non-finite update changes none of it.
       - ||u|| <= limit (1 + 4 eps of the dtype); an update within it is returned bit for bit.
-      - Up to `follow` - 1 spikes within 2 * follow - 1 steps, of any size, are remembered as values *at* the limit.
-        Seven raise that of a full window by at most x1.02 (norms of log-sd 0.1) or x2.3 (0.3). In a young window each
-        raises the next: by x3 to x15 in all after 60 norms, x4 to x1000 after 30, without bound after 15.
-      - A lasting rise is followed after `follow` clipped steps where the noise is small against it.
-      - An update within x2 of the median is never touched, nor are the first 2 * follow - 1.
+      - Up to `accept_after` - 1 spikes within 2 * accept_after - 1 steps, of any size, are remembered as values *at*
+        the limit. Seven raise that of a full window by at most x1.02 (norms of log-sd 0.1) or x2.3 (0.3). In a young
+        window each raises the next: by x3 to x15 in all after 60 norms, x4 to x1000 after 30, without bound after 15.
+      - A lasting rise is followed after `accept_after` clipped steps where the noise is small against it.
+      - An update within x2 of the median is never touched, nor are the first 2 * accept_after - 1.
 
     ==============================  ==================================================================================
     Case                            Result
     ==============================  ==================================================================================
-    first 2 * follow - 1 updates    unchanged
+    first 2 * accept_after - 1      unchanged
     NaN in a leaf                   that leaf is left as it is; the others are clipped by the norm of the rest
     Inf in the update, or > 1.8e19  zero: its squares overflow; the elements that are Inf become NaN; no observation
     zero update                     unchanged, and no observation
@@ -203,14 +203,14 @@ def clip_by_update_norm(
 
     Args:
       window: how many norms are remembered (>= 2).
-      sigmas: width of the limit above the history, > 0, a number or a 0-d array.
-      follow: after how many steps in a row a rise is taken for a new level (>= 1).
+      deviations: width of the limit above the history, > 0, a number or a 0-d array.
+      accept_after: after how many steps in a row a rise is taken for a new level (>= 1).
       faithful: the published rule, for comparison.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A transformation, for the end of the chain. Under `optax.inject_hyperparams` all arguments but `sigmas` go into
-      `static_args`.
+      A transformation, for the end of the chain. Under `optax.inject_hyperparams` all arguments but `deviations` go
+      into `static_args`.
 
     Raises:
       ValueError: wrong static arguments.
@@ -224,23 +224,23 @@ def clip_by_update_norm(
       Array([2.], dtype=float32)
 
     References:
-      Levanter, `clip_update_norm`, 2025; used in Marin's 32B run with 2 sigmas. Deviations of `faithful=True`: a norm
-      that is not finite is kept as a code, with which nothing is clipped for `window` steps, as published. Deviations
-      of the default: those of `skip_spikes`; it remembers clipped norms.
+      Levanter, `clip_update_norm`, 2025; used in Marin's 32B run with 2 deviations. Deviations of `faithful=True`: a
+      norm that is not finite is kept as a code, with which nothing is clipped for `window` steps, as published.
+      Deviations of the default: those of `skip_spikes`; it remembers clipped norms.
 
     See Also:
       `skip_spikes`, which holds the step, and judges the gradient.
     """
     name = "clip_by_update_norm"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
-    follow = validate.integer(name, "follow", follow, low=1, high=validate.MILLION)
-    sigmas = validate.scalar(name, "sigmas", sigmas, low=0, open_low=True)
+    accept_after = validate.integer(name, "accept_after", accept_after, low=1, high=validate.MILLION)
+    deviations = validate.scalar(name, "deviations", deviations, low=0, open_low=True)
     faithful = validate.boolean(name, "faithful", faithful)
     validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> UpdateNormState:
         del params
-        return UpdateNormState(*empty_series(window, follow), *_uncounted()[1:])
+        return UpdateNormState(*empty_series(window, accept_after), *_uncounted()[1:])
 
     check_state = state_check(name, init)
 
@@ -256,12 +256,12 @@ def clip_by_update_norm(
         series = Series(*state[:4])
         if faithful:
             seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
-            limit, judged = published_threshold(series, sigmas, unbiased=False, least=1e-6, counts_itself=False)
+            limit, judged = published_threshold(series, deviations, unbiased=False, least=1e-6, counts_itself=False)
             scale = jnp.where(judged & (seen > limit), limit / jnp.maximum(seen, 1e-6), 1).astype(norm.dtype)
             after = push_published(series, lax.stop_gradient(seen))
         else:
             x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
-            limit = threshold(series, sigmas, _LEAST_LOG_NORM, relative=False)
+            limit = threshold(series, deviations, _LEAST_LOG_NORM, relative=False)
             scale = _scale(jnp.exp(limit).astype(norm.dtype), norm)
             after = push(series, x, jnp.minimum(x, limit), jnp.ones((), bool), finite & (norm > 0))
         new = UpdateNormState(*after, *_counted((0, *state[4:]), scale)[1:])
@@ -378,7 +378,7 @@ def _counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
 
 def _squares(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
     """Per leaf the sum of squares, without a second look: a finite update whose squares overflow is scaled to 0."""
-    return first_look(updates, axis_name).sum_squares
+    return one_pass_statistics(updates, axis_name).sum_squares
 
 
 def _scale(bound: jax.Array, norm: jax.Array) -> jax.Array:
@@ -399,5 +399,5 @@ def _where_updated(params: PyTree, updates: PyTree) -> PyTree:
 def _sizes(updates: PyTree, params: PyTree, axis_name: AxisName | None) -> jax.Array:
     """The number of elements of every leaf on all devices together."""
     parts = sharding_of(_where_updated(params, updates), axis_name).parts
-    leaves = zip(positions(updates), parts, strict=True)
+    leaves = zip(leaves_with_none(updates), parts, strict=True)
     return jnp.array([x.size * n if is_gradient(x) else 0 for x, n in leaves], jnp.float32)

@@ -44,7 +44,7 @@ def contrib_modules() -> list[Any]:
 def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
-        return og.guard(factory(*args, **kwargs), history=1)
+        return og.guard(factory(*args, **kwargs), recorder_rows=1)
 
     return make
 
