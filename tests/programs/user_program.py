@@ -59,7 +59,7 @@ def summed(tree: Net) -> Net:
 
 
 def train(params: Net, x: jax.Array) -> Net:
-    inner = optax.chain(og.l1_penalty(schedule), og.noise_injection(penalty="gaussian"), optax.adamw(3e-4))
+    inner = optax.chain(og.l1_penalty(schedule), og.noise_injection(distribution="gaussian"), optax.adamw(3e-4))
     tx = og.accumulate(
         og.guard(
             inner,
