@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.stages import Wrapped
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
@@ -32,6 +33,6 @@ def _knows(options: dict[str, Any]) -> bool:
     return True
 
 
-def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def quick_jit(function: Callable[..., Any], **options: Any) -> Wrapped:
     """`jax.jit`, compiled quickly; only for the outermost function, as JAX has it for all such options."""
     return jax.jit(function, compiler_options=quick_options(), **options)

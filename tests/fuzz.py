@@ -270,7 +270,7 @@ Moment = tuple[Any, Any, Any]  # parameters, state and whether the step was held
 
 def run(stack: Stack) -> tuple[list[Moment], list[Moment]]:
     """The parameters and states of a loop of `apply_gradients`, and those of the stack's own way."""
-    tx = build(stack)
+    tx: Any = build(stack)
     rng = np.random.default_rng([ord(letter) for letter in stack.name])
     params, data = parameters(stack, rng), steps_of(stack, rng)
     state = jax.jit(tx.init)(params)

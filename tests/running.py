@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from compiling import quick_options
@@ -28,7 +29,7 @@ def example(
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False)
 
 
-def ended_by_arguments(*arguments: str, script: str = "quickstart.py") -> tuple[int, str]:
+def ended_by_arguments(*arguments: str, script: str = "quickstart.py") -> tuple[Any, str]:
     """The exit status of an example that ends while it reads its arguments, and what it printed.
 
     In this process: half a dozen imports of JAX are saved. Any other exception fails the test, as a traceback should.

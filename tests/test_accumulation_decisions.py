@@ -153,7 +153,8 @@ class Oracle:
         elif told and self.setting.guarded:
             bad = [k for k, norm in enumerate(norms or []) if not norm <= SQUARABLE]
             seen = norms is not None and self.setting.on_nonfinite != "propagate"
-            leaf = bad[0] if bad and seen else int(np.argmax(norms)) if seen and not np.isfinite(loss or 0) else 0
+            worst = int(np.argmax(np.asarray(norms))) if seen and not np.isfinite(loss or 0) else 0
+            leaf = bad[0] if bad and seen else worst
             self.log.append(("nonfinite", np.nan if loss is None else loss, leaf))
         self.begin()
 
@@ -214,7 +215,8 @@ def test_a_stream_of_micro_batches_is_summed_and_counted_by_the_rules(name: str)
                 here, parts = jax.tree.map(lambda x, i=i, j=j: x[i, j], (calls, grads))
                 loss = float(here["value"]) if setting.valued else None
                 oracle.call(parts, float(here.get("weight", 1.0)), loss)
-                check(*jax.tree.map(lambda x, i=i, j=j: x[i, j], each), oracle, (i, j))
+                got, moved = jax.tree.map(lambda x, i=i, j=j: x[i, j], each)
+                check(got, moved, oracle, (i, j))
             oracle.flush()
             after, moved = jax.tree.map(lambda x, i=i: x[i], flushed)
             check(after, moved, oracle, (i, "flushed"))

@@ -111,7 +111,7 @@ def test_what_is_no_number_reaches_the_function_as_it_is() -> None:
 
 def test_a_value_that_cannot_be_hashed_is_no_obstacle() -> None:
     class Unhashable:
-        __hash__ = None
+        __hash__ = None  # pyright: ignore[reportAssignmentType] (how Python says it)
 
     seen: list[Any] = []
     hint = Unhashable()

@@ -5,8 +5,8 @@ import sys
 from functools import partial
 from typing import Any
 
-import flax
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,7 +194,7 @@ def test_an_nnx_checkpoint_goes_on_bit_for_bit(kind: Any, tmp_path: Any) -> None
         return model, kind(model, make_tx(), wrt=nnx.Param)
 
     saved = build(0, kind)
-    nnx_step(*saved, BATCHES[0])
+    nnx_step(saved[0], saved[1], BATCHES[0])
     state = {"model": nnx.state(saved[0]), "optimizer": nnx.state(saved[1])}
     resumed = build(1)
     like = {"model": nnx.state(resumed[0]), "optimizer": nnx.state(resumed[1])}
@@ -203,9 +203,9 @@ def test_an_nnx_checkpoint_goes_on_bit_for_bit(kind: Any, tmp_path: Any) -> None
     nnx.update(resumed[1], restored["optimizer"])
     same(jax.tree.leaves(arrays(*resumed)), jax.tree.leaves(arrays(*saved)))
     straight = build(0)
-    nnx_step(*straight, BATCHES[0])
-    for pair in (resumed, straight):
-        nnx_step(*pair, BATCHES[2])
+    nnx_step(straight[0], straight[1], BATCHES[0])
+    for model, optimizer in (resumed, straight):
+        nnx_step(model, optimizer, BATCHES[2])
     if kind is Optimizer:
         same(jax.tree.leaves(arrays(*resumed)), jax.tree.leaves(arrays(*straight)))
 
@@ -228,10 +228,10 @@ def nnx_run(tx: Any, kind: Any = nnx.Optimizer) -> tuple[Any, Any, Any]:
 
 
 def cached(model: Any, optimizer: Any) -> Any:
-    return nnx.cached_partial(nnx.jit(nnx_step, donate_argnames=("optimizer",)), model, optimizer)
+    return nnx.cached_partial(nnx.jit(unjitted_step, donate_argnames=("optimizer",)), model, optimizer)
 
 
-def nnx_step(model: Any, optimizer: Any, x: jax.Array) -> None:
+def unjitted_step(model: Any, optimizer: Any, x: jax.Array) -> None:
     loss, grads = nnx.value_and_grad(loss_of)(model, x)
     optimizer.update(model, grads, value=loss)
 

@@ -79,7 +79,7 @@ def test_a_held_step_leaves_every_array_bit_identical(step: Any, number: float, 
 def test_a_held_update_is_minus_zero_so_that_a_negative_zero_parameter_keeps_its_sign() -> None:
     updates, _ = TX.update(spoiled(jnp.nan, 0, 0), TX.init(PARAMS), PARAMS)
     assert all(np.all((np.asarray(x) == 0) & np.signbit(x)) for x in jax.tree.leaves(updates))
-    after = optax.apply_updates(PARAMS, updates)
+    after: Any = optax.apply_updates(PARAMS, updates)
     assert np.signbit(after["b"][1])
 
 

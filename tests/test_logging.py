@@ -112,7 +112,7 @@ def test_weights_and_biases_gets_a_flat_dict_of_scalars(monkeypatch: pytest.Monk
             logged[step] = data
 
     stand_in = types.ModuleType("wandb")
-    stand_in.init = lambda **_: Run()  # pyright: ignore[reportAttributeAccessIssue] (a stand-in)
+    stand_in.init = lambda **_: Run()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     run_block("Weights & Biases")
     assert all(isinstance(number.item(), float | int | bool) for data in logged.values() for number in data.values())

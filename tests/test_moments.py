@@ -129,9 +129,10 @@ def test_clip_by_update_rms_is_stable_adamw(weight_decay: float) -> None:
 
 
 def test_clip_by_update_rms_scales_weight_decay_too_and_leaves_other_leaves_alone() -> None:
-    tx = og.clip_by_update_rms(optax.adamw(0.1, weight_decay=0.1))
+    tx: Any = og.clip_by_update_rms(optax.adamw(0.1, weight_decay=0.1))
     params = {"calm": jnp.ones(2), "loud": jnp.ones(2)}
-    state, bare = tx.init(params), optax.adamw(0.1, weight_decay=0.1)
+    state = tx.init(params)
+    bare: Any = optax.adamw(0.1, weight_decay=0.1)
     for size in [1.0] * 8 + [50.0]:
         gradient = {"calm": jnp.ones(2), "loud": jnp.full(2, size)}
         expected = bare.update(gradient, state, params)[0]

@@ -144,7 +144,7 @@ def test_kinds_leaves_steps_and_elements_are_independent_under_one_key() -> None
     size = 20_000
     streams = []
     for make in KINDS.values():
-        tx = make(key=5)
+        tx: Any = make(key=5)
         grads = {"a": jnp.zeros(size), "b": jnp.zeros((size // 10, 10))}
         state = tx.init(grads)
         for _ in range(2):

@@ -57,11 +57,11 @@ REBUILT: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "tree.map": lambda tx: jax.tree.map(lambda function: function, tx),
     "_replace": lambda tx: tx._replace(init=tx.init),
-    "a pair": lambda tx: optax.GradientTransformationExtraArgs(*tx),
+    "a pair": lambda tx: optax.GradientTransformationExtraArgs(tx.init, tx.update),
     "a pair without extra arguments": lambda tx: optax.GradientTransformation(tx.init, tx.update),
     "eqx.filter_jit": through_filter_jit,
     "an Equinox module": lambda tx: jax.tree.map(lambda leaf: leaf, Held(tx)).tx,
-    "a Flax node": lambda tx: jax.tree.map(lambda leaf: leaf, HeldByFlax(tx)).tx,
+    "a Flax node": lambda tx: jax.tree.map(lambda leaf: leaf, HeldByFlax(tx)).tx,  # pyright: ignore[reportCallIssue] (Flax makes its __init__)
     "a dataclass": lambda tx: copy.deepcopy(HeldByPython(tx)).tx,
     "a TrainState": through_a_train_state,
 }

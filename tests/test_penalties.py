@@ -135,7 +135,7 @@ def test_l1_bad_masks_are_named() -> None:
 
 
 def test_l1_strength_as_a_schedule_and_in_float16() -> None:
-    tx = og.l1_penalty(lambda step: 0.25 * step.astype(float))
+    tx: Any = og.l1_penalty(lambda step: 0.25 * step.astype(float))
     state = tx.init(PARAMS)
     for expected in (0.0, 0.25, 0.5):
         updates, state = tx.update(ZEROS, state, PARAMS)
@@ -146,7 +146,8 @@ def test_l1_strength_as_a_schedule_and_in_float16() -> None:
 
 def test_l1_shrinks_weights_that_the_data_do_not_hold() -> None:
     """Lasso by subgradient: towards the optimum, without exact zeros."""
-    tx = optax.chain(og.l1_penalty(0.1), optax.sgd(0.05))
+    tx: Any = optax.chain(og.l1_penalty(0.1), optax.sgd(0.05))
+    params: Any
     params, target = {"w": jnp.full((1, 2), 3.0)}, jnp.array([[0.02, 2.0]])
     state = tx.init(params)
     for _ in range(400):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import chex
-import flax
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np

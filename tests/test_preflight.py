@@ -77,6 +77,8 @@ def test_eigenvalues_are_those_of_the_dense_hessian(digits: Any) -> None:
     root = np.where(nu > 0, 1 / np.sqrt(np.sqrt(nu / (1 - 0.95**3)) + 1e-8), 0)  # one pixel was 0 in all three batches
     top = np.linalg.eigvalsh(hessian)[::-1][:3]
     conditioned = np.linalg.eigvalsh(root[:, None] * hessian * root)[::-1][:3]
+    assert report.eigenvalues is not None
+    assert report.preconditioned_eigenvalues is not None
     np.testing.assert_allclose(report.eigenvalues, top, rtol=1e-3)
     np.testing.assert_allclose(report.preconditioned_eigenvalues, conditioned, rtol=2e-3)
     rates = report.stable_learning_rates
@@ -100,6 +102,7 @@ def test_the_dense_way_for_a_handful_of_parameters_agrees_with_lanczos() -> None
             eigenvalues=2,
             tolerance=1e-4,
         )
+        assert report.eigenvalues is not None
         np.testing.assert_allclose(report.eigenvalues, values[::-1][:2], rtol=1e-3)
 
 
@@ -173,6 +176,7 @@ def test_norms_noise_scale_and_threshold_are_those_of_numpy() -> None:
     spread = parts.var(axis=0, ddof=1).sum() / 8
     np.testing.assert_allclose(report.gradient_norm, norm, rtol=1e-5)
     np.testing.assert_allclose(report.leaves[0].parameter_norm, np.linalg.norm(w), rtol=1e-6)
+    assert report.gradient_noise_scale is not None
     np.testing.assert_allclose(report.gradient_noise_scale, spread * 64 / (norm**2 - spread), rtol=1e-4)
     assert report.clip_threshold == float(f"{2 * np.sqrt(norm**2 + spread):.2g}")
     assert sum(n for _, n in report.gradient_exponents) == 5

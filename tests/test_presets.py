@@ -104,7 +104,7 @@ def test_max_change_bounds_every_step_and_cures_a_learning_rate_that_is_too_larg
             before = params
             params, state = train(tx, [1.0], params, state)
             moved = norm(jax.tree.map(np.subtract, jax.device_get(params), jax.device_get(before)))
-            bound = change if isinstance(change, float) else change(i)
+            bound = change if isinstance(change, float) else schedule(i)
             assert moved <= bound * norm(before) * (1 + 1e-4)
         assert loss_fn(params, 1.0) < loss_fn(PARAMS, 1.0)
     assert not loss_fn(train(og.stabilize(optax.sgd(15.0)), [1.0] * 40)[0], 1.0) < loss_fn(PARAMS, 1.0)

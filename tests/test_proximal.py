@@ -48,7 +48,7 @@ def group_soft(x: np.ndarray, rate: float) -> np.ndarray:
 
 def objective(w: np.ndarray, penalty: Callable[[np.ndarray], float] = lambda w: STRENGTH * np.abs(w).sum()) -> float:
     w = np.asarray(w, np.float64).ravel()
-    return 0.5 * np.mean(np.square(DESIGN @ w - TARGET)) + penalty(w)
+    return float(0.5 * np.mean(np.square(DESIGN @ w - TARGET)) + penalty(w))
 
 
 def train(tx: Any, steps: int = 4000, batch: int | None = None) -> tuple[np.ndarray, float]:
@@ -196,7 +196,7 @@ def test_under_adam_no_weight_moves_further_than_its_update_and_the_learning_rat
     rng = np.random.default_rng(1)
     params = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
     grads = jnp.asarray(rng.normal(size=(8, 16)) * 10.0 ** rng.integers(-12, 3, size=(8, 16)), jnp.float32)
-    inner = optax.adam(0.01)
+    inner: Any = optax.adam(0.01)
     update, _ = inner.update(grads, inner.init(params))
     shrinkage = params + update - one_step(make(inner, strength, learning_rate=0.01), params, grads)
     assert np.all(np.abs(shrinkage) <= (0.01 + np.abs(update)) * (1 + 1e-4))
@@ -274,9 +274,10 @@ def test_zeros_are_exact_and_steps_shrink_once_inside_wrappers(host: str, of_gra
         "MultiSteps": lambda: optax.MultiSteps(inner, 2).gradient_transformation(),
         "apply_if_finite": lambda: optax.apply_if_finite(inner, 5),
     }[host]()
-    params = jnp.array([[0.1, 1.0, -0.3, -5.0]])
+    params: Any = jnp.array([[0.1, 1.0, -0.3, -5.0]])
     zero = jnp.zeros(params.shape, of_gradients)
     second = zero if host in ("accumulate", "MultiSteps") else jnp.full_like(zero, jnp.nan)
+    got: Any
     for fast in (True, False):
         got, state = params, tx.init(params)
         for grads in (zero, second):

@@ -151,7 +151,7 @@ def test_in_shard_map_guard_adds_one_all_reduce_and_replicas_agree_on_a_nan_of_o
         )
     )
     given = grads if axis_name else {"w": jnp.broadcast_to(jnp.ones((16, 4)), (8, 16, 4)).at[5, 0, 0].set(jnp.nan)}
-    compiled = mapped.lower(params, tx.init(params), given).compile()
+    compiled: Any = mapped.lower(params, tx.init(params), given).compile()
     new, state = compiled(params, tx.init(params), given)
     np.testing.assert_array_equal(new["w"], params["w"])
     assert all(np.array_equal(shard.data, 1) for shard in state.nonfinite_total.addressable_shards)

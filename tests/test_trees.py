@@ -47,7 +47,7 @@ class Net(eqx.Module):
         return self.kernel @ x + y
 
 
-def take_steps(tx: optax.GradientTransformation, grads: Any, params: Any) -> Any:
+def take_steps(tx: Any, grads: Any, params: Any) -> Any:
     """Both ways of taking a step; with a loss, since some rules want one."""
     state = tx.init(params)
     fast = og.apply_gradients(tx, grads, state, params, value=jnp.ones(()))
@@ -100,7 +100,7 @@ def test_leaves_of_one_path_name_have_names_noise_and_counts_of_their_own() -> N
     tree = {"a": {"b": jnp.zeros(4)}, "a/b": jnp.zeros(4), "c": jnp.zeros(4)}
     assert og.leaf_names(tree) == ["['a']['b']", "['a/b']", "c"]
     assert og.sparsity(tree).zeros.keys() == {"['a']['b']", "['a/b']", "c"}
-    noise = og.noise_injection(1.0, key=3)
+    noise: Any = og.noise_injection(1.0, key=3)
     updates, _ = noise.update(tree, noise.init(tree))
     assert not np.array_equal(updates["a"]["b"], updates["a/b"])
     alone, _ = noise.update({"c": tree["c"]}, noise.init({"c": tree["c"]}))
@@ -289,7 +289,7 @@ def test_flush_compares_what_it_is_given_with_the_parameters() -> None:
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_guard_goes_inside_lookahead_and_apply_gradients_takes_that() -> None:
     params, grads = {"w": jnp.ones(2)}, {"w": jnp.ones(2)}
-    pair = optax.LookaheadParams.init_synced(params)
+    pair: Any = optax.LookaheadParams.init_synced(params)
     tx = optax.lookahead(og.guard(optax.sgd(0.1), og.clip_by_global_norm(1.0)), 2, 0.5)
     state = tx.init(pair)
     new, state = og.apply_gradients(tx, grads, state, pair)
