@@ -24,6 +24,7 @@ either direction. Equinox and plain JAX need nothing: `optax_guard.apply_gradien
 `pip install 'optax-guard[flax]'` brings Flax. Not imported by `import optax_guard`.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -31,10 +32,12 @@ import numpy as np
 import optax
 
 from optax_guard import _halt
-from optax_guard._common.tree import find_states
+from optax_guard._common import validate
+from optax_guard._common.state_check import is_single_leaf
+from optax_guard._common.tree import checked, difference, find_states
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
-from optax_guard._step.act import apply_gradients
+from optax_guard._step.act import apply_gradients, as_transformation
 from optax_guard.state import _migration
 from optax_guard.state._held import last_step_held, select_old
 
@@ -103,14 +106,18 @@ class TrainState(train_state.TrainState):
           ValueError: `grads` has another structure than `params` (with the leaf's path), `value` is in `extra_args`, or
             a field is replaced by one of another structure, shape or dtype.
         """
+        if not (extra_args is None or isinstance(extra_args, Mapping)):
+            got = validate.shown(extra_args)
+            raise ValueError(f"TrainState.apply_gradients: `extra_args` must be a dict of names to values; got {got}.")
         extra = dict(extra_args or {})
         if "value" in extra:
             raise ValueError("TrainState.apply_gradients: pass the loss as `value=`, not in `extra_args`.")
         if value is not None:
             extra["value"] = value
         # Flax's own convention for the scales of fp8 layers: they are not optimized but take their gradient's value.
-        overwrites = OVERWRITE_WITH_GRADIENT in grads
+        overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
         inner_grads, inner_params = (grads["params"], self.params["params"]) if overwrites else (grads, self.params)
+        inner_grads, inner_params = checked("TrainState.apply_gradients", inner_grads, inner_params, called="grads")
         params, opt_state = apply_gradients(self.tx, inner_grads, self.opt_state, inner_params, **extra)
         replaced = dict(kwargs)
         if overwrites:
@@ -169,8 +176,9 @@ class Optimizer(nnx.Optimizer):
         Raises:
           ValueError: `grads` has another structure than the parameters (with the leaf's path).
         """
-        params = nnx.as_pure(nnx.state(model, self.wrt, graph=self.graph))
-        pure_grads = nnx.as_pure(nnx.state(grads, self.wrt, graph=self.graph))
+        name = "Optimizer.update"
+        params = _variables(name, "model", model, self)
+        pure_grads, params = checked(name, _variables(name, "grads", grads, self), params, called="grads")
         state, pure_extra = nnx.as_pure(self.opt_state), nnx.as_pure(extra)
         params, state = apply_gradients(self.tx, pure_grads, state, params, **pure_extra)
         nnx.update(model, params)
@@ -196,6 +204,7 @@ def clear_halt(optimizer: nnx.Optimizer) -> None:
       >>> clear_halt(optimizer)
       >>> og.raise_if_halted(optimizer.opt_state)
     """
+    _check_optimizer("clear_halt", optimizer)
     cleared = _halt.clear_halt(nnx.as_pure(optimizer.opt_state))
     nnx.update(optimizer.opt_state, nnx.state(cleared, graph=optimizer.graph))
 
@@ -226,8 +235,11 @@ def add_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransforma
       >>> int(og.metrics(optimizer.opt_state)["guard/step"])
       0
     """
-    params = nnx.as_pure(nnx.state(model, optimizer.wrt, graph=optimizer.graph))
-    _put(optimizer, model, tx, _migration.add_guard_state(tx, params, nnx.as_pure(optimizer.opt_state)))
+    name = "add_guard"
+    _check_optimizer(name, optimizer)
+    params = _variables(name, "model", model, optimizer)
+    state = _migration.put_into_guard(name, tx, params, nnx.as_pure(optimizer.opt_state))
+    _put(name, optimizer, model, tx, state)
 
 
 def remove_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation) -> None:
@@ -255,7 +267,11 @@ def remove_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransfo
       >>> og.metrics(optimizer.opt_state)
       {}
     """
-    _put(optimizer, model, tx, _migration.remove_guard_state(nnx.as_pure(optimizer.opt_state)))
+    name = "remove_guard"
+    _check_guarded(name, optimizer)
+    _variables(name, "model", model, optimizer)
+    as_transformation(name, tx, "tx")
+    _put(name, optimizer, model, tx, _migration.remove_guard_state(nnx.as_pure(optimizer.opt_state)))
 
 
 def inner_state(optimizer: nnx.Optimizer) -> Any:
@@ -281,8 +297,7 @@ def inner_state(optimizer: nnx.Optimizer) -> Any:
       >>> round(float(optimizer.opt_state.guarded_state.hyperparams["learning_rate"]), 3)
       0.01
     """
-    if not find_states(optimizer.opt_state, GuardState):
-        raise ValueError("inner_state: there is no guard in this optimizer.")
+    _check_guarded("inner_state", optimizer)
     return _migration.without_guards(optimizer.opt_state, keep=nnx.Variable)
 
 
@@ -290,7 +305,29 @@ def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _put(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation, state: Any) -> None:
+def _check_optimizer(function: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise ValueError(f"{function}: `optimizer` must be an nnx.Optimizer; got {validate.shown(optimizer)}.")
+
+
+def _check_guarded(function: str, optimizer: Any) -> None:
+    _check_optimizer(function, optimizer)
+    if not find_states(optimizer.opt_state, GuardState):
+        raise ValueError(f"{function}: there is no guard in this `optimizer`.")
+
+
+def _variables(function: str, argument: str, model: Any, optimizer: nnx.Optimizer) -> PyTree:
+    """What the optimizer trains of a model, or the gradients of that."""
+    state = None if is_single_leaf(model) else nnx.as_pure(nnx.state(model, optimizer.wrt, graph=optimizer.graph))
+    if not jax.tree.leaves(state):
+        raise ValueError(
+            f"{function}: `{argument}` must hold Variables that the optimizer selects by `wrt`; got "
+            f"{validate.shown(model)}."
+        )
+    return state
+
+
+def _put(function: str, optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation, state: Any) -> None:
     """Gives the optimizer another `tx` and `state`, whose arrays stay in the Variables they are in."""
     fresh = nnx.Optimizer(model, tx, wrt=optimizer.wrt, graph=optimizer.graph).opt_state
     wanted, got = (
@@ -298,7 +335,8 @@ def _put(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation,
         for tree in (nnx.as_pure(fresh), state)
     )
     if wanted != got:
-        raise ValueError(f"remove_guard: `tx` keeps another state than the optimizer has: {wanted} for {got}.")
+        found = difference("optimizer", state, "tx", nnx.as_pure(fresh), shapes=True)
+        raise ValueError(f"{function}: `tx` keeps another state than the optimizer has: {found}")
     owners = {id(each.get_raw_value()): each for each in jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)}
     nnx.update(fresh, nnx.state(state, graph=optimizer.graph))
     optimizer.tx = tx

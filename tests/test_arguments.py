@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import optax_guard as og
-from optax_guard import diagnose, models, preflight, report, smoothing
+from optax_guard import diagnose, flax, models, preflight, report, smoothing
 from optax_guard.recovery._reset import Reset
 from optax_guard.recovery._rewind import Rewind
 
@@ -56,6 +56,9 @@ SUM = og.accumulate(SGD, 2)
 SCALING = og.loss_scaling(SGD)
 RECORDED = GUARD.update(GRADS, GUARD.init(PARAMS), PARAMS)[1]
 SMOOTHED = smoothing.smooth(accept, 0.5)
+MODEL = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+NNX = flax.Optimizer(MODEL, GUARD, wrt=nnx.Param)
+LINEN = flax.TrainState.create(apply_fn=None, params=PARAMS, tx=og.guard(SGD))
 HOST = {"params": np.ones((3, 2), np.float32), "inputs": BATCH, "key": 0, "progress": False}
 
 # The arguments that a call must have, by function; what has a default is left at it. Functions of `__all__` that are
@@ -126,6 +129,12 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "preflight.preflight": {"loss_fn": accept, "params": PARAMS, "batch": BATCH, "progress": False, "chunks": 1},
     "diagnose.diagnose": {"loss_fn": accept, "params": PARAMS, "batch": BATCH, "progress": False},
     "diagnose.worst_examples": {"loss_fn": accept, "params": PARAMS, "batch": BATCH, "progress": False},
+    "flax.clear_halt": {"optimizer": NNX},
+    "flax.inner_state": {"optimizer": NNX},
+    "flax.add_guard": {"optimizer": nnx.Optimizer(MODEL, SGD, wrt=nnx.Param), "model": MODEL, "tx": GUARD},
+    "flax.remove_guard": {"optimizer": NNX, "model": MODEL, "tx": SGD},
+    "flax.Optimizer.update": {"model": MODEL, "grads": nnx.state(MODEL)},
+    "flax.TrainState.apply_gradients": {"grads": GRADS},
     "report.incidents": {"log": report.read_log(RECORDED)},
     "report.story": {"log": report.read_log(RECORDED)},
     "report.read_log": {"state": RECORDED},
@@ -148,7 +157,19 @@ MODULES = {
     "diagnose.": diagnose,
     "report.": report,
     "models.": models,
+    "flax.": flax,
 }
+
+
+def apply_gradients(grads: Any, extra_args: Any = None) -> Any:
+    return LINEN.apply_gradients(grads=grads, extra_args=extra_args)
+
+
+def update(model: Any, grads: Any) -> None:
+    NNX.update(model, grads)
+
+
+METHODS = {"flax.TrainState.apply_gradients": apply_gradients, "flax.Optimizer.update": update}
 
 
 def callables() -> dict[str, Callable[..., Any]]:
@@ -159,6 +180,7 @@ def callables() -> dict[str, Callable[..., Any]]:
             value = getattr(module, name)
             if inspect.isfunction(value) or prefix == "models.":
                 found[prefix + name] = value
+    found |= METHODS  # the constructors of these classes are Flax's own
     return {name: function for name, function in found.items() if name not in FILES}
 
 
@@ -234,7 +256,7 @@ def cases() -> list[tuple[str, str, str]]:
     triples = []
     for name, function in callables().items():
         for argument, parameter in parameters(function).items():
-            data = argument in DATA and "." in name
+            data = argument in DATA and "." in name and not name.startswith("flax.")
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD and not data:
                 triples += [(name, argument, kind) for kind in KINDS]
     return triples

@@ -87,7 +87,13 @@ def add_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_stat
       >>> int(optax.tree.get(state, "count")), int(og.metrics(state)["guard/step"])
       (1, 0)
     """
-    name = "add_guard_state"
+    return put_into_guard("add_guard_state", tx, params, inner_state)
+
+
+def put_into_guard(
+    name: str, tx: optax.GradientTransformation, params: PyTree, inner_state: optax.OptState
+) -> optax.OptState:
+    """`add_guard_state` for the function called `name`."""
     params = as_arrays(name, params)
     fresh = as_transformation(name, tx, "tx").init(params)
     whole, pieces = _pieces(name, fresh, inner_state)
