@@ -253,7 +253,7 @@ def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:
     states = find_states(state, LossScalingState)
     if len(states) != 1:
         raise ValueError(f"scale_loss: expected one `loss_scaling` in this state, found {len(states)}.")
-    if not is_number(loss):
+    if not is_number(loss) or isinstance(loss, int):
         raise ValueError(f"scale_loss: `loss` must be real; got {validate.shown(loss)}.")
     loss = jnp.asarray(loss)
     if not jnp.issubdtype(loss.dtype, jnp.floating):

@@ -533,3 +533,72 @@ def test_losses_that_are_zero_or_not_finite_are_not_averaged_and_without_a_snaps
     assert params[6] == params[7] == params[8]  # held
     assert numbers["guard/smoothed_loss"][6:9].tolist() == [0.0] * 3
     assert numbers["guard/smoothed_loss"][9] == 3.0
+
+
+# Proximal steps
+
+INNERS = {"sgd": optax.sgd(0.125), "adam": optax.adam(0.125)}
+PROXIMAL: dict[str, Any] = {
+    "proximal_l1": lambda inner, s: og.proximal_l1(inner, s, learning_rate=0.125),
+    "proximal_elastic_net, l1": lambda inner, s: og.proximal_elastic_net(inner, s, 0.0, learning_rate=0.125),
+    "proximal_elastic_net, l2": lambda inner, s: og.proximal_elastic_net(inner, 0.0, s, learning_rate=0.125),
+    "proximal_group_lasso": lambda inner, s: og.proximal_group_lasso(inner, s, learning_rate=0.125),
+}
+
+
+@quick_jit
+def proximal_steps(p: jax.Array, g: jax.Array, strength: jax.Array) -> dict[tuple[str, str], Any]:
+    """The parameters after one step, the fast way and by `update`, and those of the inner optimizer alone."""
+    results = {}
+    for kind, inner in INNERS.items():
+        bare = optax.apply_updates(p, inner.update(g, inner.init(p), p)[0])
+        for name, make in PROXIMAL.items():
+            tx = make(inner, strength)
+            fast = og.apply_gradients(tx, g, tx.init(p), p)[0]
+            results[name, kind] = fast, optax.apply_updates(p, tx.update(g, tx.init(p), p)[0]), bare
+    return results
+
+
+def proximal(p: Any, g: Any, strength: float, dtype: str) -> dict[tuple[str, str], list[np.ndarray]]:
+    leaves = (jnp.asarray(np.asarray(leaf)).astype(dtype) for leaf in (p, g))
+    results = proximal_steps(*leaves, jnp.float32(strength))
+    return {case: [wide(np.asarray(leaf)) for leaf in trees] for case, trees in results.items()}
+
+
+W = np.array([[1.0, 0.0, -0.25], [0.01, -2.0, 5e-3]])
+G = np.array([[0.125, 0.0, 0.0], [0.25, 0.5, -0.125]])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
+def test_the_tables_of_the_proximal_steps(dtype: str, standard_promotion: None) -> None:
+    rounding = 4 * float(jnp.finfo(dtype).eps)
+    for case, (fast, slow, bare) in proximal(W, G, 0.0, dtype).items():  # a strength of 0: the inner optimizer alone
+        for got in (fast, slow):
+            np.testing.assert_allclose(got, bare, rtol=rounding, atol=rounding * 0.125, err_msg=str(case))
+    for case, (fast, slow, _) in proximal(0 * W, 0 * G, 0.5, dtype).items():  # nothing stays nothing
+        assert not fast.any(), case
+        assert not slow.any(), case
+    for case, (fast, slow, _) in proximal(W, 0 * G, 1e30, dtype).items():
+        for got in (fast, slow):
+            if case[1] == "adam":  # a second moment of 0: not shrunk
+                np.testing.assert_array_equal(got, wide(W.astype(jnp.dtype(dtype))), err_msg=str(case))
+            elif "l2" in case[0]:
+                assert np.abs(got).max() < 1e-28, case
+            else:
+                assert not got.any(), case
+    for bad in (np.nan, np.inf, -np.inf):  # stays visible, and where it is
+        for case, (fast, slow, bare) in proximal(W, np.where(np.arange(3) == 1, [[bad], [0.5]], G), 0.5, dtype).items():
+            for got in (fast, slow):
+                assert np.isnan(bare[0, 1]) or np.isinf(bare[0, 1])
+                assert not np.isfinite(got[0, 1]), case
+                assert np.isfinite(got[:, ::2]).all(), case
+    for case, (fast, slow, _) in proximal(W, G, np.nan, dtype).items():
+        for got in (fast, slow):
+            assert np.isnan(got[0, 0]), case  # a strength that is NaN is seen at the first step
+    first, second = (proximal(W, G, 0.5, dtype)[name, "adam"] for name in list(PROXIMAL)[:2])
+    np.testing.assert_array_equal(first, second)  # l2 = 0
+    ones = (W[:1], G[:1])  # groups of one element
+    few = proximal(*ones, 0.5, dtype)
+    for kind in INNERS:
+        group, plain = few["proximal_group_lasso", kind], few["proximal_l1", kind]
+        np.testing.assert_allclose(group, plain, rtol=rounding, atol=rounding * 0.125)

@@ -156,8 +156,11 @@ def as_arrays(function: str, tree: PyTree) -> PyTree:
                 f"{function}: leaf `{path_name(path)}` is not an array but {type(leaf).__name__} ({leaf!r}). "
                 "Filter the tree first (for instance `eqx.filter(model, eqx.is_inexact_array)`)."
             )
+        if isinstance(leaf, int) and abs(leaf) >= 2**63:
+            raise ValueError(f"{function}: leaf `{path_name(path)}` is {leaf}, a whole number that no array holds.")
     # By way of NumPy, since `jnp.asarray(1.0)` would be weakly typed, and a state must keep its types.
-    return jax.tree.map(lambda leaf: leaf if _is_canonical(leaf) else jnp.asarray(np.asarray(leaf)), tree)
+    with np.errstate(over="ignore"):  # 1e300 is Inf in float32
+        return jax.tree.map(lambda leaf: leaf if _is_canonical(leaf) else jnp.asarray(np.asarray(leaf)), tree)
 
 
 def _is_array(leaf: Any) -> bool:

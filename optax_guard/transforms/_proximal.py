@@ -100,6 +100,7 @@ def proximal_l1(
     Case                                   Result
     =====================================  ========================================================================
     `strength` = 0                         `inner` alone (to rounding)
+    schedule or array below 0, NaN         as 0; NaN
     zero gradient, zero weight             zero
     second moment 0                        the weight is not shrunk
     inside `accumulate` or `guard`         one shrink per applied step
@@ -314,6 +315,7 @@ def proximal_group_lasso(
         others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
         size = max(x.size // max(x.shape[axis], 1), 1)
         share = _group_share(jnp.abs(x), force * jnp.sqrt(jnp.asarray(size, force.dtype)), metric, others)
+        share = jnp.where(jnp.isnan(force), force, share)  # of a strength that is NaN
         return jnp.where(share == 0, 0, x * share.astype(x.dtype))  # and not -0.0
 
     return _proximal(name, inner, (strength,), learning_rate, read, mask, shrink)
