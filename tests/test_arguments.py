@@ -349,7 +349,7 @@ MEETS_FLOAT32 = [
     ("clip_by_update_norm", "deviations"),
     ("loss_scaling", "growth_factor"),
     ("skip_spikes", "deviations"),
-    ("clip_by_norm_history", "width"),
+    ("clip_by_norm_history", "deviations"),
     ("clip_by_value", "max_value"),
     ("proximal_l1", "strength"),
 ]
