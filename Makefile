@@ -37,7 +37,7 @@ mutants: $(VENV)/.installed
 
 # The conformance suite alone, as CI runs it once more with the newest JAX: make conformance VENV=.venv312 PYTHON=python3.12
 conformance: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests/test_conformance.py tests/test_guard.py tests/test_accumulation.py
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests/conformance tests/guard tests/accumulation
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

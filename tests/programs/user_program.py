@@ -1,6 +1,6 @@
 # pyright: strict, reportUnknownMemberType=false, reportMissingTypeStubs=false
 # Those two are about others: JAX and Flax leave types of their functions open, Optax does not say that it is typed.
-"""What a user's program says to a strict type checker: nothing. `make lint` and tests/test_types.py check it."""
+"""What a user's program says to a strict type checker: nothing. `make lint` and tests/common/test_types.py check it."""
 
 from typing import Any, NamedTuple
 

@@ -8,15 +8,12 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from helpers import once
 from jax.extend.random import threefry2x32_p
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_guard as og
 from optax_guard._common.prng import Words, threefry
-
-
-def once(tx: optax.GradientTransformation, grads: Any, params: Any = None) -> Any:
-    return tx.update(grads, tx.init(grads if params is None else params), params)[0]
 
 
 def noise_of(tx: optax.GradientTransformation, size: int, steps: int) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ def test_a_test_that_hangs_is_named_though_its_calls_are_too_many_to_print(tmp_p
     (tmp_path / "test_it.py").write_text(HANGS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nfaulthandler_timeout = 2\nfaulthandler_exit_on_timeout = true\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "hangs", "-p", "no:cacheprovider", "test_it.py"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     run = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
     )

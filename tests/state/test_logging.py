@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import optax_guard as og
 
-PAGE = Path(__file__).parent.parent / "docs" / "logging.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "logging.md"
 SIZES = np.linspace(0.1, 2.0, 100).astype(np.float32)
 NAN_STEP, HUGE_STEP = 49, 69  # both among those that are logged
 SIZES[NAN_STEP], SIZES[HUGE_STEP] = np.nan, 1e3

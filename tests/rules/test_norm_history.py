@@ -18,7 +18,7 @@ import optax_guard as og
 LOG2 = np.log(2)
 HISTORIES, STEPS = 20, 500  # of each of the 10 kinds of noise
 BASE = noise(HISTORIES, STEPS, seed=3)
-NORMS = Path(__file__).parent / "data" / "norms.npz"
+NORMS = Path(__file__).parent.parent / "data" / "norms.npz"
 
 RULES: dict[str, Callable[[], og.Rule]] = {
     "clip_by_norm_history": og.clip_by_norm_history,

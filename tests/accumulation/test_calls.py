@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import quick_jit
+from helpers import bits, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +17,6 @@ import optax_guard as og
 
 PARAMS = {"w": jnp.zeros((2, 2)), "b": jnp.ones(3)}
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-def constant(number: float) -> dict[str, Any]:
-    return jax.tree.map(lambda x: jnp.full_like(x, number), PARAMS)
-
-
-def bits(tree: Any) -> list[bytes]:
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 TX = og.accumulate(og.guard(optax.sgd(1.0, momentum=0.5), og.clip_by_global_norm(1e6)), 3)
@@ -72,7 +65,7 @@ def test_weighted_cycles_with_bad_micro_batches_equal_the_oracle(calls: list[tup
         for step in (fast, through_optax):
             params, state = PARAMS, TX.init(PARAMS)
             for gradient, weight in calls:
-                params, state = step(params, state, constant(gradient), weight)
+                params, state = step(params, state, filled(PARAMS, gradient), weight)
             x, emitted, dropped, empty = oracle(calls, 3)
             chex.assert_tree_all_finite((params, state))
             np.testing.assert_allclose(params["w"], x, rtol=2e-6, atol=1e-6)
@@ -108,7 +101,7 @@ def test_the_inner_optimizer_runs_only_when_a_cycle_is_full_and_gets_its_mean_lo
         return updates, state
 
     tx = og.accumulate(optax.GradientTransformationExtraArgs(optax.identity().init, update), 4)
-    step = quick_jit(lambda p, s, v: og.apply_gradients(tx, constant(1.0), s, p, value=v))
+    step = quick_jit(lambda p, s, v: og.apply_gradients(tx, filled(PARAMS, 1.0), s, p, value=v))
     params, state = PARAMS, tx.init(PARAMS)
     flags = []
     for i in range(8):
@@ -122,11 +115,11 @@ def test_the_inner_optimizer_runs_only_when_a_cycle_is_full_and_gets_its_mean_lo
 def test_between_emissions_parameters_and_inner_state_keep_their_bits() -> None:
     params, state = PARAMS, TX.init(PARAMS)
     for _ in range(3):
-        params, state = fast(params, state, constant(0.3), 1.0)
-    after, later = fast(params, state, constant(9.0), 1.0)
+        params, state = fast(params, state, filled(PARAMS, 0.3), 1.0)
+    after, later = fast(params, state, filled(PARAMS, 9.0), 1.0)
     assert bits(after) == bits(params)
     assert bits(later.accumulated_state) == bits(state.accumulated_state)
-    updates, _ = TX.update(constant(9.0), state, params)
+    updates, _ = TX.update(filled(PARAMS, 9.0), state, params)
     assert all(np.all(np.signbit(x)) for x in jax.tree.leaves(updates))
 
 
@@ -170,7 +163,7 @@ def test_complex_gradients_keep_their_imaginary_part() -> None:
 def test_every_as_a_schedule_of_the_emitted_step() -> None:
     tx = og.accumulate(optax.sgd(1.0), lambda emitted: 1 + emitted)
     params, state, flags = PARAMS, tx.init(PARAMS), []
-    step = quick_jit(lambda p, s: og.apply_gradients(tx, constant(1.0), s, p))
+    step = quick_jit(lambda p, s: og.apply_gradients(tx, filled(PARAMS, 1.0), s, p))
     for _ in range(6):
         params, state = step(params, state)
         flags.append(bool(og.has_updated(state)))
@@ -182,7 +175,7 @@ def test_the_sum_instead_of_the_mean() -> None:
     tx = og.accumulate(optax.sgd(1.0), 2, reduction="sum")
     params, state = PARAMS, tx.init(PARAMS)
     for weight in (2.0, 3.0):
-        params, state = og.apply_gradients(tx, constant(1.0), state, params, weight=weight)
+        params, state = og.apply_gradients(tx, filled(PARAMS, 1.0), state, params, weight=weight)
     np.testing.assert_allclose(params["w"], -5.0)
 
 
@@ -191,14 +184,14 @@ def test_a_clip_inside_acts_on_the_mean_and_without_one_nothing_does() -> None:
     for tx, expected in ((inside, 1.0), (og.accumulate(optax.sgd(1.0), 2), np.sqrt(7 * 25))):
         params, state = PARAMS, tx.init(PARAMS)
         for _ in range(2):
-            params, state = og.apply_gradients(tx, constant(5.0), state, params)
+            params, state = og.apply_gradients(tx, filled(PARAMS, 5.0), state, params)
         moved = jax.tree.map(jnp.subtract, params, PARAMS)
         np.testing.assert_allclose(og.global_norm(moved), expected, rtol=1e-6)
         assert og.has_updated(state)
 
 
 def test_under_scan_and_donation_as_step_by_step() -> None:
-    sequence = [constant(x) for x in (0.1, jnp.nan, 0.4, 3.0, 0.2, 0.3, 7.0)]
+    sequence = [filled(PARAMS, x) for x in (0.1, jnp.nan, 0.4, 3.0, 0.2, 0.3, 7.0)]
     params, state = PARAMS, TX.init(PARAMS)
     for grads in sequence:
         params, state = fast(params, state, grads, 1.0)
@@ -213,8 +206,8 @@ def test_under_scan_and_donation_as_step_by_step() -> None:
 
 
 def test_metrics_show_the_cycle() -> None:
-    params, state = fast(PARAMS, TX.init(PARAMS), constant(1.0), 5.0)
-    params, state = fast(params, state, constant(jnp.nan), 7.0)
+    params, state = fast(PARAMS, TX.init(PARAMS), filled(PARAMS, 1.0), 5.0)
+    params, state = fast(params, state, filled(PARAMS, jnp.nan), 7.0)
     metrics = {k: float(v) for k, v in jax.jit(og.metrics)(state).items() if k.startswith("accumulate/")}
     expected = {"micro_step": 2, "weight": 5, "emitted_total": 0, "dropped_total": 1, "empty_total": 0, "updated": 0}
     assert metrics == {f"accumulate/{k}": v for k, v in expected.items()}
@@ -231,10 +224,10 @@ def test_bad_input_is_refused_by_name() -> None:
         tx.update({"w": jnp.zeros((2, 2))}, state, PARAMS)
     for weight in (jnp.ones(2), True, 1j):
         with pytest.raises(ValueError, match="`weight` must be a real scalar"):
-            tx.update(constant(1.0), state, weight=weight)
+            tx.update(filled(PARAMS, 1.0), state, weight=weight)
     changing = og.accumulate(optax.monitor({"norm": optax.tree.norm}), 2)
     with pytest.raises(ValueError, match="accumulate: the inner optimizer changes the structure of its state"):
-        changing.update(constant(1.0), changing.init(PARAMS))
+        changing.update(filled(PARAMS, 1.0), changing.init(PARAMS))
     with pytest.raises(ValueError, match="expected one `accumulate`"):
         og.has_updated(optax.sgd(1.0).init(PARAMS))
 
@@ -268,7 +261,7 @@ def cycle(tx: Any, gradients: list[float], weights: list[float] | None = None) -
     params, state = PARAMS, tx.init(PARAMS)
     step = quick_jit(lambda p, s, g, w: og.apply_gradients(tx, g, s, p, weight=w))
     for i, gradient in enumerate(gradients):
-        params, state = step(params, state, constant(gradient), 1.0 if weights is None else weights[i])
+        params, state = step(params, state, filled(PARAMS, gradient), 1.0 if weights is None else weights[i])
     return params, state
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import quick_jit
-from test_recovery import LARGE, NAN, Run, guarded, poisoned
+from test_rungs import LARGE, NAN, Run, guarded, poisoned
 
 import optax_guard as og
 

@@ -13,7 +13,7 @@ import pytest
 
 import optax_guard as og
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = ROOT / "tests/programs"
 MODULES = [og, *(importlib.import_module(f"optax_guard.{name}") for name in ("models", "preflight", "smoothing"))]
 MODULES += [importlib.import_module(f"optax_guard.{name}") for name in ("diagnose", "flax", "report")]

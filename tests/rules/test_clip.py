@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from helpers import once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +15,6 @@ import optax_guard as og
 NUMBERS = st.floats(-(2.0**60), 2.0**60, width=32) | st.sampled_from([0.0, -0.0, 1e-38, 1e30, 3e37])
 MAX_NORM = 1.5
 GLOBAL, LEAF = og.clip_by_global_norm(MAX_NORM), og.clip_by_leaf_norm(MAX_NORM)
-
-
-def once(tx: optax.GradientTransformation, grads: Any, params: Any = None) -> Any:
-    return tx.update(grads, tx.init(grads if params is None else params), params)[0]
 
 
 clip_global = jax.jit(lambda grads: once(GLOBAL, grads))

@@ -527,7 +527,7 @@ def test_sparsity_counts_exact_zeros_of_every_kind_and_works_under_jit() -> None
         og.sparsity({"a": "1.0"})
 
 
-# `PYTHONPATH=. python tests/test_proximal.py` prints the table of docs/penalties.md
+# `PYTHONPATH=. python tests/transforms/test_proximal.py` prints the table of docs/penalties.md
 
 if __name__ == "__main__":
     ROWS = {f"`proximal_l1`, {name}": make for name, make in OPTIMIZERS.items()} | {

@@ -6,14 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import once
 
 import optax_guard as og
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-def once(tx: Any, grads: Any) -> Any:
-    return tx.update(grads, tx.init(grads))[0]
 
 
 def steps(tx: Any, sizes: list[float]) -> list[float]:

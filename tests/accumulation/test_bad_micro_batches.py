@@ -11,7 +11,7 @@ import optax
 import pytest
 from compiling import quick_jit
 from jax.sharding import AxisType
-from test_micro_batches import BATCH, PARAMS, P, all_reduces, assert_equal, loss_fn, oracle, sharded, tokens
+from test_scan import BATCH, PARAMS, P, all_reduces, assert_equal, loss_fn, oracle, sharded, tokens
 
 import optax_guard as og
 

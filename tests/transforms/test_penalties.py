@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import once
 
 import optax_guard as og
 
@@ -19,10 +20,6 @@ PARAMS = {
 ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 RNG = np.random.default_rng(0)
 WEIGHTS = np.concatenate([RNG.normal(0, size, 20) for size in (1e-4, 0.1, 1, 50)])[None]
-
-
-def once(tx: optax.GradientTransformation, grads: Any, params: Any = None) -> Any:
-    return tx.update(grads, tx.init(grads if params is None else params), params)[0]
 
 
 def slope(penalty: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from registry import ENTRIES, Entry, adamw
 import optax_guard as og
 
 PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 3))}
-PAGE = Path(__file__).parent.parent / "docs" / "sharp_edges.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "sharp_edges.md"
 RUNGS = {"reset_moments": og.reset_moments(), "rewind": og.rewind()}
 # Of an optimizer inside, which needs them by itself, Optax says it.
 OURS = [entry for entry in ENTRIES if entry.needs_params and entry.arguments.get("inner") is not adamw]

@@ -9,20 +9,13 @@ import numpy as np
 import optax
 import pytest
 from compiling import quick_jit
+from helpers import bits, filled
 
 import optax_guard as og
 from optax_guard.recovery._loss_watch import empty_watch, loss_above, watch_loss
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3) - 2.5, "scale": jnp.asarray(1.5)}
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-def constant(number: float) -> Any:
-    return jax.tree.map(lambda x: jnp.full_like(x, number), PARAMS)
-
-
-def bits(tree: Any) -> list[bytes]:
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -94,7 +87,7 @@ def test_the_first_update_after_a_reset_is_that_of_a_new_optimizer() -> None:
     run = Run(guarded(og.reset_moments(after=1), inner=adam)).go(*[0.5] * 30, LARGE)
     before = run.params
     run.go(0.5)
-    updates, _ = adam.update(constant(0.5), adam.init(before), before)
+    updates, _ = adam.update(filled(PARAMS, 0.5), adam.init(before), before)
     chex.assert_trees_all_close(run.params, optax.apply_updates(before, updates), rtol=1e-6)
 
 
@@ -129,7 +122,7 @@ def poisoned(state: Any, number: float) -> Any:
 def test_silent_death_is_found_told_and_ended(number: float, reason: str) -> None:
     adam = optax.adam(0.1)
     bare_params, bare_state = PARAMS, poisoned(adam.init(PARAMS), number)
-    bare_step = quick_jit(lambda p, s: adam.update(constant(0.5), s, p))
+    bare_step = quick_jit(lambda p, s: adam.update(filled(PARAMS, 0.5), s, p))
     for _ in range(50):
         updates, bare_state = bare_step(bare_params, bare_state)
         bare_params = optax.apply_updates(bare_params, updates)
@@ -198,9 +191,9 @@ def test_back_off_never_falls_below_its_lowest() -> None:
 
 def test_back_off_alone_scales_zeroes_what_is_not_finite_and_asks_for_no_loss() -> None:
     tx = optax.chain(optax.sgd(1.0), og.back_off(0.5, recover_after=2, diverged=2.0))
-    state, one = tx.init(PARAMS), constant(1.0)
+    state, one = tx.init(PARAMS), filled(PARAMS, 1.0)
     step = quick_jit(tx.update)
-    updates, state = step(constant(NAN), state)
+    updates, state = step(filled(PARAMS, NAN), state)
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(updates))
     updates, state = step(one, state)
     np.testing.assert_array_equal(updates["kernel"], -0.5)
@@ -291,7 +284,7 @@ def test_spikes_noise_and_a_missing_loss_lead_nowhere() -> None:
     assert not any(above)
     chex.assert_tree_all_finite(watch)
     tx = guarded(og.rewind(), og.back_off(diverged=2.0))
-    _, state = og.apply_gradients(tx, constant(0.1), tx.init(PARAMS), PARAMS)
+    _, state = og.apply_gradients(tx, filled(PARAMS, 0.1), tx.init(PARAMS), PARAMS)
     assert og.metrics(state)["guard/rewind_total"] == 0
 
 
@@ -413,7 +406,7 @@ WRONG = {
         "guard: `rewind(after=20)` `halt_after` 10",
     ),
     "params": (
-        lambda: guarded(og.rewind()).update(constant(1.0), guarded(og.rewind()).init(PARAMS)),
+        lambda: guarded(og.rewind()).update(filled(PARAMS, 1.0), guarded(og.rewind()).init(PARAMS)),
         "guard: `recovery=(rewind(...),)` needs the parameters",
     ),
 }

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import bits, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,19 +20,11 @@ BAD = [jnp.nan, jnp.inf, -jnp.inf, 1e30]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def constant(number: float) -> dict[str, Any]:
-    return jax.tree.map(lambda x: jnp.full_like(x, number), PARAMS)
-
-
 def spoiled(number: float, leaf: int, element: int) -> dict[str, Any]:
     """Healthy gradients but for one element."""
-    leaves, structure = jax.tree.flatten(constant(0.5))
+    leaves, structure = jax.tree.flatten(filled(PARAMS, 0.5))
     leaves[leaf] = leaves[leaf].reshape(-1).at[element].set(number).reshape(leaves[leaf].shape)
     return jax.tree.unflatten(structure, leaves)
-
-
-def bits(tree: Any) -> list[bytes]:
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -64,7 +57,7 @@ def run(step: Any, sequence: list[Any], params: Any = PARAMS, state: Any = None)
 @pytest.mark.parametrize("number", BAD)
 @pytest.mark.parametrize(("leaf", "element"), [(0, 0), (0, 5), (1, 1)])
 def test_a_held_step_leaves_every_array_bit_identical(step: Any, number: float, leaf: int, element: int) -> None:
-    params, state = run(step, [constant(0.1)])
+    params, state = run(step, [filled(PARAMS, 0.1)])
     held_params, held_state = step(params, state, spoiled(number, leaf, element))
     assert bits(held_params) == bits(params)
     assert bits(held_state.guarded_state) == bits(state.guarded_state)
@@ -84,13 +77,26 @@ def test_a_held_update_is_minus_zero_so_that_a_negative_zero_parameter_keeps_its
 
 
 def test_both_ways_take_the_same_steps() -> None:
-    sequence = [constant(0.1), spoiled(jnp.nan, 1, 0), constant(5.0), constant(1e3), constant(0.3), constant(1e3)]
+    sequence = [
+        filled(PARAMS, 0.1),
+        spoiled(jnp.nan, 1, 0),
+        filled(PARAMS, 5.0),
+        filled(PARAMS, 1e3),
+        filled(PARAMS, 0.3),
+        filled(PARAMS, 1e3),
+    ]
     one, two = run(fast, sequence), run(through_optax, sequence)
     chex.assert_trees_all_close(one, two, rtol=2e-6)
 
 
 def test_under_scan_and_donation_as_step_by_step() -> None:
-    sequence = [constant(0.1), spoiled(jnp.inf, 0, 2), constant(5.0), constant(1e3), constant(0.3)]
+    sequence = [
+        filled(PARAMS, 0.1),
+        spoiled(jnp.inf, 0, 2),
+        filled(PARAMS, 5.0),
+        filled(PARAMS, 1e3),
+        filled(PARAMS, 0.3),
+    ]
     expected = run(fast, sequence)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *sequence)
 
@@ -134,14 +140,14 @@ def test_n_rules_fused_equal_n_rules_chained() -> None:
 def test_silent_rules_and_no_rules_equal_the_inner_optimizer_bit_for_bit() -> None:
     inner = optax.adam(0.1)
     for tx in (og.guard(inner), og.guard(inner, og.clip_by_global_norm(1e9), og.skip_large(1e9))):
-        grads = constant(0.7)
+        grads = filled(PARAMS, 0.7)
         ours, _ = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
         theirs, _ = jax.jit(inner.update)(grads, inner.init(PARAMS), PARAMS)
         assert bits(ours) == bits(theirs)
 
 
 def test_patience_lets_one_refused_step_through_and_starts_again() -> None:
-    _, state = run(fast, [constant(1e3)] * 7)
+    _, state = run(fast, [filled(PARAMS, 1e3)] * 7)
     events = ["skipped", "skipped", "let_through"] * 2 + ["skipped"]
     assert list(og.flight_log(state)["event"]) == events[-4:]  # recorder_rows=4
     metrics = jax.device_get(og.metrics(state))
@@ -151,29 +157,29 @@ def test_patience_lets_one_refused_step_through_and_starts_again() -> None:
 
 def test_patience_counts_no_non_finite_step_and_is_not_reset_by_one() -> None:
     nan = spoiled(jnp.nan, 0, 0)
-    _, state = run(fast, [constant(1e3), nan, constant(1e3), nan, constant(1e3)])
+    _, state = run(fast, [filled(PARAMS, 1e3), nan, filled(PARAMS, 1e3), nan, filled(PARAMS, 1e3)])
     assert list(og.flight_log(state)["event"]) == ["nonfinite", "skipped", "nonfinite", "let_through"]
 
 
 def test_patience_zero_only_scales() -> None:
     tx = og.guard(optax.sgd(1.0), og.skip_large(1.0), patience=0)
-    _, state = og.apply_gradients(tx, constant(5.0), tx.init(PARAMS), PARAMS)
+    _, state = og.apply_gradients(tx, filled(PARAMS, 5.0), tx.init(PARAMS), PARAMS)
     assert og.flight_log(state)["event"][0] == "let_through"
 
 
 def test_halted_holds_every_later_step_until_the_host_clears_it() -> None:
     nan = spoiled(jnp.nan, 1, 2)
-    before, _ = run(fast, [constant(0.1)])
-    params, state = run(fast, [constant(0.1), nan, nan, constant(0.1)])
+    before, _ = run(fast, [filled(PARAMS, 0.1)])
+    params, state = run(fast, [filled(PARAMS, 0.1), nan, nan, filled(PARAMS, 0.1)])
     og.raise_if_halted(state, params)  # two in a row, then a healthy one: not halted
-    params, state = run(fast, [nan, nan, nan, constant(0.1)], *run(fast, [constant(0.1)]))
+    params, state = run(fast, [nan, nan, nan, filled(PARAMS, 0.1)], *run(fast, [filled(PARAMS, 0.1)]))
     assert bits(params) == bits(before)
     assert list(og.flight_log(state)["event"]) == ["nonfinite"] * 3 + ["halted"]
     with pytest.raises(og.TrainingHalted, match=r"halted at step 3 after 3 non-finite steps in a row.*`b` held NaN"):
         og.raise_if_halted(state, params)
     with pytest.raises(og.TrainingHalted, match="of leaf 1"):
         og.raise_if_halted({"nested": [state]})
-    params, state = fast(params, og.clear_halt(state), constant(0.1))
+    params, state = fast(params, og.clear_halt(state), filled(PARAMS, 0.1))
     assert bits(params) != bits(before)
     assert not state.halted
 
@@ -209,7 +215,7 @@ def _protocol(tx: Any, grads: Any, state: Any, params: Any) -> Any:
 
 def test_mixed_dtypes_do_not_trip_the_branches() -> None:
     """bfloat16 gradients on float32 parameters: `optax.apply_if_finite` raises a TypeError here."""
-    grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), constant(0.5))
+    grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), filled(PARAMS, 0.5))
     tx = og.guard(optax.adamw(0.1), og.clip_by_global_norm(1.0))
     for take in (og.apply_gradients, _protocol):
         params, state = take(tx, grads, tx.init(PARAMS), PARAMS)
@@ -218,11 +224,11 @@ def test_mixed_dtypes_do_not_trip_the_branches() -> None:
 
 def test_a_rule_that_answers_nan_is_held_and_counted() -> None:
     tx = og.guard(optax.sgd(1.0), og.clip_by_global_norm(lambda step: jnp.nan * step))
-    params, state = og.apply_gradients(tx, constant(1.0), tx.init(PARAMS), PARAMS)
+    params, state = og.apply_gradients(tx, filled(PARAMS, 1.0), tx.init(PARAMS), PARAMS)
     assert bits(params) == bits(PARAMS)
     assert og.metrics(state)["guard/nonfinite_total"] == 1
     tx = og.guard(optax.sgd(1.0), og.clip_by_global_norm(lambda step: jnp.nan * step), halt_after=1)
-    _, state = og.apply_gradients(tx, constant(1.0), tx.init(PARAMS), PARAMS)
+    _, state = og.apply_gradients(tx, filled(PARAMS, 1.0), tx.init(PARAMS), PARAMS)
     with pytest.raises(og.TrainingHalted, match="gradient was finite, but a rule answered with a scale that was not"):
         og.raise_if_halted(state, PARAMS)
 
@@ -230,8 +236,8 @@ def test_a_rule_that_answers_nan_is_held_and_counted() -> None:
 def test_the_recorder_keeps_the_last_rows_and_the_loss_as_it_was() -> None:
     params, state = PARAMS, TX.init(PARAMS)
     for loss in (1.0, 2.0, jnp.nan, jnp.inf, -jnp.inf):
-        params, state = og.apply_gradients(TX, constant(0.1), state, params, value=loss)
-    params, state = og.apply_gradients(TX, constant(0.1), state, params)
+        params, state = og.apply_gradients(TX, filled(PARAMS, 0.1), state, params, value=loss)
+    params, state = og.apply_gradients(TX, filled(PARAMS, 0.1), state, params)
     log = og.flight_log(state)
     np.testing.assert_array_equal(log["step"], [2, 3, 4, 5])
     np.testing.assert_array_equal(log["value"], [np.nan, np.inf, -np.inf, np.nan])
@@ -267,12 +273,12 @@ def test_metrics_name_the_worst_leaf_and_number_several_guards() -> None:
 def test_an_inner_state_that_changes_its_structure_is_refused_with_the_reason() -> None:
     tx = og.guard(optax.monitor({"norm": optax.tree.norm}))
     with pytest.raises(ValueError, match=r"structure of its state.*monitor"):
-        og.apply_gradients(tx, constant(1.0), tx.init(PARAMS), PARAMS)
+        og.apply_gradients(tx, filled(PARAMS, 1.0), tx.init(PARAMS), PARAMS)
 
 
 def test_a_loss_that_is_not_scalar_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"`value` must be the scalar loss.*\(2,\)"):
-        og.apply_gradients(TX, constant(1.0), TX.init(PARAMS), PARAMS, value=jnp.ones(2))
+        og.apply_gradients(TX, filled(PARAMS, 1.0), TX.init(PARAMS), PARAMS, value=jnp.ones(2))
 
 
 def test_the_guarded_step_copies_nothing() -> None:
@@ -292,5 +298,5 @@ def test_the_object_optax_multisteps_can_be_guarded_as_it_is() -> None:
     tx = og.guard(optax.MultiSteps(optax.sgd(1.0), 2), og.clip_by_global_norm(1e6))
     params, state = PARAMS, tx.init(PARAMS)
     for number in (1.0, 3.0):
-        params, state = og.apply_gradients(tx, constant(number), state, params)
+        params, state = og.apply_gradients(tx, filled(PARAMS, number), state, params)
     np.testing.assert_allclose(PARAMS["b"] - params["b"], 2.0)

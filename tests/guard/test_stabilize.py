@@ -11,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from compiling import quick_jit
+from helpers import bits
 
 import optax_guard as og
 
@@ -55,10 +56,6 @@ def train(tx: Any, scales: list[float], params: Any = PARAMS, state: Any = None,
     for scale in scales:
         params, state = step(params, state, jnp.float32(scale))
     return params, state
-
-
-def bits(tree: Any) -> list[bytes]:
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

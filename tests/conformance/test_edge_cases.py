@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import quick_jit
+from helpers import bits
 
 import optax_guard as og
 
@@ -344,10 +345,6 @@ def after_histories(history: jax.Array, last: Any) -> dict[str, Any]:
         return before, got, after, passed
 
     return {name: one(rule) for name, rule in HISTORY.items()}
-
-
-def bits(tree: Any) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def after(history: Any, first: Any, second: Any) -> dict[str, Any]:

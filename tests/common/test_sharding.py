@@ -195,7 +195,7 @@ def results(processes: int, timeout: float = 150) -> list[dict[str, float]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(processes)]
     running = [
         subprocess.Popen([*command, str(rank), str(port)], stdout=subprocess.PIPE, text=True, env=environment)

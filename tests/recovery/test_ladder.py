@@ -11,7 +11,7 @@ import optax
 import pytest
 from compiling import quick_jit
 from registry import ENTRIES, Entry, momentum
-from test_recovery import LARGE, Run
+from test_rungs import LARGE, Run
 
 import optax_guard as og
 
