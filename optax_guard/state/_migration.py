@@ -29,7 +29,7 @@ from optax_guard._step.reading import is_traced, nonfinite_leaf, nonfinite_momen
 from optax_guard.recovery._ladder import RecoveryState
 from optax_guard.recovery._reset import ResetState
 
-__all__ = ["add_guard_state", "find_inner_state", "remove_guard_state", "without_guards"]
+__all__ = ["add_guard_state", "find_inner_state", "put_into_guard", "remove_guard_state", "without_guards"]
 
 _GUARD_FIELDS = {"guarded_state", "guard_step", "recorder"}
 
