@@ -1,1 +1,1 @@
-"""What the tools that run on the host share: looking at a user's loss, and printing."""
+"""Shared by the tools that run on the host: checks of a user's loss, and printing."""

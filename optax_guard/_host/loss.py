@@ -1,4 +1,4 @@
-"""Looking at a user's loss, parameters and batch from outside: checks, and the part that has a gradient."""
+"""A user's loss, parameters and batch: checks, and the part of the parameters that has a gradient."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ __all__ = ["Problem", "batch_size", "part_of_batch", "problem"]
 
 
 class Problem(NamedTuple):
-    """A loss as a function of the list of floating-point leaves alone."""
+    """A loss as a function of the floating-point leaves alone, given as a list."""
 
     names: list[str]
     leaves: list[jax.Array]
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
 
 
 def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, has_aux: bool) -> Problem:
-    """Checks all three, and raises a ValueError that says what is wrong and what to do."""
+    """Checks the loss, the parameters and the batch; a ValueError says what is wrong and what to do."""
     validate.function(function, "loss_fn", loss_fn, "of (params, batch)")
     params = as_arrays(function, params)
     leaves, structure = jax.tree.flatten(params)
@@ -82,7 +82,7 @@ def batch_size(function: str, batch: PyTree) -> int:
         if leaf.ndim == 0:
             raise ValueError(
                 f"{function}: leaf `{path_name(path)}` of `batch` is a single number; each leaf needs a leading axis "
-                "of examples. Close over what is no example: loss_fn = lambda params, batch: loss(params, batch, rate)."
+                "of examples. Close over the rest: loss_fn = lambda params, batch: loss(params, batch, rate)."
             )
         if size is None:
             size = leaf.shape[0]

@@ -1,4 +1,4 @@
-"""What the reports share: tables as plain text, a progress bar, conversion to plain Python."""
+"""Shared by the reports: tables in plain text, a progress bar, conversion to plain Python values."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ __all__ = ["needed", "number", "plain", "progress_bar", "shown", "text_table", "
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces: the first to the left, the others to the right."""
+    """A table padded with spaces: the first column is left-aligned, the others are right-aligned."""
     lines = [list(columns), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     rule = ["-" * width for width in widths]
@@ -29,12 +29,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def shown(name: str, width: int = 56) -> str:
-    """A path cut in the middle, so that its end, which tells leaves apart, stays."""
+    """A path shortened in the middle, so that it keeps the end, which distinguishes leaves."""
     return name if len(name) <= width else f"{name[: width // 4]}...{name[-(width - width // 4 - 3) :]}"
 
 
 def plain(value: Any) -> Any:
-    """Named tuples as dicts, arrays as lists, all numbers as Python's own: what `json.dumps` takes."""
+    """Converts named tuples to dicts, arrays to lists and numbers to Python's own, as `json.dumps` needs them."""
     if hasattr(value, "_fields"):
         return {name: plain(field) for name, field in zip(value._fields, value, strict=True)}
     if isinstance(value, dict):
@@ -45,13 +45,13 @@ def plain(value: Any) -> Any:
 
 
 def needed(function: str, library: str, extra: str = "preflight") -> ImportError:
-    """The error for an optional library that is not there."""
+    """The error for an optional library that is not installed."""
     return ImportError(f"{function} needs {library}: pip install 'optax-guard[{extra}]'")
 
 
 @contextlib.contextmanager
 def progress_bar(function: str, total: int, wanted: bool | None) -> Iterator[Callable[[str, int], None]]:
-    """Yields `advance(what, steps)`. `wanted=None` shows a bar on a terminal where rich is installed."""
+    """Yields `advance(what, steps)`. `wanted=None` shows a bar on a terminal if rich is installed."""
     if wanted is None and not sys.stderr.isatty():
         wanted = False
     rich_progress = None
@@ -82,5 +82,5 @@ def progress_bar(function: str, total: int, wanted: bool | None) -> Iterator[Cal
 
 
 def two_digits(value: float) -> float:
-    """Rounded to two significant digits."""
+    """Rounds to two significant digits."""
     return value if value == 0 or not math.isfinite(value) else float(f"{value:.2g}")

@@ -1,4 +1,4 @@
-"""What a batch does to a loss and its gradient: leaves hit, the operation to blame, the examples that carry it."""
+"""What a batch does to a loss and its gradient: the affected leaves, the operation and the examples at fault."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from optax_guard.diagnose._origin import Origin, find_origins
 
 __all__ = ["Diagnosis", "LeafDiagnosis", "WorstExamples", "diagnose", "worst_examples"]
 
-_CHUNK_ELEMENTS = 2**24  # of per-example gradients held at once by default
+_CHUNK_ELEMENTS = 2**24  # the default number of per-example gradient elements held at once
 
 
 class LeafDiagnosis(NamedTuple):
@@ -32,7 +32,7 @@ class LeafDiagnosis(NamedTuple):
 
 
 class WorstExamples(NamedTuple):
-    """The examples of a batch by the norm of their own gradient: non-finite ones first, then the largest."""
+    """The examples of a batch, ordered by the norm of their own gradient: non-finite first, then the largest."""
 
     indices: tuple[int, ...]  # positions in the batch
     norms: tuple[float, ...]
@@ -43,7 +43,7 @@ class WorstExamples(NamedTuple):
     all_losses: np.ndarray
 
     def __str__(self) -> str:
-        """A table as plain text."""
+        """The examples as a table in plain text."""
         rows = [
             (str(index), number(loss, 4), number(norm, 4), f"x{ratio:.3g}")
             for index, norm, loss, ratio in zip(self.indices, self.norms, self.losses, self.ratios, strict=True)
@@ -64,15 +64,15 @@ class Diagnosis(NamedTuple):
     inputs: tuple[LeafDiagnosis, ...]  # arrays of parameters and batch that already held NaN or Inf
     leaves: tuple[LeafDiagnosis, ...]  # of the gradient, non-finite ones first, then by norm
     examples: WorstExamples
-    checkify: str | None  # what checkify says of the compiled function, where operation by operation all was finite
+    checkify: str | None  # checkify's message on the compiled function, if every single operation was finite
 
     @property
     def story(self) -> str:
-        """The answer in sentences."""
+        """The diagnosis in sentences."""
         return "\n".join(_sentences(self))
 
     def __str__(self) -> str:
-        """Sentences and tables as plain text."""
+        """The diagnosis as sentences and tables in plain text."""
         rows = [
             (shown(leaf.name), str(leaf.nans), str(leaf.infs), number(leaf.norm), number(leaf.largest))
             for leaf in self.leaves[:8]
@@ -95,31 +95,33 @@ def diagnose(
     has_aux: bool = False,
     progress: bool | None = None,
 ) -> Diagnosis:
-    """Reruns one bad batch and names the operation, the leaves and the examples.
+    """Reruns one bad batch and names the operation, the leaves and the examples at fault.
 
     origin      an operation with finite inputs and a NaN or Inf in its output that reaches the loss or the gradient
     example i   norm of the gradient of `loss_fn(params, batch[i : i + 1])`
 
     Guarantees:
-      - The loss and its gradient are evaluated operation by operation, with the numbers each operation makes; bodies of
-        `jit`, `scan`, `cond`, `while`, `checkpoint` and custom derivatives are entered where they turn non-finite.
-      - A NaN or Inf that goes nowhere (a masked -Inf in a softmax, the untaken side of a `where`) is no origin.
-      - What the parameters or the batch already held is named as such.
+      - The loss and its gradient are evaluated one operation at a time. The bodies of `jit`, `scan`, `cond`, `while`,
+        `checkpoint` and custom derivatives are entered where they turn non-finite.
+      - A NaN or Inf that has no effect (a masked -Inf in a softmax, the untaken side of a `where`) is not an origin.
+      - NaN and Inf that the parameters or the batch already held are reported as such.
 
-    What it cannot see:
-      - Run operation by operation nothing is fused, and on GPUs and TPUs matrix products may round otherwise, so that a
-        NaN of the compiled step can be absent here. Then JAX's `checkify` looks at the compiled function, with
-        `float_checks`; its word is in `checkify`. It finds NaNs and divisions by zero, not Inf, and misses constants.
-      - Other randomness: the loss must be deterministic, with the key of that step closed over.
-      - A Pallas kernel, an FFI call and `shard_map` are one operation each.
-      - With batch norm, or any loss that couples examples, the gradient of one example alone is another number.
+    Limitations:
+      - Nothing is fused when operations run one at a time, and on GPUs and TPUs matrix products may round differently,
+        so a NaN of the compiled step can be absent here. JAX's `checkify` then examines the compiled function with
+        `float_checks`; its message is in `checkify`. It finds NaN and division by zero, but not Inf, and misses
+        constants.
+      - The loss must be deterministic: close over the random key of that step.
+      - A Pallas kernel, an FFI call and a `shard_map` count as one operation each.
+      - With batch norm, or any loss that couples examples, the gradient of one example taken alone is a different
+        number.
 
     ==================================  =====================================================================
     Case                                Result
     ==================================  =====================================================================
-    all finite                          `finite`, no origins; `examples` shows who makes the gradient large
+    all finite                          `finite`, no origins; `examples` shows what makes the gradient large
     NaN in the batch or the parameters  in `inputs`; no origin, since no operation made it
-    Inf made, then NaN from it          the operation that made the Inf
+    Inf produced, then NaN from it      the operation that produced the Inf
     ==================================  =====================================================================
 
     Args:
@@ -127,9 +129,10 @@ def diagnose(
       params: the parameters of that step.
       batch: a tree of arrays with a common leading axis of examples.
       top: how many examples to name, >= 1.
-      chunk_size: how many per-example gradients to take at once, >= 1; None: as many as hold 16 million numbers.
-      has_aux: `loss_fn` returns (loss, anything).
-      progress: True shows a progress bar (needs rich), False does not, None does on a terminal if rich is there.
+      chunk_size: how many per-example gradients to compute at once, >= 1; None takes as many as fit in 16 million
+        numbers.
+      has_aux: whether `loss_fn` returns (loss, anything).
+      progress: True shows a progress bar (needs rich), False does not, None does on a terminal if rich is installed.
 
     Returns:
       A `Diagnosis`.
@@ -147,8 +150,8 @@ def diagnose(
       ('log', 'Inf', 1)
 
     See Also:
-      `jax.debug_nans`, which stops at the first NaN of a jitted function but not at Inf, and cannot look behind a
-      guard; `optax_guard.flight_log`, which tells the step to look at.
+      `jax.debug_nans`, which stops at the first NaN of a jitted function but not at Inf, and cannot see past a guard;
+      `optax_guard.flight_log`, which tells you which step to look at.
     """
     top, chunk_size, has_aux, progress = _static("diagnose", top, chunk_size, has_aux, progress)
     size = batch_size("diagnose", batch)
@@ -185,20 +188,20 @@ def worst_examples(
     has_aux: bool = False,
     progress: bool | None = None,
 ) -> WorstExamples:
-    """The examples of a batch with the largest gradients of their own.
+    """Finds the examples of a batch whose own gradients are the largest.
 
     n_i = || d loss_fn(params, batch[i : i + 1]) / d params ||_2
 
     Guarantees:
-      - Non-finite examples first, in the order of the batch, then by falling norm.
-      - At most `chunk_size` gradients in memory; one compilation, two if the last chunk is shorter.
+      - Non-finite examples come first, in the order of the batch, then the others by decreasing norm.
+      - At most `chunk_size` gradients are in memory. There is one compilation, or two if the last chunk is shorter.
 
     Args:
-      loss_fn: as in `diagnose`, like all that follow.
+      loss_fn: as in `diagnose`, like all arguments below.
       params: the parameters.
       batch: the batch.
       top: how many examples to name.
-      chunk_size: how many gradients to take at once.
+      chunk_size: how many gradients to compute at once.
       has_aux: whether `loss_fn` returns (loss, anything).
       progress: whether to show a progress bar.
 
@@ -224,7 +227,7 @@ def worst_examples(
 
 
 def _static(function: str, top: Any, chunk_size: Any, has_aux: Any, progress: Any) -> tuple[Any, ...]:
-    """The arguments that are no arrays, checked."""
+    """Checks the arguments that are not arrays."""
     return (
         validate.integer(function, "top", top, low=1),
         None if chunk_size is None else validate.integer(function, "chunk_size", chunk_size, low=1),
@@ -282,7 +285,7 @@ def _look(name: str, leaf: Any) -> LeafDiagnosis:
 
 
 def _compiled_word(p: Problem, batch: PyTree) -> str | None:
-    """What checkify finds in the compiled loss and gradient, if that is not finite."""
+    """What checkify finds in the compiled loss and gradient if they are not finite."""
     compiled = jax.jit(jax.value_and_grad(p.loss))(p.leaves, batch)
     if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(compiled)):
         return None

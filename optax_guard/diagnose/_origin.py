@@ -1,8 +1,8 @@
 """Where a NaN or Inf comes from: a jaxpr evaluated operation by operation, descending only where one appears.
 
-`jax.experimental.checkify` reports NaNs but lets Inf pass (log(0), an overflow in float16), and `jax_debug_infs` stops
-at every Inf, also those a causal mask puts there on purpose. An *origin* is an operation whose inputs are all finite
-and whose output is not; of those only the ones whose NaN or Inf reaches the loss or the gradient are reported.
+`jax.experimental.checkify` reports NaN but lets Inf pass (log(0), an overflow in float16), and `jax_debug_infs` stops
+at every Inf, even those that a causal mask puts there on purpose. An *origin* is an operation whose inputs are all
+finite and whose output is not. Only the origins whose NaN or Inf reaches the loss or the gradient are reported.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import source_info_util  # JAX has no public way to ask an equation for its line
+from jax._src import source_info_util  # JAX has no public way to find an equation's source line
 from jax.extend import core
 
 __all__ = ["Origin", "find_origins"]
@@ -23,12 +23,12 @@ class Origin(NamedTuple):
 
     operation: str  # JAX's name of the primitive: log, exp, div, ...
     produced: str  # 'NaN', 'Inf' or 'NaN and Inf'
-    file: str  # relative to the working directory where it lies below it
+    file: str  # relative to the working directory if it lies below it
     line: int  # 0 if unknown
     function: str
     backward: bool  # whether it happened while the gradient was taken; the line is the forward operation's
     operands: tuple[str, ...]  # dtype, shape and range of each
-    called_from: str | None  # 'file:line' of the innermost frame outside of installed packages, if another one
+    called_from: str | None  # 'file:line' of the innermost frame outside installed packages, if it is another one
 
 
 class _Tracked(NamedTuple):
@@ -65,7 +65,9 @@ class _Search:
         if not any(bad):
             return [_Tracked(output, frozenset()) for output in outputs]
         inherited = frozenset().union(*(each.origins for each in inputs))
-        if inherited or any(_is_bad(value) for value in values):  # it came in; an argument or a constant has no origin
+        if inherited or any(
+            _is_bad(value) for value in values
+        ):  # it was passed in; an argument or a constant has no origin
             return [_Tracked(o, inherited if b else frozenset()) for o, b in zip(outputs, bad, strict=True)]
         inside = self.inside(equation, inputs)
         if inside is not None:
@@ -75,7 +77,7 @@ class _Search:
         return [_Tracked(o, here if b else frozenset()) for o, b in zip(outputs, bad, strict=True)]
 
     def inside(self, equation: Any, inputs: list[_Tracked]) -> list[_Tracked] | None:
-        """The same through the body of an operation that has one; None if it has none or stays finite in there."""
+        """Evaluates the body of an operation; None if it has no body or everything inside stays finite."""
         before = len(self.origins)
         parameters, name = equation.params, equation.primitive.name
         if name == "scan":
@@ -97,7 +99,7 @@ class _Search:
         return results if len(self.origins) > before else None
 
     def scan(self, parameters: Any, inputs: list[_Tracked]) -> list[_Tracked]:
-        if "ft_in" in parameters:  # JAX 0.12 keeps the three groups as a tree of their own kind
+        if "ft_in" in parameters:  # JAX 0.12 keeps the three groups in a tree type of their own
             consts, carry, sliced = (
                 [inputs[i] for i in g] for g in parameters["ft_in"].update(range(len(inputs))).unpack()
             )
@@ -129,7 +131,7 @@ class _Search:
 
 
 def find_origins(function: Callable[..., Any], *arguments: Any) -> tuple[list[Any], list[Origin]]:
-    """(the flat outputs of `function(*arguments)`, the origins that reach a non-finite output, in order)."""
+    """Returns the flat outputs of `function(*arguments)` and, in order, the origins that reach a non-finite output."""
     closed = jax.make_jaxpr(function)(*arguments)
     search = _Search()
     results = search.run(closed.jaxpr, closed.consts, [_clean(leaf) for leaf in jax.tree.leaves(arguments)])

@@ -1,16 +1,16 @@
-"""Before the run: could I have known? One look at the loss, the gradient and the curvature where training starts.
+"""Checks before a run: the loss, the gradient and the curvature at the parameters where training starts.
 
 =======================  ==================================================================================
-Function                 Take it for
+Function                 Use it for
 =======================  ==================================================================================
 `preflight`              one report: norms per leaf, growth per layer, sharpness and the largest stable
-                         learning rate, room left in 16 bits, a clip threshold. About six compilations
-`learning_rate_sweep`    the experiment itself: short runs at many learning rates at once
-`plot`                   the picture of either
+                         learning rate, headroom in 16 bits, a clip threshold. About six compilations
+`learning_rate_sweep`    an experiment: short runs at many learning rates at once
+`plot`                   a picture of either
 =======================  ==================================================================================
 
-Not imported by `import optax_guard`. Needs SciPy, which JAX brings; `pip install 'optax-guard[preflight]'` adds rich
-for progress bars and matplotlib for pictures.
+`import optax_guard` does not import this module. It needs SciPy, which comes with JAX; `pip install
+'optax-guard[preflight]'` adds rich for progress bars and matplotlib for pictures.
 """
 
 from optax_guard.preflight._audit import plot, preflight

@@ -1,4 +1,4 @@
-"""The report of `preflight`, gathered: norms per leaf, growth, sharpness, room in 16 bits."""
+"""`preflight` and the parts of its report: norms per leaf, growth, sharpness, headroom in 16 bits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ from optax_guard.preflight._sweep import LearningRateSweep
 
 __all__ = ["plot", "preflight"]
 
-_EXPONENTS = (-150, 129)  # of the histogram: from below float32's smallest number to above its largest
+_EXPONENTS = (-150, 129)  # range of the histogram: from below float32's smallest number to above its largest
 
 
 def preflight(
@@ -48,64 +48,65 @@ def preflight(
     has_aux: bool = False,
     progress: bool | None = None,
 ) -> PreflightReport:
-    """Audits a loss, its parameters and a batch before training, on the host.
+    """Audits a loss, its parameters and a batch on the host, before training.
 
     sharpness            lambda = largest eigenvalue of H, the Hessian of the loss on `batch`
     stable learning rate SGD: 2 / lambda; heavy ball: 2 (1 + momentum) / lambda
     Adam                 2 (1 + b1) / ((1 - b1) lambda_P) = 38 / lambda_P at b1 = 0.9, with lambda_P the largest
-                         eigenvalue of P^-1/2 H P^-1/2 and P = sqrt(v) + eps, v the second moment without its bias
-    growth exponent      slope of log |v_l| per layer, in the direction of travel, where v is the gradient of the
-                         weights of numbered layers (`blocks/0/...`, `Dense_1/...`), of inputs along time, or of
-                         activations
+                         eigenvalue of P^-1/2 H P^-1/2, P = sqrt(v) + eps and v the bias-corrected second moment
+    growth exponent      slope of log |v_l| per layer, in the direction of travel, where v is the gradient with
+                         respect to the weights of numbered layers (`blocks/0/...`, `Dense_1/...`), to inputs along
+                         time, or to activations
     clip threshold       2 sqrt(|g|^2 + tr S), where S is the covariance of a batch's gradient
     gradient noise scale tr(S_1) / |g|^2, where S_1 is the covariance of one example's gradient
 
     Guarantees:
       - Nothing is changed and no step is taken; the same arguments give the same report.
-      - Hessian-vector products only: memory is that of some `max(12, 3 eigenvalues + 1)` copies of the parameters on
-        the host and of one gradient of a gradient on the device. Taken in float32 or wider.
-      - A loss or gradient that is not finite is reported, not raised.
+      - Only Hessian-vector products are used, in float32 or wider. They need about `max(12, 3 eigenvalues + 1)` copies
+        of the parameters on the host, and one gradient of a gradient on the device.
+      - A loss or gradient that is not finite is reported and raises no error.
 
-    Beyond the edge of stability the quadratic model blows up; a real net may still survive, since it moves on to where
-    the loss is flatter (the catapult), and sharpness grows during training until it meets 2 / learning rate. So the
-    figure says where trouble begins at these parameters; repeat it during training, and see `learning_rate_sweep`.
+    Beyond the edge of stability the quadratic model blows up. A real network may still survive, since it can move to a
+    flatter region (the catapult), and sharpness grows during training until it reaches 2 / learning rate. The figure
+    therefore says where trouble begins at these parameters; repeat it during training, and see `learning_rate_sweep`.
 
     ================================  ===============================================================================
     Case                              Result
     ================================  ===============================================================================
     sharpness <= 0                    stable learning rates are Inf
-    loss or Hessian not finite        `eigenvalues` is None, a finding names `diagnose`
+    loss or Hessian not finite        `eigenvalues` is None, and a finding points to `diagnose`
     SGD, no momentum                  `stable_learning_rates.optimizer` is 2 / lambda
     optimizer without a known form    `stable_learning_rates.optimizer` is None (Lion, Muon, an accumulator)
     v = 0 for a weight                left out of the preconditioned sharpness: Adam has not seen it move yet
     one example                       no noise scale; the clip threshold is twice the gradient norm
-    integer leaves, None              no gradient, not reported
+    integer leaves, None              not reported, since they have no gradient
     ================================  ===============================================================================
 
     Args:
-      loss_fn: `loss_fn(params, batch)`, the mean over the examples as one floating-point number; deterministic (close
-        over the key of a dropout).
-      params: parameters; real floating-point leaves are differentiated.
-      batch: a tree of arrays with a common leading axis of examples. The larger, the better sharpness and noise are
-        known.
+      loss_fn: `loss_fn(params, batch)`, the mean over the examples as one floating-point number. It must be
+        deterministic: close over the key of any dropout.
+      params: the parameters; their real floating-point leaves are differentiated.
+      batch: a tree of arrays with a common leading axis of examples. A larger batch gives better estimates of sharpness
+        and noise.
       optimizer: any Optax transformation; its constants (b1, b2, momentum) are read from two trial updates. Nesterov's
-        momentum looks like the heavy ball's; its edge is lower, by 1 / (1 + 2 momentum) instead of 1.
-      state: the optimizer's state from a running training, whose second moment is used. Without it v is taken as
-        g^2 + tr S per element: what Adam would know after some batches at these parameters.
-      tapped_loss_fn: `tapped_loss_fn(params, batch, tap)`, the same loss, in which the model hands its activations
-        [examples, ..., units] through `h = tap("layer 0", h)`, in order and outside `lax.scan`. Shows size, dead and
-        saturated units, and how activations and their gradients grow: in a plain net the gradient of a *weight* is the
-        product of both, and stays level while the two explode in opposite directions.
-      time_axis: for recurrent nets, the axis of time in the batch's arrays, >= 1. The gradient with respect to the
+        momentum is taken for the heavy ball's; its true limit is lower by a factor of 1 / (1 + 2 momentum).
+      state: the optimizer's state from a run in progress, whose second moment is used. Without it, v is taken as
+        g^2 + tr S per element, which is what Adam would hold after some batches at these parameters.
+      tapped_loss_fn: `tapped_loss_fn(params, batch, tap)`, the same loss, in which the model passes its activations
+        [examples, ..., units] through `h = tap("layer 0", h)`, in order and outside `lax.scan`. The report then shows
+        their size, dead and saturated units, and how activations and their gradients grow. In a plain network the
+        gradient of a *weight* is the product of both, and stays level while the two explode in opposite directions.
+      time_axis: for recurrent networks, the time axis of the batch's arrays, >= 1. The gradient with respect to the
         first floating-point leaf of `batch` that has this axis shows its growth along time; embed tokens beforehand.
-      momentum: of the heavy ball in `stable_learning_rates.momentum`, in [0, 1).
-      eigenvalues: how many of the largest to compute, >= 1. Each costs some 15 products.
+      momentum: the momentum assumed for `stable_learning_rates.momentum`, in [0, 1).
+      eigenvalues: how many of the largest eigenvalues to compute, >= 1. Each costs about 15 products.
       tolerance: relative accuracy of the eigenvalues, in (0, 1).
-      chunks: parts the batch is cut into to measure noise, >= 1; the last incomplete part is left out.
-      eps: Adam's, added to the root of the second moment, >= 0.
-      seed: of the eigensolver's first vector.
-      has_aux: `loss_fn` returns (loss, anything).
-      progress: True shows a progress bar (needs rich), False does not, None does on a terminal if rich is there.
+      chunks: the number of parts into which the batch is cut to measure noise, >= 1; an incomplete last part is left
+        out.
+      eps: Adam's epsilon, added to the root of the second moment, >= 0.
+      seed: the seed of the eigensolver's first vector.
+      has_aux: whether `loss_fn` returns (loss, anything).
+      progress: True shows a progress bar (needs rich), False does not, None does on a terminal if rich is installed.
 
     Returns:
       A `PreflightReport`: a NamedTuple with `print(report)`, `report.plot("picture.png")` and `report.to_dict()`.
@@ -113,7 +114,7 @@ def preflight(
     Raises:
       ValueError: the loss is not a scalar, `params` has nothing to differentiate, the leading axes of `batch` differ,
         a leaf is complex, or an argument is outside its range. The message says what to do.
-      ImportError: `progress=True` without rich, with the command that installs it.
+      ImportError: `progress=True` without rich. The message has the command that installs it.
 
     Example:
       >>> def loss_fn(w, batch):
@@ -129,11 +130,11 @@ def preflight(
       Cohen et al. Adaptive Gradient Methods at the Edge of Stability. 2022. arXiv 2207.14484, equation 2. Deviation:
         the factor 1 - b1^t that corrects the first steps is left out.
       OLMo team. 2 OLMo 2 Furious. 2024. arXiv 2501.00656, section 3.2: (1 / n) log(|v'| / |v|). Deviation:
-        the slope over all layers instead of the two ends.
+        the slope is taken over all layers instead of between the two ends.
       McCandlish, Kaplan, Amodei. An Empirical Model of Large-Batch Training. 2018. arXiv 1812.06162, equation 2.9.
 
     See Also:
-      `learning_rate_sweep`; `diagnose` for a batch that has gone wrong.
+      `learning_rate_sweep`; `diagnose`, for a batch that has gone wrong.
     """
     momentum = validate.scalar("preflight", "momentum", momentum, low=0, high=1, open_high=True, static=True)
     tolerance = validate.scalar(
@@ -226,14 +227,14 @@ def preflight(
 
 
 def plot(result: PreflightReport | LearningRateSweep, path: Any = None) -> Any:
-    """The picture of a report or of a sweep, as a matplotlib figure.
+    """Draws a report or a sweep as a matplotlib figure.
 
     Args:
       result: what `preflight` or `learning_rate_sweep` returned.
-      path: file to write, with the ending of the format (`.png`, `.pdf`, `.svg`); None writes nothing.
+      path: the file to write, whose suffix sets the format (`.png`, `.pdf`, `.svg`); None writes nothing.
 
     Returns:
-      The `matplotlib.figure.Figure`, which belongs to no window.
+      The `matplotlib.figure.Figure`, which is not attached to a window.
 
     Raises:
       ImportError: matplotlib is not installed; the message has the command that installs it.
@@ -242,7 +243,7 @@ def plot(result: PreflightReport | LearningRateSweep, path: Any = None) -> Any:
 
 
 def _leaves(p: Problem, gradient: list[jax.Array]) -> tuple[tuple[LeafReport, ...], tuple[tuple[int, int], ...]]:
-    """A row per leaf, and how many elements of the gradient have each binary exponent."""
+    """A row for each leaf, and the number of gradient elements with each binary exponent."""
     norms, weights = (np.asarray(gradient_statistics(tree).leaf_norms) for tree in (gradient, p.leaves))
     low, high = _EXPONENTS
 
@@ -268,7 +269,7 @@ def _leaves(p: Problem, gradient: list[jax.Array]) -> tuple[tuple[LeafReport, ..
 def _variance(
     gradients: Any, p: Problem, batch: PyTree, size: int, chunks: int, advance: Any
 ) -> list[jax.Array] | None:
-    """Per element, the variance of the gradient of a batch of this size, from the spread between its parts."""
+    """The variance of each element of the gradient of a batch of this size, from the spread between its parts."""
     if chunks < 2:
         return None
     part = size // chunks
@@ -283,7 +284,7 @@ def _variance(
 
     mean = [jnp.zeros(leaf.shape, dtype) for leaf, dtype in zip(p.leaves, dtypes, strict=True)]
     squares = mean
-    for i in range(chunks):  # Welford's recurrence, which does not cancel as a difference of squares does
+    for i in range(chunks):  # Welford's recurrence, which avoids the cancellation of a difference of squares
         _, gradient = gradients(p.leaves, part_of_batch(batch, i * part, (i + 1) * part))
         mean, squares = add(mean, squares, gradient, jnp.asarray(i + 1, jnp.float32))
         advance("gradient noise", 1)
@@ -306,7 +307,7 @@ def _curvature(
     seed: int,
     advance: Callable[[str], None],
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, StableLearningRates | None]:
-    """Eigenvalues of the Hessian, of the preconditioned one, and the learning rates they allow."""
+    """Eigenvalues of the Hessian and the preconditioned Hessian, and the learning rates they allow."""
     product, size, dtype = hessian_product(p, batch)
 
     def eigenvalues(scales: list[jax.Array] | None, what: str) -> tuple[float, ...] | None:
@@ -360,19 +361,19 @@ def _headroom(p: Problem, batch: PyTree, loss: jax.Array, gradient: list[jax.Arr
 
 
 def _loss_in(p: Problem, batch: PyTree, dtype: Any) -> float | None:
-    """The loss with every float cast to a dtype; None if the model has float32 written into it and is strict."""
+    """The loss with every float cast to `dtype`; None if the model cannot be run in it."""
 
     def cast(leaf: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     try:
         return float(jax.jit(lambda leaves, batch: p.loss(leaves, batch))(*jax.tree.map(cast, (p.leaves, batch))))
-    except (TypeError, ValueError):  # type promotion, a scan whose carry changes its dtype
+    except (TypeError, ValueError):  # strict type promotion, or a scan whose carry changes its dtype
         return None
 
 
 def _findings(report: PreflightReport, has_optimizer: bool) -> tuple[str, ...]:
-    """What a person should look at first, in words."""
+    """What deserves a look first, in words."""
     found: list[str] = []
     if not np.isfinite(report.loss) or not np.isfinite(report.gradient_norm):
         bad = [leaf.name for leaf in report.leaves if not np.isfinite(leaf.gradient_norm)]

@@ -15,11 +15,11 @@ from optax_guard.preflight._reports import ActivationReport, Growth, slope
 
 __all__ = ["along_time", "layer_growth", "look_at_activations"]
 
-_NEAR = 0.01  # within this of its bound a saturating function counts as saturated
+_NEAR = 0.01  # an activation within this distance of its bound counts as saturated
 
 
 def layer_growth(names: list[str], norms: list[float]) -> tuple[Growth, ...]:
-    """One growth per stack of numbered layers: 'blocks/0/kernel', 'blocks/1/kernel' or 'Dense_0/kernel' and so on."""
+    """One `Growth` for each stack of numbered layers, named as in 'blocks/0/kernel' or 'Dense_0/kernel'."""
     stacks: dict[str, dict[int, float]] = {}
     for name, norm in zip(names, norms, strict=True):
         components = name.split("/")
@@ -69,7 +69,7 @@ def along_time(function: str, p: Problem, batch: PyTree, axis: int) -> Growth:
 def look_at_activations(
     function: str, tapped_loss_fn: Callable[..., Any], p: Problem, batch: PyTree, has_aux: bool
 ) -> tuple[tuple[ActivationReport, ...], tuple[Growth, ...]]:
-    """Size, dead units, saturation and gradient of each tapped activation, and their growth in the order of taps."""
+    """Size, dead units, saturation and gradient of each tapped activation, and their growth in tap order."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
     def loss(chosen: list[Any], batch: PyTree, offsets: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
@@ -96,7 +96,7 @@ def look_at_activations(
     jax.eval_shape(loss, p.leaves, batch, {})
     if not shapes:
         raise ValueError(f"{function}: `tapped_loss_fn` never called tap(name, activation).")
-    names = list(shapes)  # jit would sort a dict: the order is kept here
+    names = list(shapes)  # kept here because jit sorts a dict
 
     @jax.jit
     def look(chosen: list[Any], batch: PyTree, offsets: dict[str, jax.Array]) -> list[tuple[jax.Array, ...]]:
@@ -107,7 +107,7 @@ def look_at_activations(
     reports = []
     for name, row in zip(names, jax.device_get(look(p.leaves, batch, offsets)), strict=True):
         norm, rms, largest, smallest, dead, exact_zeros, near_ends, near_one = (float(x) for x in row)
-        bounded = largest <= 1 and not (smallest >= 0 and exact_zeros)  # zeros are a rectifier's
+        bounded = largest <= 1 and not (smallest >= 0 and exact_zeros)  # exact zeros come from a rectifier
         share = (near_ends if smallest >= 0 else near_one) if bounded else None
         reports.append(ActivationReport(name, rms, largest, norm, dead, share))
     if len(names) < 2:

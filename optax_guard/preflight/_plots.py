@@ -1,4 +1,4 @@
-"""Pictures of the reports, in Okabe and Ito's colours, which colour-blind people can tell apart."""
+"""Figures of the reports, in Okabe and Ito's colours, which colour-blind readers can tell apart."""
 
 from typing import Any
 
@@ -99,7 +99,7 @@ def _exponent_panel(axis: Any, report: Any) -> None:
 
 
 def plot_sweep(sweep: Any, path: Any) -> Any:
-    """Final losses over learning rates, and the loss of every run over steps."""
+    """Final loss against learning rate, and the loss of every run against the step."""
     figure, (left, right) = _figure(12, 4.5, 1, 2)
     ceiling = 2 * max(sweep.initial_loss, float(np.max(sweep.final_losses[sweep.survived], initial=0)), 1e-12)
     shown_loss = np.where(np.isfinite(sweep.final_losses), np.minimum(sweep.final_losses, ceiling), ceiling)

@@ -30,7 +30,7 @@ class Growth(NamedTuple):
     name: str  # the path with '*' for the layer's number; 'time'; 'activations'; 'gradients of activations'
     positions: tuple[str, ...]  # numbers of layers or steps, or names of activations, in the order of the model
     norms: tuple[float, ...]
-    exponent: float  # exp(exponent) is the factor per layer; nan if fewer than two norms are finite and above 0
+    exponent: float  # exp(exponent) is the factor per layer; NaN if fewer than two norms are finite and positive
 
 
 class ActivationReport(NamedTuple):
@@ -41,7 +41,9 @@ class ActivationReport(NamedTuple):
     largest: float
     gradient_norm: float  # of the loss with respect to this activation
     dead_share: float  # share of units with the same value for every example and position
-    saturated_share: float | None  # share of elements within 1 % of -1 or 1 (or of 0 or 1); None: not such a function
+    saturated_share: (
+        float | None
+    )  # share of elements within 1 % of -1 or 1 (or of 0 or 1); None if it does not saturate
 
 
 class StableLearningRates(NamedTuple):
@@ -49,11 +51,11 @@ class StableLearningRates(NamedTuple):
 
     sgd: float  # 2 / sharpness
     momentum: float  # 2 (1 + momentum) / sharpness
-    optimizer: float | None  # of the optimizer that was given; None without one, or if nothing is known about it
+    optimizer: float | None  # for the given optimizer; None if none was given or its limit is not known
 
 
 class Headroom(NamedTuple):
-    """What is left of a 16-bit dtype's range. Bits are factors of two; negative ones mean overflow."""
+    """How much of a 16-bit dtype's range is left. A bit is a factor of two; negative bits mean overflow."""
 
     dtype: str
     loss: float | None  # the loss with parameters and batch cast to the dtype; None if the model cannot be run in it
@@ -81,25 +83,25 @@ class PreflightReport(NamedTuple):
     headroom: tuple[Headroom, ...]
     leaves: tuple[LeafReport, ...]
     gradient_exponents: tuple[tuple[int, int], ...]  # (e, number of gradient elements with 2^e <= |g| < 2^(e + 1))
-    findings: tuple[str, ...]  # what to look at, in words
+    findings: tuple[str, ...]  # what deserves a look, in words
 
     def __str__(self) -> str:
-        """Tables and sentences as plain text."""
+        """The report as tables and sentences in plain text."""
         return "\n\n".join(part for part in _parts(self) if part)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python all the way down, as `json.dumps` takes it (NaN and Inf stay floats)."""
+        """The report as plain Python values that `json.dumps` accepts (NaN and Inf stay floats)."""
         return plain(self)
 
     def plot(self, path: Any = None) -> Any:
-        """A matplotlib figure of four panels; written to `path` if one is given. See `plot`."""
+        """A matplotlib figure with four panels, written to `path` if one is given. See `plot`."""
         from optax_guard.preflight._plots import plot_preflight
 
         return plot_preflight(self, path)
 
 
 def slope(norms: Any) -> float:
-    """Least-squares slope of log(norm) over its position; positions without a finite positive norm are left out."""
+    """The least-squares slope of log(norm) against position, over the positions with a finite positive norm."""
     values = np.asarray(norms, np.float64)
     where = np.flatnonzero(np.isfinite(values) & (values > 0))
     if where.size < 2:

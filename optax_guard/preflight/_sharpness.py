@@ -1,8 +1,7 @@
-"""Sharpness: the largest eigenvalues of the Hessian by Hessian-vector products, and the step they allow.
+"""Sharpness: the largest eigenvalues of the Hessian from Hessian-vector products, and the step size they allow.
 
-The eigensolver is ARPACK's implicitly restarted Lanczos method, through SciPy, which JAX itself depends on. JAX's own
-LOBPCG compiles the product three times over and needs three to four times as many products: 30 s of compilation
-against 11 s, and 48 products against 13, on the reference transformer with two CPU cores.
+The eigensolver is ARPACK's implicitly restarted Lanczos method, called through SciPy, on which JAX depends. JAX's own
+LOBPCG compiles the product three times and needs three to four times as many products.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,14 @@ from optax_guard._step.observe import global_norm
 __all__ = ["dynamics", "hessian_product", "largest_eigenvalues", "stable_rate"]
 
 _AVERAGES = (optax.ScaleByAdamState, optax.ScaleByBeliefState, optax.ScaleByAmsgradState)
-_DENSE = 24  # up to this many parameters every eigenvalue is computed: Lanczos wants more dimensions than it keeps
+_DENSE = 24  # up to this many parameters all eigenvalues are computed: Lanczos needs more dimensions than it keeps
 
 
 def hessian_product(problem: Problem, batch: PyTree) -> tuple[Any, int, np.dtype]:
-    """((v, scales) -> D H D v on flat NumPy vectors, their size, their dtype), where D = diag(scales), or 1.
+    """Returns the map (v, scales) -> D H D v on flat NumPy vectors, their size and their dtype.
 
-    Taken in float32 or wider, since second derivatives in 16 bits are noise.
+    D is diag(scales), or 1 without scales. The product is computed in float32 or wider, since second derivatives in 16
+    bits are noise.
     """
     dtype = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in problem.leaves) else jnp.float32
     wide = [leaf.astype(dtype) for leaf in problem.leaves]
@@ -62,7 +62,7 @@ def largest_eigenvalues(
     seed: int,
     max_products: int = 200,
 ) -> np.ndarray | None:
-    """The `wanted` algebraically largest, descending; None if a product is not finite or none converged."""
+    """The `wanted` algebraically largest eigenvalues, descending; None if a product is not finite or none converged."""
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     def checked(vector: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def largest_eigenvalues(
 
 
 def stable_rate(sharpness: float, factor: float) -> float:
-    """What the sharpness allows, factor / sharpness; without positive curvature no rate is too large for it."""
+    """The largest stable learning rate, factor / sharpness; Inf if the curvature is not positive."""
     return factor / sharpness if sharpness > 0 else float("inf")
 
 
@@ -110,11 +110,11 @@ def dynamics(
     loss: jax.Array,
     eps: float,
 ) -> tuple[list[jax.Array] | None, float | None]:
-    """(what the optimizer divides each leaf's step by, None for 1; the factor of its largest stable learning rate).
+    """Returns the divisors of each leaf's step (None for 1) and the factor of the largest stable learning rate.
 
-    Two updates with the same gradient, at parameters that stay where they are, betray the optimizer's constants: a
-    moving average goes from (1 - b) g to (1 - b^2) g, a trace from g to (1 + b) g, so that the ratio of the two is
-    1 + b whatever clips or scales the gradient before. The factor is None for an optimizer of which neither is known.
+    Two updates with the same gradient at fixed parameters reveal the optimizer's constants: a moving average goes from
+    (1 - b) g to (1 - b^2) g and a trace from g to (1 + b) g, so their ratio is 1 + b no matter what clips or scales the
+    gradient beforehand. The factor is None if the optimizer's form is not known.
     """
     update = as_transformation("preflight", optimizer, "optimizer").update
     params = problem.tree(problem.leaves)
@@ -133,7 +133,7 @@ def dynamics(
     used = one if state is None else state
     chosen = jax.tree.map(lambda _: True, params)
     try:
-        # The gain of a momentum is not asked for: `factor` has its own.
+        # The gain of a momentum is not needed: `factor` accounts for it.
         read = reader("preflight", "second_moment", 0.0, b2, eps)
         found = [each.metric for each in responses(read, used, params, chosen, jnp.zeros((), jnp.int32))]
     except ValueError:
@@ -142,14 +142,14 @@ def dynamics(
     by_name = dict(zip(leaf_names(params), found, strict=True))
     divisors: list[jax.Array] = [by_name[name] for name in problem.names]  # pyright: ignore[reportAssignmentType] (none is missing)
     if not any(bool(jnp.any(jnp.isfinite(leaf))) for leaf in divisors):
-        return None, None  # an optimizer that has not moved yet, as inside a cycle of accumulation
+        return None, None  # an optimizer that has not stepped yet, as in the middle of an accumulation cycle
     if b1 is not None:
         return divisors, 2 * (1 + b1) / (1 - b1)
     return divisors, 2 * (1 + (trace or 0.0))
 
 
 def _ratio(one: Any, two: Any, params: PyTree, kind: type, field: str) -> float | None:
-    """The constant of a moving average or trace from its value after one and after two updates."""
+    """The constant of a moving average or trace, from its values after one and two updates."""
     first, second = find_states(one, kind, params), find_states(two, kind, params)
     if not first or not hasattr(first[0], field):
         return None

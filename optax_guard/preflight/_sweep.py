@@ -23,9 +23,9 @@ class LearningRateSweep(NamedTuple):
     """What `learning_rate_sweep` found. `print(sweep)`, `sweep.plot()`, `sweep.to_dict()`."""
 
     learning_rates: np.ndarray  # f32[rates]
-    losses: np.ndarray  # f32[rates, steps]: of each batch, before its step
-    initial_loss: float  # of `validation`, at the initial parameters
-    final_losses: np.ndarray  # f32[rates]: of `validation`, after the last step; NaN and Inf as they were
+    losses: np.ndarray  # f32[rates, steps]: the loss of each batch, before its step
+    initial_loss: float  # the loss of `validation` at the initial parameters
+    final_losses: np.ndarray  # f32[rates]: the loss of `validation` after the last step, NaN and Inf included
     survived: np.ndarray  # bool[rates]
     sensitivity: float  # NaN if no learning rate survived
 
@@ -35,7 +35,7 @@ class LearningRateSweep(NamedTuple):
         return float(self.learning_rates[np.argmin(_usable(self))]) if self.survived.any() else None
 
     def __str__(self) -> str:
-        """A table as plain text."""
+        """The sweep as a table in plain text."""
         rows = [
             (number(rate, 4), number(float(loss), 5), "yes" if ok else "no")
             for rate, loss, ok in zip(self.learning_rates, self.final_losses, self.survived, strict=True)
@@ -47,11 +47,11 @@ class LearningRateSweep(NamedTuple):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python all the way down."""
+        """The sweep as plain Python values."""
         return plain(self)
 
     def plot(self, path: Any = None) -> Any:
-        """A matplotlib figure: final losses over learning rates, and the runs; written to `path` if given."""
+        """A matplotlib figure of the final losses and the runs, written to `path` if one is given."""
         from optax_guard.preflight._plots import plot_sweep
 
         return plot_sweep(self, path)
@@ -76,27 +76,27 @@ def learning_rate_sweep(
     sensitivity = mean over rates of (min(l(rate), l_0) - l*),  l* = min over rates of l(rate), l_0 the initial loss
 
     Guarantees:
-      - Each run equals the same training alone, to rounding.
-      - A run that ends in NaN or Inf counts with the initial loss, and harms no other.
+      - Each run equals the same training done alone, up to rounding.
+      - A run that ends in NaN or Inf counts as the initial loss and does not affect the others.
 
     ===============================  ============================================================
     Case                             Result
     ===============================  ============================================================
-    a run's loss became NaN or Inf   not survived, also if the last loss is finite again
+    a run's loss became NaN or Inf   not survived, even if the last loss is finite again
     final loss above the initial     not survived
     no rate survived                 `sensitivity` is NaN, `best` is None
     ===============================  ============================================================
 
-    Memory is that of one training times the number of learning rates.
+    The sweep needs the memory of one training run times the number of learning rates.
 
     Args:
       make_tx: `make_tx(learning_rate)` makes the optimizer; the learning rate is a traced float32 scalar (multiply a
-        schedule by it). Guards and accumulators work; under `vmap` their branches are both computed.
+        schedule by it). Guards and accumulators work; under `vmap` both of their branches are computed.
       loss_fn: `loss_fn(params, batch)`, one floating-point number.
-      params: initial parameters of every run.
+      params: the initial parameters of every run.
       batches: a tree of arrays [steps, ...]; `batches[i]` is the batch of step i, the same for every run.
       learning_rates: one or more positive numbers.
-      validation: the batch on which runs are compared; None takes the last of `batches`.
+      validation: the batch on which the runs are compared; None takes the last of `batches`.
       has_aux: `loss_fn` returns (loss, anything).
 
     Returns:
@@ -115,7 +115,7 @@ def learning_rate_sweep(
 
     References:
       Wortsman et al. Small-scale proxies for large-scale Transformer training instabilities. 2023. arXiv 2309.14322,
-      section 2.2. Deviations: the mean is over the learning rates given; NaN instead of 0 if all diverge.
+      section 2.2. Deviations: the mean is over the given learning rates; if all diverge, it is NaN instead of 0.
 
     See Also:
       `preflight`, which predicts where survival ends.
@@ -170,13 +170,13 @@ def learning_rate_sweep(
 
 
 def _floats(p: Any, params: PyTree) -> list[Any]:
-    """The leaves that train, out of the whole tree."""
+    """The trained leaves of the whole tree."""
     marked = jax.tree.leaves(p.tree([_Mark()] * len(p.names)))
     return [leaf for leaf, mark in zip(jax.tree.leaves(params), marked, strict=True) if isinstance(mark, _Mark)]
 
 
 class _Mark:
-    """Stands where a trained leaf stands."""
+    """Marks the place of a trained leaf."""
 
 
 def _steps(name: str, batches: PyTree) -> None:

@@ -1,7 +1,7 @@
-"""What happened: a picture, a page and a story from the state of a guard, so from any checkpoint.
+"""Reports on a run: a picture, a page and a story from the state of a guard, and hence from any checkpoint.
 
 =====================================  ====================================================================
-Function                               Take it for
+Function                               Use it for
 =====================================  ====================================================================
 `report(state, params, path)`          an HTML page and a PNG beside it
 `story(log)`                           the same in a few sentences, for a terminal or a message
@@ -11,7 +11,7 @@ Function                               Take it for
 =====================================  ====================================================================
 
 On the command line: `python -m optax_guard report CHECKPOINT` and `python -m optax_guard log CHECKPOINT`.
-The picture needs matplotlib, a checkpoint orbax-checkpoint: `pip install 'optax-guard[report]'`.
+The picture needs matplotlib, and checkpoints need orbax-checkpoint: `pip install 'optax-guard[report]'`.
 """
 
 from pathlib import Path
@@ -38,19 +38,20 @@ __all__ = [
 
 
 def report(state: optax.OptState | TrainingLog, params: PyTree | None = None, path: str | Path = "report.html") -> Path:
-    """Writes what a guard recorded as a page that explains itself, and its picture as a PNG beside it.
+    """Writes a guard's record as a self-explanatory page, with its picture as a PNG beside it.
 
     Args:
       state: an optimizer state that holds one guard, or a `TrainingLog`. With `og.record_leaves()` among the guard's
-        rules the page also tells which leaf left its usual range first, and shows all leaves over time.
+        rules, the page also tells which leaf left its usual range first and shows all leaves over time.
       params: the parameters (or their shapes), for the names of the leaves.
-      path: where to write the page. The picture takes the same name with `.png`.
+      path: where to write the page. The picture has the same name with the suffix `.png`.
 
     Returns:
-      The path of the page. It is one file that needs no network.
+      The path of the page, a single file that needs no network.
 
     Raises:
-      ValueError: no guard in `state`, or more than one; nothing recorded yet; `params` of another model.
+      ValueError: `state` holds no guard or more than one, nothing has been recorded yet, or `params` belong to another
+        model.
       ImportError: matplotlib is missing.
 
     Example:

@@ -1,4 +1,4 @@
-"""Reading what was recorded: from a live state, a saved log or an Orbax checkpoint."""
+"""Reads a guard's record from a live state, a saved log or an Orbax checkpoint."""
 
 import zipfile
 from collections.abc import Iterator
@@ -23,22 +23,22 @@ __all__ = ["TrainingLog", "leaf_label", "load", "load_checkpoint", "load_log", "
 _TOTALS = ("guard_step", "clipped_total", "skipped_total", "nonfinite_total", "let_through_total", "halted")
 _FORMAT = "optax_guard log 1"
 _ONE_MEMBER = (
-    "report: this is the state of many runs at once (`vmap`, `pmap`), and a report is of one: pass a member, "
+    "report: this is the state of many runs at once (`vmap`, `pmap`), and a report covers one: pass one member, "
     "`jax.tree.map(lambda x: x[0], state)`."
 )
 
 
 class TrainingLog(NamedTuple):
-    """What a guard recorded, on the host."""
+    """A guard's record, on the host."""
 
-    rows: np.ndarray  # as `flight_log` gives them, oldest first
-    names: list[str]  # of the leaves; empty if neither known nor recorded
-    leaves: LeafLog | None  # with `record_leaves`
+    rows: np.ndarray  # as `flight_log` returns them, oldest first
+    names: list[str]  # names of the leaves; empty if neither known nor recorded
+    leaves: LeafLog | None  # None without `record_leaves`
     totals: dict[str, int]  # the guard's counters over the whole run
 
 
 def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog:
-    """The log in a live state.
+    """Reads the log from a live state.
 
     Args:
       state: an optimizer state that holds one guard.
@@ -48,13 +48,13 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
       A `TrainingLog`.
 
     Raises:
-      ValueError: no guard in `state`, or more than one; `params` of another model.
+      ValueError: `state` holds no guard or more than one, or `params` belong to another model.
     """
     guards = find_states(state, GuardState)
     if not guards:
         raise ValueError(
-            "report: there is no guard in this state. Wrap the optimizer, og.guard(optimizer, ...), and pass the state "
-            "that its steps return."
+            "report: there is no guard in this state. Wrap the optimizer in og.guard(optimizer, ...) and pass the "
+            "state that its steps return."
         )
     if axes_in_front(guards[0].guard_step) > 0:
         raise ValueError(_ONE_MEMBER)
@@ -66,15 +66,15 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
 
 
 def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = None) -> Path:
-    """Saves the log in a state as a small file.
+    """Saves the log of a state as a small file.
 
     Args:
-      path: where to; `.npz` is added if it has no suffix.
+      path: the file to write; `.npz` is added if it has no suffix.
       state: as in `read_log`.
       params: as in `read_log`.
 
     Returns:
-      The path.
+      The path of the file.
     """
     log = read_log(state, params)
     path = Path(path)
@@ -101,7 +101,7 @@ def load_log(path: str | Path) -> TrainingLog:
       A `TrainingLog`.
 
     Raises:
-      ValueError: the file is missing, damaged, or of another program.
+      ValueError: the file is missing, damaged, or was written by another program.
     """
     path = Path(path)
     if not path.exists():
@@ -127,19 +127,19 @@ def load_log(path: str | Path) -> TrainingLog:
 
 
 def load_checkpoint(path: str | Path) -> TrainingLog:
-    """Finds a guard in an Orbax checkpoint, without the program that wrote it.
+    """Reads the log from an Orbax checkpoint, without the program that wrote it.
 
-    Leaves are named after the parameters if the checkpoint holds them under "params" as nested dicts, as Flax and plain
-    JAX have them; else they are numbered.
+    Leaves are named after the parameters if the checkpoint holds them under "params" as nested dicts, as in Flax and
+    plain JAX; otherwise they are numbered.
 
     Args:
-      path: a checkpoint, or the folder of a `CheckpointManager`, of which the latest step is taken.
+      path: a checkpoint, or the folder of a `CheckpointManager`, whose latest step is read.
 
     Returns:
       A `TrainingLog`.
 
     Raises:
-      ValueError: no checkpoint there, a damaged one, or one without a guard.
+      ValueError: there is no checkpoint, or it is damaged or holds no guard.
       ImportError: orbax-checkpoint is missing.
     """
     path = Path(path).resolve()
@@ -184,7 +184,7 @@ def load(path: str | Path) -> TrainingLog:
 
 
 def leaf_label(names: list[str], leaf: int) -> str:
-    """What to call leaf number `leaf`; nothing for -1."""
+    """The name of leaf number `leaf`; empty for -1."""
     return names[leaf] if 0 <= leaf < len(names) else "" if leaf < 0 else f"leaf {leaf}"
 
 
@@ -195,7 +195,7 @@ def _checked(log: TrainingLog) -> TrainingLog:
 
 
 def _checkpoint_in(path: Path) -> Path:
-    """The folder that holds the arrays: itself, or the latest step of a manager's folder."""
+    """The folder that holds the arrays: `path` itself, or the latest step in a manager's folder."""
     steps = sorted(
         (each for each in path.iterdir() if each.is_dir() and each.name.isdigit()), key=lambda p: int(p.name)
     )
@@ -228,13 +228,13 @@ def _restored(path: Path) -> Any:
             shapes = getattr(shapes, "tree", shapes)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    except Exception as error:  # whatever a damaged or foreign folder makes of it
+    except Exception as error:  # a damaged or foreign folder can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from error
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every dict in a restored tree, outer first."""
+    """Every dict in a restored tree, outermost first."""
     if isinstance(tree, dict):
         yield tree
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
@@ -243,7 +243,7 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def _array(node: Any) -> np.ndarray:
-    """An array; flax.nnx saves each in a dict of its own."""
+    """The array in `node`; flax.nnx saves each array in a dict of its own."""
     while isinstance(node, dict) and len(node) == 1:
         node = next(iter(node.values()))
     return np.asarray(node)

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, for light and dark, narrow windows, paper and screen readers."""
+"""The page: one self-contained HTML file for light and dark themes, narrow windows, paper and screen readers."""
 
 import base64
 import html
@@ -41,7 +41,7 @@ summary { cursor: pointer; padding: .3rem 0; }
   .scroll { overflow: visible; } table { font-size: .75rem; } th, td { white-space: normal; }
 }
 """
-_SHOWN = 400  # rows of the table of steps: a page is for reading, the log holds the rest
+_SHOWN = 400  # rows in the table of steps; the log holds the rest
 
 
 def write_page(log: TrainingLog, path: Path) -> Path:
@@ -106,7 +106,7 @@ def _data(png: bytes) -> str:
 
 
 def _marked(text: str) -> str:
-    """Escaped, with `names` as code."""
+    """Escapes the text and marks `names` as code."""
     parts = html.escape(text, quote=False).split("`")
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
@@ -118,7 +118,7 @@ def _number(value: float) -> str:
 
 
 def _table(caption: str, heads: list[str], rows: list[list[str]], text: tuple[int, ...] = ()) -> str:
-    """A table that scrolls by itself in a narrow window, reachable by keyboard."""
+    """A table that scrolls on its own in a narrow window and is reachable by keyboard."""
     kind = [' class="text"' if i in text else "" for i in range(len(heads))]
     head = "".join(f'<th scope="col"{kind[i]}>{html.escape(h)}</th>' for i, h in enumerate(heads))
     body = "\n".join(
@@ -192,5 +192,5 @@ def _steps(log: TrainingLog) -> str:
 
 
 def _folded(summary: str, table: str, rows: int) -> str:
-    """Long tables are closed at first."""
+    """A table behind a summary; long tables start closed."""
     return f"<details{' open' if rows <= 20 else ''}><summary>{summary}</summary>{table}</details>"

@@ -11,7 +11,7 @@ __all__ = ["Theme", "render"]
 
 
 class Theme(NamedTuple):
-    """Colours for one background. All events also differ in lightness, for eyes that do not tell hues apart."""
+    """Colours for one background. Events also differ in lightness, for readers who cannot tell the hues apart."""
 
     background: str
     ink: str
@@ -62,12 +62,12 @@ _DARK = Theme(
     bad="#ffffff",
 )
 _WORDS = {"let_through": "let through", "nonfinite": "not finite", "nonfinite_update": "update not finite"}
-_LABELLED = 12  # leaves with a name at the heat map, where there is no room for all
+_LABELLED = 12  # leaves named beside the heat map if there is no room for all
 _ROOM = 24
 
 
 def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> bytes:
-    """A PNG."""
+    """Draws the log as a PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -76,7 +76,7 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
     leaves = log.leaves is not None and log.leaves.norms.size > 0
     heights = [2.2, 2.6, 0.55] + ([3.6] if leaves else [])
     width = 4.6 if narrow else 10.5
-    # Panels are placed by hand, in inches: a layout engine would draw everything twice.
+    # Panels are placed by hand, in inches, since a layout engine would draw everything twice.
     names = len(np.unique(log.rows["event"]))
     gaps = [0.5, 0.5] + ([0.75 + 0.2 * (names // 2 if narrow else 0)] if leaves else [])
     bottom = 0.6 if leaves else 0.9 + 0.2 * (names // 2 if narrow else 0)
@@ -152,7 +152,7 @@ def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
     steps = np.arange(rows["step"][0], rows["step"][-1] + 1)
     strip = np.full(len(steps), np.nan)
     strip[rows["step"] - rows["step"][0]] = codes
-    # A rare event must not vanish between pixels: each is drawn at least two thousandths of the width wide.
+    # Each event is at least two thousandths of the width wide, so that a rare one does not vanish between pixels.
     wide = max(len(steps) // 500, 1)
     spread = strip.copy()
     for code in (c for c in range(1, len(names)) if (codes == c).any()):
@@ -186,7 +186,7 @@ def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bo
     bad = ~np.isfinite(norms)
     steps = log.leaves.steps
     axis.set_title("each leaf's norm, relative to its own median", loc="left", color=theme.ink, fontsize=10)
-    # Few colours, so that noise around the usual norm stays white and the file small.
+    # Few colours, so that noise around the usual norm stays white and the file stays small.
     low, high = theme.heat
     colours = LinearSegmentedColormap.from_list("usual", [low, theme.background, high], N=17)
     colours = colours.with_extremes(bad=theme.background)
@@ -214,7 +214,7 @@ def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bo
 
 
 def _binned(ratio: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
-    """At most so many columns, each the most unusual of its `width` steps: drawn smaller, single steps would vanish."""
+    """Reduces `ratio` to at most `columns` columns, each the most unusual of its `width` steps."""
     width = max(-(-ratio.shape[1] // columns), 1)
     padded = np.pad(ratio, ((0, 0), (0, -ratio.shape[1] % width)), constant_values=np.nan)
     bins = padded.reshape(len(ratio), -1, width)
@@ -223,7 +223,7 @@ def _binned(ratio: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
 
 
 def _spaced(order: np.ndarray, total: int) -> np.ndarray:
-    """The first of `order` that stay far enough apart for a line of text each."""
+    """The first entries of `order` that are far enough apart for a line of text each."""
     chosen: list[int] = []
     for place in order:
         if all(abs(place - other) >= total / 26 for other in chosen):

@@ -1,4 +1,4 @@
-"""The story of a run in words, computed from its numbers."""
+"""The story of a run in words, derived from its numbers."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from optax_guard.report._log import TrainingLog, leaf_label
 
 __all__ = ["Departure", "Incident", "first_departure", "incidents", "story", "usual_norms"]
 
-_GAP = 5  # steps between two acts of a guard that still belong to one incident
-_LOOK_BACK = 64  # steps before an incident in which an early sign is looked for
-_CALM = 8  # fewer usual steps than this, and nothing is called unusual
+_GAP = 5  # the most steps between two acts of a guard that belong to one incident
+_LOOK_BACK = 64  # steps before an incident that are searched for an early sign
+_CALM = 8  # with fewer usual steps than this, nothing is called unusual
 _FACTOR = 3.0  # an unusual norm is at least this much larger than usual, and six times its own spread
 _ALL = ", and so did every other leaf"
-_BOUND = 0.5  # a clip to more than this share is everyday work and no incident
+_BOUND = 0.5  # a clip to more than this share is routine and not an incident
 
 
 class Departure(NamedTuple):
-    """The first leaf whose norm left its usual range before an incident, and stayed out."""
+    """The first leaf whose norm left its usual range before an incident and did not return."""
 
     leaf: int
     step: int
@@ -32,18 +32,18 @@ class Incident(NamedTuple):
     first: int  # step
     last: int  # step
     kinds: tuple[str, ...]  # the events, most frequent first
-    severity: float  # for the order of importance: log of what the gradient was relative to usual; large for non-finite
+    severity: float  # the order of importance: log of the gradient norm relative to usual; large if non-finite
     text: str
 
 
 def story(log: TrainingLog) -> list[str]:
-    """What happened, in sentences, most of them one per incident in the order of time.
+    """Tells what happened in a run, mostly with one sentence for each incident, in chronological order.
 
     Args:
       log: from `read_log`, `load_log` or `load_checkpoint`.
 
     Returns:
-      Sentences. The first says how much was recorded and how it went.
+      The sentences. The first says how many steps were recorded and how they were judged.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -79,14 +79,14 @@ def story(log: TrainingLog) -> list[str]:
 
 
 def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:
-    """The incidents of a log in the order of time.
+    """Lists the incidents of a log in chronological order.
 
     Args:
       log: as in `story`.
-      most: of more than this many, the severest.
+      most: the largest number to return; the most severe are kept.
 
     Returns:
-      What `story` tells, with steps and events apart.
+      What `story` tells, with steps and events as separate fields.
     """
     most = validate.integer("incidents", "most", most, low=1)
     rows = log.rows
@@ -106,7 +106,7 @@ def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:
 
 
 def usual_norms(rows: np.ndarray) -> float:
-    """The median norm of the steps that were applied as they were, or of all finite ones."""
+    """The median norm of the steps that were applied unchanged or, if there are none, of all finite ones."""
     finite = np.isfinite(rows["grad_norm"])
     calm = finite & (rows["event"] == "applied")
     chosen = rows["grad_norm"][calm if calm.any() else finite]
@@ -114,7 +114,7 @@ def usual_norms(rows: np.ndarray) -> float:
 
 
 def first_departure(log: TrainingLog, step: int) -> Departure | None:
-    """Which leaf left its usual range first in the steps before `step`, and stayed outside until then."""
+    """The leaf that was first to leave its usual range before `step` and stayed outside it until then."""
     if log.leaves is None:
         return None
     before = log.leaves.steps < step
@@ -236,7 +236,7 @@ def _action(rows: np.ndarray) -> str:
 
 
 def _aftermath(log: TrainingLog, group: np.ndarray) -> str:
-    """How the loss went on."""
+    """How the loss developed afterwards."""
     rows = log.rows
     before = rows["value"][max(group[0] - 10, 0) : group[0]]
     before = before[np.isfinite(before)]
