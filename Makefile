@@ -4,10 +4,10 @@
 # make upstream  Optax's own tests, with its optimizers guarded
 # make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts what no test notices
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
-# make article  the article's programme: docs/article.md, its picture and numbers, a few minutes
-# make bench  the performance record: docs/performance.md, its pictures and numbers, some 25 minutes
-# make bench-stability  StabilityBench: docs/stability_bench.md, its pictures and numbers, 2.3 core hours
-# make bench-histories  the table of docs/adaptive.md, two minutes
+# make article  the article's programme: docs/benchmarks/article.md, its picture and numbers, a few minutes
+# make bench  the performance record: docs/benchmarks/performance.md, its pictures and numbers, some 25 minutes
+# make bench-stability  StabilityBench: docs/benchmarks/stability_bench.md, its pictures and numbers, 2.3 core hours
+# make bench-histories  the table of docs/rules/norm_history.md, two minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

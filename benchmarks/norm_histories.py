@@ -1,7 +1,7 @@
 """All adaptive rules side by side on the same histories of gradient norms, worst cases included.
 
     python benchmarks/norm_histories.py           # about two minutes on two free cores; writes to benchmarks/results/
-    python benchmarks/norm_histories.py --write-docs   # also the table of docs/adaptive.md; make bench-histories
+    python benchmarks/norm_histories.py --write-docs   # also docs/rules/norm_history.md; the same: make bench-histories
     python benchmarks/norm_histories.py --quick   # few histories: checks that it runs, not a measurement
 
 One scalar a step, the norm; the usual norm is 1. Ten kinds of noise (lognormal with a log deviation of 0.05 to 0.7,
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few histories: checks that it runs")
     parser.add_argument("--histories", type=int, default=20, help="of each of the ten kinds of noise (default 20)")
-    parser.add_argument("--write-docs", action="store_true", help="also writes the table of docs/adaptive.md")
+    parser.add_argument("--write-docs", action="store_true", help="also writes the table of docs/rules/norm_history.md")
     arguments = parser.parse_args()
     if arguments.quick and arguments.write_docs:
         parser.error("--write-docs needs the full run")
@@ -188,7 +188,7 @@ def main() -> None:
     text = table(results)
     print(text)
     if arguments.write_docs:
-        put(HERE.parent / "docs" / "adaptive.md", "histories", text)
+        put(HERE.parent / "docs" / "rules" / "norm_history.md", "histories", text)
     if not arguments.quick:
         named = {label: {c: [shown(x) for x in pair] for c, pair in row.items()} for label, row in results.items()}
         versions = {"jax": jax.__version__, "python": platform.python_version()}

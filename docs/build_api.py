@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import optax_guard as og
 
@@ -118,7 +118,7 @@ def problems(module: ModuleType, names: list[str]) -> list[str]:
     missing = [] if module.__doc__ else [f"{module.__name__} has no docstring"]
     for name in names:
         thing = getattr(module, name)
-        if not callable(thing):
+        if not (inspect.isfunction(thing) or inspect.isclass(thing)):
             continue
         text = inspect.getdoc(thing) or ""
         if not text:
@@ -142,7 +142,7 @@ def page_text(page: str, module: ModuleType, names: list[str]) -> str:
         parts.append(f"## `{name}` {{ #{name} }}")
         if inspect.isfunction(thing):
             parts.append(f"```python\n{prefix}.{signature(name, thing)}\n```")
-        parts.append(markdown(inspect.getdoc(thing) or ""))
+        parts.append(markdown(description(thing)))
         if inspect.isclass(thing) and hasattr(thing, "_fields"):
             parts.append(fields(thing))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -154,11 +154,18 @@ def index_text(pages: dict[str, tuple[ModuleType, list[str]]]) -> str:
     for page, (module, names) in pages.items():
         room = page if page in TOP_LEVEL else page.partition("/")[0]
         for name in names:
-            text = (inspect.getdoc(getattr(module, name)) or "").split("\n")[0]
+            text = description(getattr(module, name)).split("\n")[0]
             shown = name if page not in TOP_LEVEL and name in og.__all__ else f"{room}.{name}"
             rows.append((name.lower(), f"| [`{shown}`]({page}.md#{name}) | {text.replace('|', chr(92) + '|')} |"))
     lines = [row for _, row in sorted(rows)]
     return "# All names\n\n| name | |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def description(thing: Any) -> str:
+    """The docstring; for an option's type, its values."""
+    if get_origin(thing) is Literal:
+        return f"One of {', '.join(f'`{value!r}`' for value in get_args(thing))}."
+    return inspect.getdoc(thing) or ""
 
 
 def signature(name: str, function: Any) -> str:

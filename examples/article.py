@@ -2,7 +2,7 @@
 
     python examples/article.py                    # a few minutes on two cores: prints the tables, writes article.png
     python examples/article.py --quick            # a short mode, to see that it runs
-    python examples/article.py --write-docs       # also docs/article.md, its picture, benchmarks/results/article.json
+    python examples/article.py --write-docs       # also the page and its picture in docs/benchmarks/, and the results
     python examples/article.py --from-results --write-docs  # the words and the picture again, without the runs
 
 The article trains an autoencoder on a mean squared error by SGD with a learning rate of 0.01 and momentum 0.9, for 10
@@ -55,7 +55,7 @@ from optax_guard.smoothing import augment_with_noise
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "article.json"
-DOCS = ROOT / "docs" / "article.md"
+DOCS = ROOT / "docs" / "benchmarks" / "article.md"
 SIZES = (64, 96, 24, 96, 64)  # an MLP with a narrow middle is an autoencoder
 TRAIN_IMAGES = 500  # few enough to overfit in 20 epochs; the other 1297 are held out
 BATCH = 8
@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the picture (default: article.png)")
     parser.add_argument("--results", type=Path, help="also write all numbers to this JSON file")
     parser.add_argument("--from-results", action="store_true", help=f"read {RESULTS.relative_to(ROOT)}; train nothing")
-    parser.add_argument("--write-docs", action="store_true", help="write docs/article.md, its picture and the results")
+    parser.add_argument("--write-docs", action="store_true", help="write the page, its picture and the results")
     options = parser.parse_args(arguments)
     if options.epochs < 2:
         parser.error("--epochs must be at least 2")

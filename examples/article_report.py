@@ -461,7 +461,7 @@ ABOUT = (about_strengths, about_start, about_longer, about_zeros, about_shrinkin
 
 
 def words(results: dict[str, Any]) -> str:
-    """docs/article.md."""
+    """docs/benchmarks/article.md."""
     options, versions = results["options"], results["versions"]
     good, bad = paragraphs(results)
     further = " ".join(tell(results) for tell in ABOUT)

@@ -144,7 +144,7 @@ def guard(
       inner: any Optax transformation, usually the whole optimizer.
       *rules: applied in order, first to last. None is needed for the guarantees above.
       recovery: what to do when holding steps is not enough: a tuple of `reset_moments(...)`, `back_off(...)` and
-        `rewind(...)`, in any order (docs/recovery.md). Without it, no state and no work.
+        `rewind(...)`, in any order (docs/recovery/index.md). Without it, no state and no work.
       patience: how many finite steps in a row the rules may refuse before one is let through (>= 0). A lasting change
         must not stop a run. An applied step resets the count; a non-finite one neither counts nor resets.
       halt_after: non-finite steps in a row until the guard halts (>= 1). A finite step resets the count.
@@ -156,7 +156,7 @@ def guard(
       mask: which leaves are trained: booleans in the structure of (a prefix of) the parameters, a function from the
         parameters (or gradients) to these, or a pattern of paths such as `"*lora*"`. The gradients of all others are
         never read: rules, norms and the flight log do not see them, and `inner` gets zeros in their place. Freeze the
-        leaves themselves inside (docs/frozen_leaves.md). Default: all.
+        leaves themselves inside (docs/guard/frozen_leaves.md). Default: all.
       axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`: all devices reach
         the same verdict, and the loss is averaged over the axis.
 

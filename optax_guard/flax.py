@@ -62,7 +62,7 @@ class TrainState(train_state.TrainState):
         same, as the number of batches seen. `guard/skipped_total` of `metrics(state.opt_state)` counts the held ones.
       - Every other field that `apply_gradients` replaces keeps its bits too (running statistics, averages, keys), as
         do the fp8 scales that take their gradient's value: see `keep_if_held` for what counts as held. A rewind cannot
-        bring them back (docs/beside.md).
+        bring them back (docs/state/held.md).
       - Under `jax.jit(..., donate_argnums=0)` a guarded step runs in place.
 
     Example:

@@ -5,8 +5,8 @@
     python -m benchmarks.performance --only updates      # one part; its rows replace those in the results
     python -m benchmarks.performance --write-pages       # measures nothing: results -> pages and pictures
 
-Run it from the root of the repository. It writes `benchmarks/results/performance-*.json`, `docs/performance.md` with
-its pictures, and the tables of the README and of other pages that quote it.
+Run it from the root of the repository. It writes `benchmarks/results/performance-*.json`,
+`docs/benchmarks/performance.md` with its pictures, and the tables of the README and of other pages that quote it.
 """
 
 import argparse
@@ -108,10 +108,10 @@ def write_all(record: Record) -> None:
     except ImportError as error:
         say(f"no pictures: {error}")
     else:
-        for file in draw(record, ROOT / "docs"):
-            say(f"wrote docs/{file.name}")
+        for file in draw(record, ROOT / "docs" / "benchmarks"):
+            say(f"wrote docs/benchmarks/{file.name}")
     write_pages(read_records())
-    say("wrote docs/performance.md and the tables of the pages that quote it")
+    say("wrote docs/benchmarks/performance.md and the tables of the pages that quote it")
 
 
 def summary(rows: list[Row]) -> str:

@@ -10,6 +10,7 @@ from benchmarks.performance.measure import Row
 __all__ = ["Record", "read_records", "regions", "shown", "terminal_table", "write_pages", "write_record"]
 
 ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs" / "benchmarks"
 RESULTS = ROOT / "benchmarks" / "results"
 GPU_TARGETS = ("on a GPU: guarded AdamW over bare at most 1.10, and no wait of the host at a step", "", "")
 PARTS = {
@@ -28,10 +29,10 @@ PARTS = {
     "gpu": "GPU",
 }
 QUOTED = {  # which other page quotes which part
-    "docs/accumulation.md": "accumulation",
-    "docs/noise.md": "noise",
-    "docs/recovery.md": "recovery",
-    "docs/updates.md": "updates",
+    "docs/accumulation/index.md": "accumulation",
+    "docs/transforms/noise.md": "noise",
+    "docs/recovery/index.md": "recovery",
+    "docs/transforms/update_bounds.md": "updates",
 }
 README = (  # the rows that the README shows: how they begin
     "guarded AdamW (clip, skip, recorder)",
@@ -188,10 +189,10 @@ def regions(records: list[Record]) -> dict[str, dict[str, str]]:
         page[f"{kind} picture"] = "\n".join(
             f"![{record.title}]({record.name}-{kind}.png)"
             for record in records
-            if (ROOT / "docs" / f"{record.name}-{kind}.png").exists()
+            if (PICTURES / f"{record.name}-{kind}.png").exists()
         )
     quoted = {name: {"costs": plain(records, rows_of(records, part))} for name, part in QUOTED.items()}
-    return {"docs/performance.md": page, "README.md": {"costs": readme(records)}, **quoted}
+    return {"docs/benchmarks/performance.md": page, "README.md": {"costs": readme(records)}, **quoted}
 
 
 def write_pages(records: list[Record]) -> None:

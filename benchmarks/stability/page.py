@@ -15,7 +15,7 @@ from benchmarks.stability.methods import METHODS
 from benchmarks.stability.tasks import HELD_OUT, TASKS
 
 ROOT = Path(__file__).parent.parent.parent
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs" / "benchmarks"
 PAGE = DOCS / "stability_bench.md"
 UNTRAINED = 3.0  # the loss of the digits net before training, and a little more
 Results = dict[str, Any]

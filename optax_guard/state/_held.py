@@ -57,7 +57,7 @@ def keep_if_held(state: optax.OptState, new: Tree, old: Tree) -> Tree:
 
     A rewind goes back to a snapshot of parameters and optimizer state. It cannot bring back what it never had: `old` is
     then what it was before the step, not at the snapshot. What must go back with the parameters belongs into the
-    optimizer's state (docs/beside.md).
+    optimizer's state (docs/state/held.md).
 
     Args:
       state: the optimizer state after the step, with a `guard`, `accumulate` or `loss_scaling` in it.

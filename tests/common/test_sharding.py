@@ -81,7 +81,7 @@ def shardings(layout: str, kind: AxisType) -> Any:
 
 
 def state_shardings(tx: Any, params: Any, where: Any) -> Any:
-    """The one-liner of docs/many_devices.md."""
+    """The one-liner of docs/guard/many_devices.md."""
     whole = NamedSharding(next(iter(where.values())).mesh, P())
     return optax.tree.map_params(
         tx, lambda _, s: s, jax.eval_shape(tx.init, params), where, transform_non_params=lambda _: whole

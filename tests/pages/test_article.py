@@ -51,7 +51,7 @@ def test_article_runs_its_programme_and_its_table(tmp_path: Path) -> None:
 
 
 def test_article_page_is_what_the_published_numbers_say(report: ModuleType, published: dict) -> None:
-    assert (ROOT / "docs" / "article.md").read_text() == report.words(published)
+    assert (ROOT / "docs" / "benchmarks" / "article.md").read_text() == report.words(published)
     assert len(report.select(published)) == 96
     assert len(published["options"]["seeds"]) == 3
 

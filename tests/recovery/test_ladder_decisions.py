@@ -120,7 +120,7 @@ def above(w: dict[str, float], factor: float) -> bool:
 
 
 def planned(state: Any, seen: Any) -> dict[str, Any]:
-    """The rules of docs/recovery.md."""
+    """The rules of docs/recovery/index.md."""
     reset, back, rewind, alive = state.reset_state, state.back_off_state, state.rewind_state, bool(seen.alive)
     bad = not seen.finite or seen.refused or state.bad_update_before
     row = int(state.trouble_in_row)

@@ -312,7 +312,7 @@ def test_equinox_keeps_its_state() -> None:
 
 
 def carry(tree: Any) -> optax.GradientTransformationExtraArgs:
-    """As docs/beside.md has it."""
+    """As docs/state/held.md has it."""
 
     def update(updates: Any, state: Any, params: Any = None, *, carried: Any, **extra: Any) -> Any:
         return updates, carried

@@ -1,4 +1,4 @@
-"""The recipes of docs/logging.md do what the page says: its blocks are run as they stand, and their output read."""
+"""The recipes of docs/state/logging.md do what the page says: its blocks run as they stand and their output is read."""
 
 import csv
 import re
@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import optax_guard as og
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "logging.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "state" / "logging.md"
 SIZES = np.linspace(0.1, 2.0, 100).astype(np.float32)
 NAN_STEP, HUGE_STEP = 49, 69  # both among those that are logged
 SIZES[NAN_STEP], SIZES[HUGE_STEP] = np.nan, 1e3

@@ -14,7 +14,7 @@ import optax_guard as og
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # stock Adam fails under the strict one
 
-# The lasso of docs/penalties.md: 1 / (2 n) ||A w - b||^2 + STRENGTH * sum |w|, 5 of 50 weights not zero in truth
+# The lasso of docs/transforms/penalties.md: 1 / (2 n) ||A w - b||^2 + STRENGTH * sum |w|, 5 of 50 weights truly nonzero
 
 STRENGTH, SAMPLES, WIDTH = 0.05, 200, 50
 RNG = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def test_the_lasso_from_minibatches_keeps_its_zeros(name: str) -> None:
 
 
 def test_what_does_not_solve_the_lasso() -> None:
-    """The rows of docs/penalties.md that say why the wrapper reads the state of its optimizer."""
+    """The rows of docs/transforms/penalties.md that say why the wrapper reads the state of its optimizer."""
     for tx in (l1(optax.adam(0.01), 0.01, metric="identity"), l1(optax.sgd(0.01, 0.9), 0.01, momentum=0)):
         w, _ = train(tx)
         assert np.sum(w == 0) < 30
@@ -527,7 +527,7 @@ def test_sparsity_counts_exact_zeros_of_every_kind_and_works_under_jit() -> None
         og.sparsity({"a": "1.0"})
 
 
-# `PYTHONPATH=. python tests/transforms/test_proximal.py` prints the table of docs/penalties.md
+# `PYTHONPATH=. python tests/transforms/test_proximal.py` prints the table of docs/transforms/penalties.md
 
 if __name__ == "__main__":
     ROWS = {f"`proximal_l1`, {name}": make for name, make in OPTIMIZERS.items()} | {
