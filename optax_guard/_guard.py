@@ -26,24 +26,20 @@ from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.act import (
     FastStep,
-    add_updates,
+    Start,
     as_transformation,
-    bad_updates,
     checked_state,
     fast_transformation,
-    mean_of,
-    no_updates,
     refuse_inside,
     take_step,
 )
+from optax_guard._step.gradient import Gradient
 from optax_guard._step.judge import Judgement, Rule
-from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
-from optax_guard._step.observe import GradientStatistics, one_pass_statistics, overflows, scale_statistics, squarable
-from optax_guard._step.reading import (
-    SeenLeaves,
-    saw_leaves,
-)
+from optax_guard._step.mask import only_chosen
+from optax_guard._step.observe import GradientStatistics, overflows, scale_statistics, squarable
+from optax_guard._step.reading import SeenLeaves, saw_leaves
 from optax_guard._step.record import EVENTS, FlightRecorder, Row, add_row, empty_recorder
+from optax_guard._step.updates import add_updates, bad_updates
 from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.recovery import _ladder
 
@@ -263,29 +259,15 @@ def guarded(
             seen_leaves=saw_leaves(params),
         )
 
-    def run(
-        total: PyTree,
-        state: GuardState,
-        params: PyTree | None,
-        factor: jax.Array | None,
-        like: PyTree,
-        extra: dict[str, Any],
-        fast: bool,
-        statistics: GradientStatistics | None = None,
-    ) -> tuple[PyTree, GuardState]:
-        """One step; `fast` returns new parameters, otherwise updates."""
-        if part_of(inner, FastStep) is None:  # which asks by itself what goes into it
+    def step(gradient: Gradient, state: GuardState, start: Start, extra: dict[str, Any]) -> tuple[PyTree, GuardState]:
+        if part_of(inner, FastStep) is None:  # a fast one checks the extra arguments by itself
             warn_of_misspellings(extra, inner)
         extra, loss = with_value(extra), loss_in(name, extra, axis_name)
         if axis_name is not None and loss is not None:
             extra = {**extra, "value": loss}
-        if statistics is None:
-            statistics = one_pass_statistics(only_chosen(name, mask, total), axis_name)
-        elif mask is not None:
-            statistics = select_statistics(statistics, chosen(name, mask, total))
-        total = zeros_elsewhere(name, mask, total)
-        judged = _judge(statistics, factor, like, judges, state, params, extra, loss)
-        scale = judged.scale if factor is None else judged.scale * factor.astype(judged.scale.dtype)
+        gradient = gradient.look(name, mask, axis_name)
+        judged = _judge(gradient, judges, state, start.params, extra, loss)
+        scaled = gradient.times(judged.scale)
         seen = _ladder.Seen(
             step=state.guard_step,
             finite=judged.finite,
@@ -294,34 +276,33 @@ def guarded(
             has_gradient=judged.has_gradient,
             value=loss,
         )
-        plan, before = _ladder.plan(ladder, state.recovery_state, seen, params), params
-        params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, params, state.guarded_state)
+        plan = _ladder.plan(ladder, state.recovery_state, seen, start.params)
+        params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, start.params, state.guarded_state)
+        here = start._replace(params=params)
 
         def propose(inner_state: Any = inner_state, params: PyTree = params) -> tuple[PyTree, Any]:
-            updates, new_state = update_inner(mean_of(total, scale, like), inner_state, params, **extra)
+            updates, new_state = update_inner(scaled.written(), inner_state, params, **extra)
             return _ladder.scaled(plan, updates), checked_state(name, new_state, inner_state)
 
-        untouched = params if fast else no_updates(jax.eval_shape(propose)[0], like)
+        untouched = here.held(propose, gradient.like)
 
         def act() -> tuple[PyTree, Any, jax.Array]:
             nothing_bad = jnp.full((), -1, jnp.int32)
-            if fast and not checks and not scales_updates:
-                gradient = mean_of(total, scale, like)
-                new_params, new_state = take_step(inner, gradient, inner_state, params, None, like, extra)
+            if start.in_place and not checks and not scales_updates:
+                written = Gradient(scaled.written(), gradient.like)
+                new_params, new_state = take_step(inner, written, inner_state, here, extra)
                 return new_params, checked_state(name, new_state, inner_state), nothing_bad
             updates, new_state = propose()
             if not checks:
-                return add_updates(params, updates) if fast else updates, new_state, nothing_bad
+                return here.moved(updates), new_state, nothing_bad
             bad_leaf = _first(bad_updates(params, updates), axis_name)
             result, new_state = lax.cond(
-                bad_leaf < 0,
-                lambda: (add_updates(params, updates) if fast else updates, new_state),
-                lambda: (untouched, inner_state),
+                bad_leaf < 0, lambda: (here.moved(updates), new_state), lambda: (untouched, inner_state)
             )
             return result, new_state, bad_leaf
 
         def hold() -> tuple[PyTree, Any, jax.Array]:
-            result = untouched if fast else _ladder.held_updates(plan, before, params, untouched)
+            result = untouched if start.in_place else _ladder.held_updates(plan, start.params, params, untouched)
             return result, inner_state, jnp.full((), -1, jnp.int32)
 
         applied = judged.finite & ~state.halted & (~judged.refused | (state.refused_in_row >= patience))
@@ -333,7 +314,7 @@ def guarded(
         happened = applied & (bad_leaf < 0)
 
         def after() -> PyTree:
-            return result if fast else add_updates(before, result)
+            return result if start.in_place else add_updates(start.params, result)
 
         def next_updates(inner_state: Any, params: PyTree) -> PyTree:
             return propose(inner_state, params)[0]
@@ -343,13 +324,11 @@ def guarded(
         )
         return result, _advance(state, judged, new_state, applied, bad_leaf, halt_after, seen, plan, recovery_state)
 
-    return fast_transformation(name, init, run, judges=True, axis_name=axis_name, mask=mask)
+    return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
 
 
 def _judge(
-    statistics: GradientStatistics,
-    factor: jax.Array | None,
-    like: PyTree,
+    gradient: Gradient,
     rules: list[Judgement],
     state: GuardState,
     params: PyTree | None,
@@ -357,9 +336,7 @@ def _judge(
     loss: jax.Array | None,
 ) -> _Judgement:
     """Every rule on one look at the gradient, and on the loss, which must be finite like it."""
-    if factor is not None:
-        statistics = scale_statistics(statistics, factor)
-    before = statistics
+    before = statistics = gradient.seen()
     scale = jnp.ones((), statistics.sum_squares.dtype)
     finite = jnp.all(statistics.finite)
     if loss is not None:
@@ -379,8 +356,9 @@ def _judge(
         acted = jnp.where((acted < 0) & acts & ~refused | verdict.skip & ~refused, position, acted)
         refused = refused | verdict.skip
         new_states.append((new, old, each.sees_nonfinite))
-    if rules or factor is not None:
-        finite = finite & jnp.all(squarable(statistics, like) & ~overflows(statistics, scale, like))
+    if rules or gradient.factor is not None:
+        fits = squarable(statistics, gradient.like) & ~overflows(statistics, scale, gradient.like)
+        finite = finite & jnp.all(fits)
     learns = finite & ~state.halted
     return _Judgement(
         rule_states=tuple(

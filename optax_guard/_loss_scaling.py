@@ -22,19 +22,19 @@ from jax import lax
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
 from optax_guard._common.extra import is_number, loss_in, with_value
-from optax_guard._common.parts import part_of
 from optax_guard._common.tree import as_params, field_array, find_states, is_gradient, map_gradients, wider_dtype
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.act import (
-    FastStep,
+    Start,
     as_transformation,
     checked_state,
     fast_transformation,
-    no_updates,
+    inner_holds,
+    step_if,
     take_step,
 )
-from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
-from optax_guard._step.observe import GradientStatistics, one_pass_statistics, scale_statistics, squarable
+from optax_guard._step.gradient import Gradient
+from optax_guard._step.observe import squarable
 
 __all__ = ["LossScalingState", "loss_scaling", "scale_loss"]
 
@@ -147,11 +147,7 @@ def loss_scaling(
         name, "init", init, low=min_scale, high=max_scale, static=True, reason="`min_scale` to `max_scale`"
     )
     validate.axis_name(name, axis_name)
-    inside = part_of(inner, FastStep)
-    judges = inside is not None and inside.judges
-    if inside is not None and judges and inside.axis_name != axis_name:
-        raise ValueError(f"{name}: axis_name={axis_name!r}, but `inner` has {inside.axis_name!r}: they must agree.")
-    mask = None if inside is None else inside.mask
+    inside_holds, mask = inner_holds(name, inner, axis_name)
 
     def init_state(params: optax.Params) -> LossScalingState:
         params = as_params(name, params)
@@ -167,50 +163,28 @@ def loss_scaling(
             overflow_total=jnp.zeros((), jnp.int32),
         )
 
-    def run(
-        total: PyTree,
-        state: LossScalingState,
-        params: PyTree | None,
-        factor: jax.Array | None,
-        like: PyTree,
-        extra: dict[str, Any],
-        fast: bool,
-        statistics: GradientStatistics | None = None,
+    def step(
+        gradient: Gradient, state: LossScalingState, start: Start, extra: dict[str, Any]
     ) -> tuple[PyTree, LossScalingState]:
-        if statistics is None:
-            statistics = one_pass_statistics(only_chosen(name, mask, total), axis_name)
-        elif mask is not None:
-            statistics = select_statistics(statistics, chosen(name, mask, total))
-        total = zeros_elsewhere(name, mask, total)
-        finite = jnp.all(statistics.finite)
+        looked = gradient.look(name, mask, axis_name)
+        finite = jnp.all(looked.seen().finite)
         loss = loss_in(name, extra, axis_name)
         if loss is not None:
             finite = finite & jnp.isfinite(loss)
-        inverse = 1 / state.loss_scale
-        whole = inverse if factor is None else factor * inverse.astype(factor.dtype)
-        total, like_wide = jax.tree.map(_widened, total), jax.tree.map(_widened, like)
-        if min_scale < 1 or factor is not None:  # dividing by a scale below 1 can overflow
-            finite = finite & jnp.all(squarable(scale_statistics(statistics, whole), like_wide))
+        total, like = jax.tree.map(_widened, (looked.total, looked.like))
+        unscaled = looked._replace(total=total, like=like).times(1 / state.loss_scale)
+        if min_scale < 1 or gradient.factor is not None:  # dividing by a scale below 1 can overflow
+            finite = finite & jnp.all(squarable(unscaled.seen(), like))
 
-        def step() -> tuple[PyTree, Any]:
-            result, new = take_step(
-                inner,
-                total,
-                state.unscaled_state,
-                params,
-                whole,
-                like_wide,
-                with_value(extra),
-                fast=fast,
-                statistics=statistics,
-            )
-            return result if fast else _narrowed(result, like, params), checked_state(name, new, state.unscaled_state)
+        def take() -> tuple[PyTree, Any]:
+            result, new = take_step(inner, unscaled, state.unscaled_state, start, with_value(extra))
+            result = result if start.in_place else _narrowed(result, gradient.like, start.params)
+            return result, checked_state(name, new, state.unscaled_state)
 
-        if judges:  # it holds what is not finite by itself, and counts it
-            result, inner_state = step()
+        if inside_holds:  # it holds what is not finite by itself, and counts it
+            result, inner_state = take()
         else:
-            untouched = params if fast else no_updates(jax.eval_shape(step)[0], like)
-            result, inner_state = lax.cond(finite, step, lambda: (untouched, state.unscaled_state))
+            result, inner_state = step_if(finite, take, state.unscaled_state, start, gradient.like)
         clean = jnp.where(finite, state.clean_in_row + 1, 0)
         grows = clean >= growth_interval
         grown = jnp.minimum(state.loss_scale * growth_factor, max_scale)
@@ -225,7 +199,7 @@ def loss_scaling(
             overflow_total=count_if(~finite, state.overflow_total),
         )
 
-    return fast_transformation(name, init_state, run, judges=True, axis_name=axis_name, mask=mask)
+    return fast_transformation(name, init_state, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
 
 
 def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 The Optax protocol hands `updates` from one function to the next, so a step that may or may not happen costs a second
 copy of the parameters and the moments. A transformation that is given the parameters can put one `lax.cond` around
-"inner update + apply", in place under buffer donation: `guard` and `accumulate` carry such a function, `run`, beside
-`update`.
+"inner update + apply", in place under buffer donation: `guard`, `accumulate` and the like carry such a function, a
+`StepFn`, beside `update`.
 """
 
 import functools
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import lax
 
@@ -26,26 +25,23 @@ from optax_guard._common.tree import (
     checked,
     difference,
     find_states,
-    is_gradient,
     path_name,
-    wider_dtype,
 )
 from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
-from optax_guard._step.judge import scale_leaves
-from optax_guard._step.observe import GradientStatistics
+from optax_guard._step.gradient import Gradient
+from optax_guard._step.updates import add_updates, no_updates
 
 __all__ = [
     "FastStep",
-    "RunFn",
-    "add_updates",
+    "Start",
+    "StepFn",
     "apply_gradients",
     "as_transformation",
-    "bad_updates",
     "checked_state",
     "fast_transformation",
-    "mean_of",
-    "no_updates",
+    "inner_holds",
     "refuse_inside",
+    "step_if",
     "step_without_params",
     "take_step",
 ]
@@ -53,38 +49,40 @@ __all__ = [
 _MOMENTS = ("mu", "nu", "trace", "ema", "sum_of_squares")  # fields of Optax's states in the structure of the gradient
 
 
-class RunFn(Protocol):
-    """One step with the gradient `total * factor`: (parameters if `fast`, else updates; state).
+class Start(NamedTuple):
+    """Where a step starts, and what its caller wants back: new parameters, made in place, or Optax's updates."""
 
-    `factor` (None for 1; else a number, or one per leaf) and `like` (whose dtypes the gradient has) arrive apart from
-    `total`, so that the mean of an accumulation is never written to memory: the reader multiplies on its way in. With
-    `fast=False`, `params` may be None. A transformation that `judges` also takes `statistics`, those of `total`.
-    """
+    params: PyTree | None  # None only if not `in_place`
+    in_place: bool
 
-    def __call__(
-        self,
-        total: PyTree,
-        state: Any,
-        params: PyTree | None,
-        factor: jax.Array | None,
-        like: PyTree,
-        extra: dict[str, Any],
-        fast: bool,
-    ) -> tuple[PyTree, Any]:
-        """Takes one step in either way."""
+    def moved(self, updates: PyTree) -> PyTree:
+        """What the caller gets for a step that was taken."""
+        return add_updates(self.params, updates) if self.in_place else updates
+
+    def held(self, step: Callable[[], Any], like: PyTree) -> PyTree:
+        """What the caller gets where `step` was not taken: the very same parameters, or updates of -0.0."""
+        return self.params if self.in_place else no_updates(jax.eval_shape(step)[0], like)
+
+
+class StepFn(Protocol):
+    """One step of a transformation: what `start` asks for, and the new state."""
+
+    def __call__(self, gradient: Gradient, state: Any, start: Start, extra: dict[str, Any]) -> tuple[PyTree, Any]:
+        """Takes the step."""
         ...
 
 
 class FastStep(NamedTuple):
     """What makes a transformation fast; kept on its `update`, so that it outlasts the tuple.
 
-    One that `judges` holds a step whose gradient is not finite. Who wraps it may hand it the `statistics` of `total`
-    that it has, which saves a read, and may tell it of a step without a gradient by statistics that are not finite,
-    which it then counts and holds. Leaves outside its `mask` it does not judge, nor may who wraps it.
+    If `holds_nonfinite` is True, this transformation holds any step whose gradient is not finite, and counts it. A
+    wrapper that has already computed the statistics of `total` passes them on, which saves a read. Where it has no
+    gradient to give, it passes on statistics that are not finite, and the step is counted and held. Leaves outside
+    `mask` are judged neither here nor by a wrapper.
     """
 
-    run: RunFn
-    judges: bool
+    step: StepFn
+    holds_nonfinite: bool
     axis_name: AxisName | None
     flush: Any
     mask: Mask | None
@@ -93,42 +91,45 @@ class FastStep(NamedTuple):
 def fast_transformation(
     function: str,
     init: Any,
-    run: RunFn,
+    step: StepFn,
     *,
-    judges: bool = False,
+    holds_nonfinite: bool = False,
     axis_name: AxisName | None = None,
     flush: Any = None,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Both ways to take a step, Optax's and the fast one, from one function."""
-    once: RunFn = compiled_once(_on_own_state(function, init, run, whole=judges))
+    check = state_check(function, init, whole=holds_nonfinite)
+
+    def on_own_state(gradient: Gradient, state: Any, start: Start, extra: dict[str, Any]) -> tuple[PyTree, Any]:
+        check(state, start.params, gradient.like)
+        return step(gradient, state, start, extra)
+
+    once: StepFn = compiled_once(on_own_state)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         updates, params = checked(function, updates, params)
 
-        def step() -> tuple[optax.Updates, optax.OptState]:
-            return once(updates, state, params, None, updates, extra, fast=False)
+        def take() -> tuple[optax.Updates, optax.OptState]:
+            return once(Gradient(updates, updates), state, Start(params, in_place=False), extra)
 
-        return step() if params is not None else step_without_params(function, step, updates, state)
+        return take() if params is not None else step_without_params(function, take, updates, state)
 
     flush = None if flush is None else compiled_once(flush)
-    part = FastStep(once, judges, axis_name, flush, mask)
+    part = FastStep(once, holds_nonfinite, axis_name, flush, mask)
     return optax.GradientTransformationExtraArgs(init, with_part(update, part))
 
 
-def _on_own_state(function: str, init: Any, run: Any, whole: bool) -> RunFn:
-    """`run` on a state that is checked first."""
-    check = state_check(function, init, whole=whole)
-
-    def on_own_state(
-        total: PyTree, state: Any, params: PyTree | None, factor: Any, like: PyTree, *rest: Any, **known: Any
-    ) -> tuple[PyTree, Any]:
-        check(state, params, like)
-        return run(total, state, params, factor, like, *rest, **known)
-
-    return on_own_state
+def inner_holds(function: str, inner: Any, axis_name: AxisName | None) -> tuple[bool, Mask | None]:
+    """Whether `inner` itself holds steps that are not finite, and its mask; if it does, both must have one axis."""
+    inside = part_of(inner, FastStep)
+    if inside is None:
+        return False, None
+    if inside.holds_nonfinite and inside.axis_name != axis_name:
+        raise ValueError(f"{function}: axis_name={axis_name!r}, but `inner` has {inside.axis_name!r}: they must agree.")
+    return inside.holds_nonfinite, inside.mask
 
 
 def as_transformation(function: str, inner: Any, argument: str = "inner") -> optax.GradientTransformationExtraArgs:
@@ -247,83 +248,28 @@ def apply_gradients(
     if params is None:
         raise ValueError("apply_gradients: `params` must be the parameters, which the step is taken from; got None.")
     grads, params = checked("apply_gradients", grads, params, called="grads")
-    return take_step(tx, grads, state, params, None, grads, extra)
+    return take_step(tx, Gradient(grads, grads), state, Start(params, in_place=True), extra)
 
 
 def take_step(
-    tx: optax.GradientTransformation,
-    total: PyTree,
-    state: Any,
-    params: PyTree | None,
-    factor: jax.Array | None,
-    like: PyTree,
-    extra: dict[str, Any],
-    *,
-    fast: bool = True,
-    statistics: GradientStatistics | None = None,
+    tx: optax.GradientTransformation, gradient: Gradient, state: Any, start: Start, extra: dict[str, Any]
 ) -> tuple[PyTree, Any]:
-    """`RunFn` for any transformation; `statistics` are those of `total`, for one that judges."""
-    step = part_of(tx, FastStep)
-    if step is not None:
-        known = {"statistics": statistics} if step.judges else {}
-        return step.run(total, state, params, factor, like, extra, fast=fast, **known)
+    """`StepFn` for any transformation."""
+    fast = part_of(tx, FastStep)
+    if fast is not None:
+        return fast.step(gradient, state, start, extra)
     warn_of_misspellings(extra, tx)
-    updates = mean_of(total, factor, like)
-    updates, state = as_transformation("apply_gradients", tx, "tx").update(updates, state, params, **extra)
-    return add_updates(params, updates) if fast else updates, state
+    update = as_transformation("apply_gradients", tx, "tx").update
+    updates, state = update(gradient.written(), state, start.params, **extra)
+    return start.moved(updates), state
 
 
-def add_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """`optax.apply_updates`, which also leaves alone what has no update: `None`, and the `float0` of an integer.
-
-    A finite parameter that would become Inf becomes the largest number of its dtype instead. That is part of the fused
-    write: the same bytes, temporaries and time (guarded AdamW, CPU, JAX 0.10.2).
-    """
-
-    def add(update: Any, param: Any) -> Any:
-        if update is None or update.dtype == jax.dtypes.float0:
-            return param
-        total = _sum(param, update)
-        if not is_gradient(param):
-            return total.astype(param.dtype)
-        # The update is not asked, which a second use would take out of its fused multiply-add: other bits than Optax's.
-        saturated = _saturated(total, float(jnp.finfo(param.dtype).max))
-        return jnp.where(jnp.isfinite(param), saturated, total).astype(param.dtype)
-
-    return jax.tree.map(add, updates, params, is_leaf=lambda leaf: leaf is None)
-
-
-def bad_updates(params: PyTree | None, updates: PyTree) -> list[jax.Array]:
-    """For each position, bool[]: whether the update holds a NaN or an Inf, or would make one of a finite parameter."""
-
-    def bad(update: Any, param: Any = None) -> jax.Array:
-        if not is_gradient(update):
-            return jnp.zeros((), bool)
-        good = jnp.isfinite(update)
-        if is_gradient(param):
-            good = good & (jnp.isfinite(_sum(param, update).astype(param.dtype)) | ~jnp.isfinite(param))
-        return ~jnp.all(good)
-
-    trees = (updates,) if params is None else (updates, params)
-    return jax.tree.leaves(jax.tree.map(bad, *trees, is_leaf=lambda leaf: leaf is None))
-
-
-def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
-    wide = wider_dtype(param.dtype, update.dtype)
-    return param.astype(wide) + update.astype(wide)
-
-
-def _saturated(x: jax.Array, largest: float) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return lax.complex(_saturated(jnp.real(x), largest), _saturated(jnp.imag(x), largest))
-    return jnp.clip(x, -largest, largest)
-
-
-def mean_of(total: PyTree, factor: jax.Array | None, like: PyTree) -> PyTree:
-    """The gradient `total * factor` in the dtypes of `like`, written out."""
-    if factor is not None:
-        total = scale_leaves(total, factor)
-    return cast_like(total, like)
+def step_if(
+    applied: jax.Array, step: Callable[[], tuple[PyTree, Any]], state: Any, start: Start, like: PyTree
+) -> tuple[PyTree, Any]:
+    """The result of `step` where `applied`; elsewhere nothing is done, and `state` stays as it is."""
+    held = start.held(step, like)
+    return lax.cond(applied, step, lambda: (held, state))
 
 
 def step_without_params(function: str, step: Callable[[], Any], updates: PyTree, state: Any) -> Any:
@@ -361,18 +307,3 @@ def checked_state(function: str, new_state: Any, old_state: Any) -> Any:
         )
     check_same_shapes(function, "the new state", new_state, "the state", old_state)
     return cast_like(new_state, old_state)
-
-
-def no_updates(shapes: PyTree, updates: PyTree) -> PyTree:
-    """-0.0 everywhere: the one number that, added, changes no other, not even the sign of a zero."""
-    alike = jax.tree.structure(shapes) == jax.tree.structure(updates)
-
-    def zero(shape: jax.ShapeDtypeStruct, leaf: Any) -> Any:
-        if not is_gradient(shape):
-            return leaf if alike else jnp.zeros(shape.shape, shape.dtype)
-        number = complex(-0.0, -0.0) if jnp.issubdtype(shape.dtype, jnp.complexfloating) else -0.0
-        if alike and leaf.shape == shape.shape:
-            return jnp.full_like(leaf, number, dtype=shape.dtype)  # keeps the gradient's sharding
-        return jnp.full(shape.shape, number, shape.dtype)
-
-    return jax.tree.map(zero, shapes, updates if alike else shapes)

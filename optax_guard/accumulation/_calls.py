@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.typing import DTypeLike
 
 from optax_guard._common import validate
@@ -39,18 +38,20 @@ from optax_guard._common.tree import (
     leaves_with_none,
     wider_dtype,
 )
-from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
+from optax_guard._common.typing import AxisName, Params, PyTree, State
 from optax_guard._step.act import (
     FastStep,
+    Start,
     as_transformation,
     checked_state,
     fast_transformation,
-    mean_of,
-    no_updates,
+    inner_holds,
+    step_if,
     take_step,
 )
-from optax_guard._step.mask import chosen, only_chosen, select_statistics, zeros_elsewhere
-from optax_guard._step.observe import GradientStatistics, one_pass_statistics, scale_statistics
+from optax_guard._step.gradient import Gradient
+from optax_guard._step.mask import only_chosen, zeros_elsewhere
+from optax_guard._step.observe import GradientStatistics, one_pass_statistics
 from optax_guard.accumulation._sums import (
     BadMicroBatch,
     Labels,
@@ -84,15 +85,19 @@ class AccumulateState(NamedTuple):
     empty_total: jax.Array  # i32[]: cycles that ended with nothing to step with
 
 
-class _Sum(NamedTuple):
-    """What a cycle ends with."""
+class _Cycle(NamedTuple):
+    """A cycle as it stands after a call."""
 
-    total: PyTree  # in the structure of the gradient
-    weight: jax.Array  # f32[]
-    dropped: jax.Array  # i32[]
-    statistics: GradientStatistics | None  # of `total`, if the inner optimizer judges
-    seen: GradientStatistics | None  # of the last micro-batch
-    loss: jax.Array | None = None  # of the last micro-batch
+    total: PyTree  # the weighted sum, in the structure of the gradient
+    weight: jax.Array  # f32[] (f64[]): and the fields below as in `AccumulateState`
+    value_mean: jax.Array
+    value_weight: jax.Array
+    added: jax.Array
+    micro_step: jax.Array
+    dropped: jax.Array
+    statistics: GradientStatistics | None = None  # of `total`, if the inner optimizer holds what is not finite
+    seen: GradientStatistics | None = None  # of the last micro-batch, if it was read
+    loss: jax.Array | None = None  # of the last micro-batch, if it brought one
 
 
 def accumulate(
@@ -191,11 +196,7 @@ def accumulate(
         validate.one_of(name, "reduction", reduction, Reduction)
     accumulator_dtype = validate.floating_dtype(name, "accumulator_dtype", accumulator_dtype)
     validate.axis_name(name, axis_name)
-    inside = part_of(inner, FastStep)
-    judges = inside is not None and inside.judges
-    if inside is not None and judges and inside.axis_name != axis_name:
-        raise ValueError(f"{name}: axis_name={axis_name!r}, but the guard inside has {inside.axis_name!r}: must agree.")
-    mask = None if inside is None else inside.mask
+    inside_holds, mask = inner_holds(name, inner, axis_name)
 
     def buffer(leaf: Any) -> jax.Array:
         if not is_gradient(leaf):
@@ -222,133 +223,111 @@ def accumulate(
             empty_total=jnp.zeros((), jnp.int32),
         )
 
-    def run(
-        total: PyTree,
-        state: AccumulateState,
-        params: PyTree | None,
-        factor: jax.Array | None,
-        like: PyTree,
-        extra: dict[str, Any],
-        fast: bool,
-        statistics: GradientStatistics | None = None,
+    def step(
+        gradient: Gradient, state: AccumulateState, start: Start, extra: dict[str, Any]
     ) -> tuple[PyTree, AccumulateState]:
-        updates = mean_of(zeros_elsewhere(name, mask, total), factor, like)
+        if on_nonfinite == "propagate":  # nothing is read
+            gradient = gradient._replace(total=zeros_elsewhere(name, mask, gradient.total))
+        else:
+            gradient = gradient.look(name, mask, axis_name)
+        updates = gradient.written()
         check_shapes(state.gradient_sum, updates)
-        if statistics is not None and factor is not None:
-            statistics = scale_statistics(statistics, factor)
-        judged = only_chosen(name, mask, updates)
-        call = MicroBatch(state, judged, extra, reduction, alone=every == 1)
+        call = MicroBatch(state, only_chosen(name, mask, updates), extra, reduction, alone=every == 1)
         length = jnp.maximum(every(state.emitted_total), 1) if callable(every) else every
         full = state.micro_step + 1 >= length
         loss = loss_in(name, extra, axis_name)
-        if on_nonfinite == "propagate":
-            good, seen = call.usable, None
-        else:
-            seen = call.look(judged, axis_name) if statistics is None else _selected(statistics, mask, updates)
-            good = call.usable & call.fits(seen, scaled=factor is not None)
+        good, seen = call.usable, None
+        if on_nonfinite != "propagate":
+            seen = call.in_dtype_of_sums(gradient.seen())
+            good = good & call.fits(seen, scaled=gradient.factor is not None)
             if loss is not None:
                 good = good & jnp.isfinite(loss)
         adds = good & (call.weight > 0)
         sums = call.written(adds)
-        finished = None
-        if judges:
+        statistics = None
+        if inside_holds:
             known = call.alone and seen is not None and not call.weighted
-            finished = seen if known else call.look_if(full, sums, axis_name)
-        dropped = state.dropped_in_cycle + (~good).astype(jnp.int32)
-        weight_sum = jnp.where(state.added == 0, 0, state.accumulated_weight) + jnp.where(adds, call.weight, 0)
+            statistics = seen if known else call.look_if(full, sums, axis_name)
         value_mean, value_weight = _with_loss(state, loss, call.weight, adds)
-        if loss is not None:
-            extra = {**extra, "value": jnp.where(value_weight > 0, value_mean.astype(loss.dtype), loss)}
-        end = _Sum(with_other_leaves(sums, updates), weight_sum, dropped, finished, seen, loss)
-        whole = call.alone and not call.weighted  # its mean is itself: a product with 1 changes what XLA fuses
-        result, inner_state, emit = close(end, full, state, params, updates, extra, fast, divides=not whole)
-        added = state.added + adds.astype(jnp.int32)
-        return result, AccumulateState(
-            accumulated_state=inner_state,
-            gradient_sum=call.stored(sums),
-            accumulated_weight=jnp.where(full, 0, weight_sum),
-            value_mean=jnp.where(full, 0, value_mean),
-            value_weight=jnp.where(full, 0, value_weight),
-            added=jnp.where(full, 0, added),
-            micro_step=jnp.where(full, 0, state.micro_step + 1),
-            dropped_in_cycle=jnp.where(full, 0, dropped),
-            emitted=emit,
-            micro_batch_lost=~good | (full & ~emit),
-            emitted_total=count_if(emit, state.emitted_total),
-            dropped_total=count_if(~good, state.dropped_total),
-            empty_total=count_if(full & ~emit, state.empty_total),
+        cycle = _Cycle(
+            total=with_other_leaves(sums, updates),
+            weight=_weight(state) + jnp.where(adds, call.weight, 0),
+            value_mean=value_mean,
+            value_weight=value_weight,
+            added=state.added + adds.astype(jnp.int32),
+            micro_step=state.micro_step + 1,
+            dropped=state.dropped_in_cycle + (~good).astype(jnp.int32),
+            statistics=statistics,
+            seen=seen,
+            loss=loss,
         )
+        whole = call.alone and not call.weighted  # its mean is itself: a product with 1 changes what XLA fuses
+        result, inner_state, emit = end(cycle, full, state, start, updates, extra, divides=not whole)
+        state = state._replace(accumulated_state=inner_state, gradient_sum=call.stored(sums))
+        return result, _after_call(state, cycle, full, emit, lost=~good)
 
-    def close(
-        end: _Sum,
-        closing: jax.Array,
+    def end(
+        cycle: _Cycle,
+        ends: jax.Array,
         state: AccumulateState,
-        params: PyTree | None,
+        start: Start,
         like: PyTree,
         extra: dict[str, Any],
-        fast: bool,
         divides: bool = True,
     ) -> tuple[PyTree, Any, jax.Array]:
-        """Ends a cycle where `closing`: a step of the inner optimizer, or none."""
-        emit = closing & (end.weight >= jnp.finfo(end.weight.dtype).tiny)
+        """Where the cycle ends, a step of the inner optimizer, if there is something to step with."""
+        emit = ends & (cycle.weight >= jnp.finfo(cycle.weight.dtype).tiny)
         if on_nonfinite == "drop_cycle":
-            emit = emit & (end.dropped == 0)
+            emit = emit & (cycle.dropped == 0)
         kinds = labels(reduction, state.gradient_sum)
-        lost = end.dropped > 0
-        overflow = too_large(emit, end.total, like, kinds, axis_name)
+        lost = cycle.dropped > 0
+        overflow = too_large(emit, cycle.total, like, kinds, axis_name)
         if overflow is not None:
             emit, lost = emit & ~overflow, lost | overflow
         active, statistics = emit, None
-        if end.statistics is not None:
+        if cycle.statistics is not None:
             # A cycle lost to bad numbers is told to the guard as what it is, a step that was not finite.
-            active = emit | (closing & lost)
-            bad = _never_finite(end.statistics, end.seen, end.loss)
-            statistics = _where(emit, end.statistics, bad)
-        if end.loss is not None:
-            extra = {**extra, "value": jnp.where(emit, extra["value"], end.loss)}
-        inverse = 1 / jnp.where(emit, end.weight, 1)
+            active = emit | (ends & lost)
+            statistics = _where(emit, cycle.statistics, _never_finite(cycle.statistics, cycle.seen, cycle.loss))
+        if cycle.loss is not None:
+            mean = cycle.value_mean.astype(cycle.loss.dtype)
+            extra = {**extra, "value": jnp.where(emit & (cycle.value_weight > 0), mean, cycle.loss)}
+        inverse = 1 / jnp.where(emit, cycle.weight, 1)
         factor = None
         if "mean" in kinds and divides:
             means = np.array([kind == "mean" for kind in kinds])
             factor = inverse if means.all() else jnp.where(means, inverse, 1)
 
-        def step() -> tuple[PyTree, Any]:
-            result, new_state = take_step(
-                inner, end.total, state.accumulated_state, params, factor, like, extra, fast=fast, statistics=statistics
-            )
+        def take() -> tuple[PyTree, Any]:
+            gradient = Gradient(cycle.total, like, factor, statistics)
+            result, new_state = take_step(inner, gradient, state.accumulated_state, start, extra)
             return result, checked_state(name, new_state, state.accumulated_state)
 
-        untouched = params if fast else no_updates(jax.eval_shape(step)[0], like)
-        return *lax.cond(active, step, lambda: (untouched, state.accumulated_state)), emit
+        return *step_if(active, take, state.accumulated_state, start, like), emit
 
     def flush_cycle(
         state: AccumulateState, params: PyTree, like: PyTree, extra: dict[str, Any]
     ) -> tuple[PyTree, AccumulateState]:
         check_shapes(state.gradient_sum, like)
         total = with_other_leaves(leaves_with_none(state.gradient_sum), like)
-        holds = state.micro_step > 0
-        weight = jnp.where(state.added == 0, 0, state.accumulated_weight)
-        look = one_pass_statistics(only_chosen(name, mask, total), axis_name) if judges else None
-        end = _Sum(total, weight, state.dropped_in_cycle, look, None)
-        params, inner_state, emit = close(end, holds, state, params, like, extra, fast=True)
-        nothing = jnp.zeros((), jnp.int32)
-        return params, AccumulateState(
-            accumulated_state=inner_state,
-            gradient_sum=state.gradient_sum,
-            accumulated_weight=jnp.zeros_like(state.accumulated_weight),
-            value_mean=jnp.zeros_like(state.value_mean),
-            value_weight=jnp.zeros_like(state.value_weight),
-            added=nothing,
-            micro_step=nothing,
-            dropped_in_cycle=nothing,
-            emitted=emit,
-            micro_batch_lost=holds & ~emit,
-            emitted_total=count_if(emit, state.emitted_total),
-            dropped_total=state.dropped_total,
-            empty_total=count_if(holds & ~emit, state.empty_total),
+        cycle = _Cycle(
+            total=total,
+            weight=_weight(state),
+            value_mean=state.value_mean,
+            value_weight=state.value_weight,
+            added=state.added,
+            micro_step=state.micro_step,
+            dropped=state.dropped_in_cycle,
+            statistics=one_pass_statistics(only_chosen(name, mask, total), axis_name) if inside_holds else None,
         )
+        ends, start = state.micro_step > 0, Start(params, in_place=True)
+        params, inner_state, emit = end(cycle, ends, state, start, like, extra)
+        state = state._replace(accumulated_state=inner_state)
+        return params, _after_call(state, cycle, ends, emit, lost=jnp.zeros((), bool))
 
-    return fast_transformation(name, init, run, judges=True, axis_name=axis_name, flush=flush_cycle, mask=mask)
+    return fast_transformation(
+        name, init, step, holds_nonfinite=True, axis_name=axis_name, flush=flush_cycle, mask=mask
+    )
 
 
 def flush(
@@ -441,12 +420,35 @@ def has_updated(state: optax.OptState) -> jax.Array:
     return field_array(states[0].emitted)
 
 
+def _weight(state: AccumulateState) -> jax.Array:
+    return jnp.where(state.added == 0, 0, state.accumulated_weight)
+
+
+def _after_call(
+    state: AccumulateState, cycle: _Cycle, ends: jax.Array, emit: jax.Array, lost: jax.Array
+) -> AccumulateState:
+    """The state with the counters of the next call: a cycle that ends leaves nothing behind."""
+
+    def kept(number: jax.Array) -> jax.Array:
+        return jnp.where(ends, 0, number)
+
+    return state._replace(
+        accumulated_weight=kept(cycle.weight),
+        value_mean=kept(cycle.value_mean),
+        value_weight=kept(cycle.value_weight),
+        added=kept(cycle.added),
+        micro_step=kept(cycle.micro_step),
+        dropped_in_cycle=kept(cycle.dropped),
+        emitted=emit,
+        micro_batch_lost=lost | (ends & ~emit),
+        emitted_total=count_if(emit, state.emitted_total),
+        dropped_total=count_if(lost, state.dropped_total),
+        empty_total=count_if(ends & ~emit, state.empty_total),
+    )
+
+
 def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
-def _selected(statistics: GradientStatistics, mask: Mask | None, updates: PyTree) -> GradientStatistics:
-    return statistics if mask is None else select_statistics(statistics, chosen("accumulate", mask, updates))
 
 
 def _never_finite(

@@ -72,16 +72,16 @@ class MicroBatch:
         """The buffer after this call; cycles of one call need none."""
         return self.state.gradient_sum if self.alone else with_other_leaves(sums, self.state.gradient_sum)
 
-    def look(self, tree: PyTree, axis_name: AxisName | None) -> GradientStatistics:
-        """First look in the dtype of the sums."""
+    def in_dtype_of_sums(self, statistics: GradientStatistics) -> GradientStatistics:
+        """A cycle is judged in one dtype, that of its sums."""
         dtype = widest_accumulator(self.state.gradient_sum)
-        return jax.tree.map(lambda x: x.astype(dtype), one_pass_statistics(tree, axis_name))
+        return jax.tree.map(lambda x: x.astype(dtype), statistics)
 
     def look_if(self, wanted: jax.Array, sums: list[Any], axis_name: AxisName | None) -> GradientStatistics:
         """The statistics of the sums if they are wanted, and of no finite number otherwise."""
 
         def look() -> GradientStatistics:
-            return self.look(with_other_leaves(sums, self.updates), axis_name)
+            return self.in_dtype_of_sums(one_pass_statistics(with_other_leaves(sums, self.updates), axis_name))
 
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
         return lax.cond(wanted, look, lambda: _varying_like(nothing, sums, axis_name))

@@ -13,7 +13,8 @@ from optax_guard._common.tree import as_arrays, path_name
 from optax_guard._common.typing import PyTree
 from optax_guard._host.loss import problem
 from optax_guard._host.terminal import number, plain, text_table
-from optax_guard._step.act import take_step
+from optax_guard._step.act import Start, take_step
+from optax_guard._step.gradient import Gradient
 from optax_guard._step.observe import gradient_statistics
 
 __all__ = ["LearningRateSweep", "learning_rate_sweep"]
@@ -152,7 +153,8 @@ def learning_rate_sweep(
                 weights, state = carry
                 loss, gradient = jax.value_and_grad(p.loss)(weights, batch)
                 extra = {"value": loss}
-                weights, state = take_step(tx, p.tree(gradient), state, p.tree(weights), None, p.tree(gradient), extra)
+                tree, start = p.tree(gradient), Start(p.tree(weights), in_place=True)
+                weights, state = take_step(tx, Gradient(tree, tree), state, start, extra)
                 return (_floats(p, weights), state), loss
 
             (weights, _), losses = jax.lax.scan(step, (leaves, tx.init(p.tree(leaves))), batches)

@@ -39,7 +39,8 @@ from optax_guard._common.tree import (
 )
 from optax_guard._common.typing import Mask, PyTree, ScalarOrSchedule
 from optax_guard._guard import HOLDING
-from optax_guard._step.act import as_transformation, fast_transformation, mean_of, refuse_inside
+from optax_guard._step.act import Start, as_transformation, fast_transformation, refuse_inside
+from optax_guard._step.gradient import Gradient
 from optax_guard.transforms._penalties import penalised
 
 __all__ = [
@@ -377,17 +378,12 @@ def _proximal(
         )
         return ProximalState(proximal_state=state, proximal_step=step)
 
-    def run(
-        total: PyTree,
-        state: ProximalState,
-        params: PyTree | None,
-        factor: jax.Array | None,
-        like: PyTree,
-        extra: dict[str, Any],
-        fast: bool,
+    def take(
+        gradient: Gradient, state: ProximalState, start: Start, extra: dict[str, Any]
     ) -> tuple[PyTree, ProximalState]:
+        params, in_place = start
         check_has_params(name, params)
-        updates, new_state = update_inner(mean_of(total, factor, like), state.proximal_state, params, **extra)
+        updates, new_state = update_inner(gradient.written(), state.proximal_state, params, **extra)
         step = state.proximal_step
         rate = rate_of(new_state, params, step)
         forces = [jnp.maximum(value_at(strength, step), 0) for strength in strengths]
@@ -395,10 +391,10 @@ def _proximal(
 
         def move(update: Any, param: Any, use: bool | None, response: Response) -> Any:
             if update is None or not is_gradient(param) or update.dtype == jax.dtypes.float0:
-                return param if fast else update
+                return param if in_place else update
             both = wider_dtype(param.dtype, update.dtype)
             if not use:
-                return (param.astype(both) + update.astype(both)).astype(param.dtype) if fast else update
+                return (param.astype(both) + update.astype(both)).astype(param.dtype) if in_place else update
             wide, real = wider_dtype(both, accumulator_dtype(both)), accumulator_dtype(both)
             metric, gain = (None if part is None else part.astype(real) for part in response)
             old, change = param.astype(wide), update.astype(wide)
@@ -406,7 +402,7 @@ def _proximal(
             new = shrink(old + change, *(pace * force.astype(real) for force in forces), metric)
             if metric is not None:
                 new = _at_most(old + change, new, rate.astype(real) + jnp.abs(change))
-            if fast:
+            if in_place:
                 return new.astype(param.dtype)
             # What `apply_updates` adds in `both`: -p where the sum must be exactly zero, for q - p rounds.
             return jnp.where(new == 0, -old, new - old).astype(both)
@@ -417,7 +413,7 @@ def _proximal(
         result = jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda leaf: leaf is None), moved)
         return result, ProximalState(proximal_state=new_state, proximal_step=next_step(step))
 
-    return fast_transformation(name, init, run)
+    return fast_transformation(name, init, take)
 
 
 def _at_most(x: jax.Array, shrunk: jax.Array, limit: jax.Array) -> jax.Array:

@@ -386,7 +386,7 @@ def test_flush_and_reduction_refuse_what_they_cannot_use() -> None:
         og.accumulate(BARE, 2, reduction="max").init({"z": jnp.ones(1, jnp.complex64)})
     with pytest.raises(ValueError, match="`on_nonfinite` must be one of"):
         og.accumulate(BARE, 2, on_nonfinite="skip")
-    with pytest.raises(ValueError, match=r"axis_name='x', but the guard inside has None: must agree"):
+    with pytest.raises(ValueError, match=r"axis_name='x', but `inner` has None: they must agree"):
         og.accumulate(og.guard(BARE), 2, axis_name="x")
 
 

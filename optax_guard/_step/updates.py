@@ -1,0 +1,73 @@
+"""What a step leaves behind: parameters with an update added, or updates that change nothing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_guard._common.tree import is_gradient, wider_dtype
+from optax_guard._common.typing import PyTree
+
+__all__ = ["add_updates", "bad_updates", "no_updates"]
+
+
+def add_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """`optax.apply_updates`, which also leaves alone what has no update: `None`, and the `float0` of an integer.
+
+    A finite parameter that would become Inf becomes the largest number of its dtype instead. That is part of the fused
+    write: the same bytes, temporaries and time (guarded AdamW, CPU, JAX 0.10.2).
+    """
+
+    def add(update: Any, param: Any) -> Any:
+        if update is None or update.dtype == jax.dtypes.float0:
+            return param
+        total = _sum(param, update)
+        if not is_gradient(param):
+            return total.astype(param.dtype)
+        # The update is not asked, which a second use would take out of its fused multiply-add: other bits than Optax's.
+        saturated = _saturated(total, float(jnp.finfo(param.dtype).max))
+        return jnp.where(jnp.isfinite(param), saturated, total).astype(param.dtype)
+
+    return jax.tree.map(add, updates, params, is_leaf=lambda leaf: leaf is None)
+
+
+def bad_updates(params: PyTree | None, updates: PyTree) -> list[jax.Array]:
+    """For each position, bool[]: whether the update holds a NaN or an Inf, or would make one of a finite parameter."""
+
+    def bad(update: Any, param: Any = None) -> jax.Array:
+        if not is_gradient(update):
+            return jnp.zeros((), bool)
+        good = jnp.isfinite(update)
+        if is_gradient(param):
+            good = good & (jnp.isfinite(_sum(param, update).astype(param.dtype)) | ~jnp.isfinite(param))
+        return ~jnp.all(good)
+
+    trees = (updates,) if params is None else (updates, params)
+    return jax.tree.leaves(jax.tree.map(bad, *trees, is_leaf=lambda leaf: leaf is None))
+
+
+def no_updates(shapes: PyTree, updates: PyTree) -> PyTree:
+    """-0.0 everywhere: the one number that, added, changes no other, not even the sign of a zero."""
+    alike = jax.tree.structure(shapes) == jax.tree.structure(updates)
+
+    def zero(shape: jax.ShapeDtypeStruct, leaf: Any) -> Any:
+        if not is_gradient(shape):
+            return leaf if alike else jnp.zeros(shape.shape, shape.dtype)
+        number = complex(-0.0, -0.0) if jnp.issubdtype(shape.dtype, jnp.complexfloating) else -0.0
+        if alike and leaf.shape == shape.shape:
+            return jnp.full_like(leaf, number, dtype=shape.dtype)  # keeps the gradient's sharding
+        return jnp.full(shape.shape, number, shape.dtype)
+
+    return jax.tree.map(zero, shapes, updates if alike else shapes)
+
+
+def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
+    wide = wider_dtype(param.dtype, update.dtype)
+    return param.astype(wide) + update.astype(wide)
+
+
+def _saturated(x: jax.Array, largest: float) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return lax.complex(_saturated(jnp.real(x), largest), _saturated(jnp.imag(x), largest))
+    return jnp.clip(x, -largest, largest)
