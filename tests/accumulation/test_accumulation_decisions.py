@@ -190,7 +190,7 @@ def check(got: Any, moved: Any, oracle: Oracle, where: Any) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_stream_of_micro_batches_is_summed_and_counted_by_the_rules(name: str) -> None:
     setting = SETTINGS[name]
-    inner = og.guard(remembering(), history=CALLS) if setting.guarded else remembering()
+    inner = og.guard(remembering(), recorder_rows=CALLS) if setting.guarded else remembering()
     tx = og.accumulate(inner, setting.every, on_nonfinite=setting.on_nonfinite, reduction=REDUCTION)
     params, like = {k: jnp.ones(2) for k in FACTORS}, gradient(0.0)
 

@@ -43,7 +43,7 @@ RULES = (told(0), told(1, sees_nonfinite=True), told(2))
 
 
 def built(rules: Any, **options: Any) -> Any:
-    return og.guard(spoiling(), *rules, patience=PATIENCE, halt_after=HALT_AFTER, history=HISTORY, **options)
+    return og.guard(spoiling(), *rules, patience=PATIENCE, halt_after=HALT_AFTER, recorder_rows=HISTORY, **options)
 
 
 def random_cases(tx: Any, seed: int) -> dict[str, Any]:
