@@ -3,6 +3,8 @@
 # make test-all  the same with what takes long
 # make upstream  Optax's own tests, with its optimizers guarded
 # make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts what no test notices
+# make dist   builds sdist and wheel in dist/, checks both, tests the one unpacked and the other in an empty environment
+# make lowest a part of the tests with the lowest supported JAX, Optax and Flax, in an environment of its own
 # make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
 # make article  the article's programme: docs/benchmarks/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/benchmarks/performance.md, its pictures and numbers, some 25 minutes
@@ -12,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-histories docs api conformance clean
+.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-histories docs api conformance dist lowest clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -38,6 +40,26 @@ mutants: $(VENV)/.installed
 # The conformance suite alone, as CI runs it once more with the newest JAX: make conformance VENV=.venv312 PYTHON=python3.12
 conformance: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests/conformance tests/guard tests/accumulation
+
+dist: $(VENV)/.installed
+	PYTHON=$(PYTHON) .ci/dist $(BIN)/python
+
+# The lower bounds of pyproject.toml are the versions that this installs; everything else is what `make test` has, and
+# newer than them: what it does that JAX has deprecated since is none of ours.
+LOWEST := .venv-lowest
+LOWEST_TESTS ?= tests/conformance tests/guard/test_guard.py tests/common/test_layout.py
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n 2 -m "not slow" -W ignore::DeprecationWarning $(LOWEST_TESTS)
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	grep -Ev '^(jax|jaxlib|optax|flax)==' constraints.txt >$(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --group lowest
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --constraint $(LOWEST)/constraints.txt \
+		--resolution lowest-direct --editable '.[flax]'
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --constraint $(LOWEST)/constraints.txt --group test
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -70,4 +92,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site docs/api .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(LOWEST) site docs/api .pytest_cache .ruff_cache .hypothesis dist

@@ -36,9 +36,9 @@ try:
 except ImportError as error:
     raise ImportError("optax_guard.models needs Flax: pip install 'optax_guard[flax]'") from error
 
-__all__ = ["GRU", "MLP", "RNN", "ConvNet", "Init", "Transformer"]
+__all__ = ["GRU", "MLP", "RNN", "ConvNet", "Transformer"]
 
-Init: TypeAlias = Literal["calm", "explosive"]
+_Init: TypeAlias = Literal["calm", "explosive"]
 
 
 class MLP(nnx.Module):
@@ -308,7 +308,7 @@ class Transformer(nnx.Module):
         heads: int = 4,
         query_key_norm: bool = False,
         residual_scaling: bool = True,
-        init: Init = "calm",
+        init: _Init = "calm",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -320,7 +320,7 @@ class Transformer(nnx.Module):
         _require(width % heads == 0, "Transformer", "width", width, f"a multiple of `heads` = {heads}")
         query_key_norm = validate.boolean("Transformer", "query_key_norm", query_key_norm)
         residual_scaling = validate.boolean("Transformer", "residual_scaling", residual_scaling)
-        validate.one_of("Transformer", "init", init, Init)
+        validate.one_of("Transformer", "init", init, _Init)
         common = _common("Transformer", dtype, param_dtype, rngs)
         small = math.sqrt(2 / (5 * width))
         std, embedding_std = (small, 1.0) if init == "calm" else (4 * small, small)

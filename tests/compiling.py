@@ -14,7 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import pytest
 from jax.stages import Wrapped
+
+in_place = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="XLA of older JAX makes a temporary copy of the parameters on a CPU"
+)
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import in_place
 from helpers import bits, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -281,6 +282,7 @@ def test_a_loss_that_is_not_scalar_is_refused_by_name() -> None:
         og.apply_gradients(TX, filled(PARAMS, 1.0), TX.init(PARAMS), PARAMS, value=jnp.ones(2))
 
 
+@in_place
 def test_the_guarded_step_copies_nothing() -> None:
     """The form of the cond decides it: see the comment in `guard`."""
     params = {f"w{i}": jnp.ones((256, 256)) for i in range(4)}

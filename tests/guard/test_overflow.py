@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import quick_jit
+from compiling import in_place, quick_jit
 from registry import momentum
 
 import optax_guard as og
@@ -191,6 +191,7 @@ def test_what_was_not_finite_before_stays_visible() -> None:
     assert og.flight_log(state)["event"][0] == "applied"  # the step is not to blame for what was there before
 
 
+@in_place
 def test_saturation_costs_neither_bytes_nor_temporaries() -> None:
     params = {f"w{i}": jnp.ones((256, 256)) for i in range(4)}
     tx = og.guard(optax.adamw(1e-3), og.clip_by_global_norm(1.0))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import quick_jit
+from compiling import in_place, quick_jit
 from helpers import bits, filled
 
 import optax_guard as og
@@ -368,6 +368,7 @@ def test_gradients_and_losses_of_zero_are_no_trouble(dtype: str) -> None:
     assert set(run.log["event"]) <= {"applied", "nonfinite_update"}
 
 
+@in_place
 def test_without_recovery_there_is_no_state_and_with_it_the_step_copies_nothing() -> None:
     assert og.guard(optax.sgd(1.0)).init(PARAMS).recovery_state == ()
     params = {f"w{i}": jnp.ones((256, 256)) for i in range(4)}
