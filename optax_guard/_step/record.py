@@ -68,9 +68,7 @@ class FlightRecorder(NamedTuple):
     """The last `history` rows. Row of step t is at t % history; `codes[:, 0]` is -1 where nothing was written."""
 
     numbers: jax.Array  # f32[history, 4]: value, grad_norm, clipped_norm, scale; 0 where not finite
-    codes: (
-        jax.Array
-    )  # i32[history, 5]: step, event, rule, worst_leaf, and what the numbers were (base 5) + 625 * recovery
+    codes: jax.Array  # i32[history, 5]: step, event, rule, worst_leaf, what the numbers were (base 5) + 625 * recovery
 
 
 def empty_recorder(history: int) -> FlightRecorder:

@@ -52,10 +52,10 @@ class NormHistoryState(NamedTuple):
     """What `clip_by_norm_history` remembers: five numbers, or five per leaf with `scope="leaf"`."""
 
     log_level: jax.Array  # f32[] or f32[n_leaves]: logarithm of the usual norm
-    log_spread: jax.Array  # the same shape: mean absolute deviation of the log norm from the level
-    log_threshold: jax.Array  # the same shape: logarithm of what the next step may have
-    norms_seen: jax.Array  # i32, the same shape: finite norms above 0 so far; while 0, nothing is judged
-    touched_in_row: jax.Array  # i32, the same shape: steps scaled in a row; long runs mean a rise, or an explosion
+    log_spread: jax.Array  # f32[] or f32[n_leaves]: mean absolute deviation of the log norm from the level
+    log_threshold: jax.Array  # f32[] or f32[n_leaves]: logarithm of what the next step may have
+    norms_seen: jax.Array  # i32[] or i32[n_leaves]: finite norms above 0 so far; while 0, nothing is judged
+    touched_in_row: jax.Array  # i32[] or i32[n_leaves]: steps scaled in a row; long runs mean a rise or an explosion
 
 
 class MedianNormState(NamedTuple):

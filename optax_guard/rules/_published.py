@@ -71,7 +71,7 @@ class AdaGCState(NamedTuple):
     """What `adagc` remembers."""
 
     adagc_level: jax.Array  # f32[n_leaves] or f32[]: logarithm of the moving average of the norm
-    adagc_seen: jax.Array  # i32, the same shape: finite norms above 0 so far
+    adagc_seen: jax.Array  # i32[n_leaves] or i32[]: finite norms above 0 so far
 
 
 def zclip(
