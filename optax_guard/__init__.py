@@ -4,8 +4,8 @@
 >>> import optax_guard as og
 >>> tx = og.guard(optax.adamw(3e-4), og.clip_by_global_norm(1.0))
 
-Wrap the optimizer in `guard` or `stabilize`, take the step with `apply_gradients`, and read what happened with
-`metrics` and `flight_log`. Every function is here; the types of states are in the folders: `og.rules.ZClipState`.
+Wrap the optimizer in `guard` or `stabilize`, take the step with `apply_gradients`, and see what happened with `metrics`
+and `flight_log`. All functions are in this namespace; the state types are in the folders, as in `og.rules.ZClipState`.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -11,12 +11,12 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 if it worked, 2 if something was wrong with what it was given."""
+    """Runs a command. Returns 0 on success and 2 if its input is invalid."""
     parser = argparse.ArgumentParser(
         prog="python -m optax_guard",
         description="What happened in a guarded training run, from its checkpoint alone.",
-        epilog="CHECKPOINT is an Orbax checkpoint (or the folder of a CheckpointManager, of which the latest step is "
-        "taken), or a file written by optax_guard.report.save_log(path, state, params).",
+        epilog="CHECKPOINT is an Orbax checkpoint (or the folder of a CheckpointManager, whose latest step is read), "
+        "or a file written by optax_guard.report.save_log(path, state, params).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{report,log}")
     page = commands.add_parser("report", help="write a page (HTML) and a picture (PNG)")

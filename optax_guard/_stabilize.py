@@ -1,15 +1,15 @@
-"""The one line that most people need.
+"""`stabilize`: the one line that most people need.
 
 =============================================  =====================================================================
-You want                                       Take
+You want                                       Use
 =============================================  =====================================================================
 faults and spikes in the data held or clipped  `stabilize(optimizer)`
-a hard bound on the gradient's norm, too       `stabilize(optimizer, max_norm=1.0)`
-a learning rate that may be too large          `stabilize(optimizer, max_change=0.01)`
-a run that nobody watches                      `stabilize(optimizer, recovery=(reset_moments(), back_off(), rewind()))`
+a hard bound on the gradient norm as well      `stabilize(optimizer, max_norm=1.0)`
+protection from too large a learning rate      `stabilize(optimizer, max_change=0.01)`
+an unattended run                              `stabilize(optimizer, recovery=(reset_moments(), back_off(), rewind()))`
 =============================================  =====================================================================
 
-It goes where `guard` goes: around the whole optimizer, inside `accumulate`.
+Like `guard`, it goes around the whole optimizer and inside `accumulate`.
 """
 
 from typing import Any
@@ -46,56 +46,59 @@ def stabilize(
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Guards an optimizer against the three ways in which a run blows up: faults, spikes, steps that are too long.
+    """Guards an optimizer against three failure modes: faults, spikes, and steps that are too long.
 
     guard(chain(inner, limit_step(max_change)), skip_spikes(on="loss"), clip_by_norm_history(horizon, max_norm))
 
-      - a gradient that is not finite, and a loss that is not, hold the step;
-      - a loss far above its own history holds the step, where it is passed as `value=`; without it nothing is missed
-        but this;
-      - a norm far above its own history is clipped to the edge of it, and to `max_norm`, if that is given;
-      - with `max_change`, no step changes the parameters by more than that share of their norm: the one medicine
-        against a learning rate that is too large, which no clip relative to the history can be.
+    The three failure modes and what fixes each:
+
+      - Faults: a step whose gradient or loss is not finite is held.
+      - Spikes: a step whose loss is far above its own history is held, if the loss is passed as `value=`. A gradient
+        norm far above its own history is clipped to the limit of that history, and to `max_norm` if it is given.
+      - Steps that are too long: with `max_change`, no step changes the parameters by more than that fraction of their
+        norm. This is the only protection from a learning rate that is too large, since no clip relative to the history
+        can provide it.
 
     Guarantees:
-      - Those of `guard`: nothing non-finite is ever applied, a held step leaves no trace, a flight recorder runs along.
+      - The guarantees of `guard` hold: nothing non-finite is ever applied, a held step leaves no trace, and a flight
+        recorder keeps the last steps.
       - Until a rule acts, and while steps are within `max_change`, the result equals that of `inner` up to the
         rounding of single operations, as under `guard`.
 
     ===========================================  ===================================================================
     Case                                         Result
     ===========================================  ===================================================================
-    no `value=`                                  no skip of spikes in the loss; everything else
-    a lasting change of level, of loss or norm   followed: after 8 refused steps, and within about `horizon` steps
-    first steps                                  the loss is judged from the 16th, the norm from the 2nd on;
+    no `value=`                                  loss spikes are not skipped; all else works
+    a lasting change in the level of the loss    followed after 8 refused steps
+    a lasting change in the level of the norm    followed within about `horizon` steps
+    first steps                                  the loss is judged from the 16th and the norm from the 2nd step on;
                                                  `max_norm` bounds the first
-    fixed learning rate, far too large           lives with `max_change`; without it, finite but useless
+    fixed learning rate, far too large           trains with `max_change`; without it, finite but useless
     ===========================================  ===================================================================
 
-    In the flight log rule 0 is the skip of spikes and rule 1 the clip.
+    In the flight log, rule 0 is the skip of loss spikes and rule 1 is the clip.
 
     Args:
       inner: any Optax transformation: SGD, Adam, Lion, Adafactor, Muon, chains with schedules and weight decay.
-      max_norm: also a fixed bound (> 0) on the gradient's norm, as of `clip_by_global_norm`.
-      max_change: bound on the norm of a step relative to that of the parameters (>= 0): a number, a 0-d array or a
-        schedule. Begin with 0.01, which did well on every task of StabilityBench; 0.001 to 0.003 was better for some
-        recurrent nets. Halve or double it like a learning rate. None leaves steps as they are, at no cost; with it the
-        update is written out and read once more.
-      horizon: steps in which the norm's history follows a change by x100 (see `clip_by_norm_history`), four times as
-        many as that rule's own default: with 100 an explosion of 5 % a step is followed and hardly touched. In
-        StabilityBench the slower one lost a sixth as much to it, and nothing elsewhere.
-      recovery: rungs of the ladder, as for `guard`.
+      max_norm: an additional fixed bound (> 0) on the gradient norm, as in `clip_by_global_norm`.
+      max_change: a bound on the norm of a step relative to that of the parameters (>= 0): a number, a 0-d array or a
+        schedule. Start with 0.01; for some recurrent networks 0.001 to 0.003 is better. Tune it like a learning rate,
+        by factors of two. None leaves steps unchanged at no cost; a bound writes the update out and reads it once more.
+      horizon: the number of steps in which the norm's history follows a change by x100 (see `clip_by_norm_history`).
+        The default is four times that rule's own: with 100, an explosion of 5 % a step would be followed and hardly
+        clipped.
+      recovery: the rungs of the recovery ladder, as for `guard`.
       patience: as for `guard`.
       halt_after: as for `guard`.
-      recorder_rows: rows of the flight recorder.
+      recorder_rows: the number of rows in the flight recorder.
       mask: which leaves are trained, as for `guard`; `max_change` is relative to these alone.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A transformation for `apply_gradients` and for anything that takes an Optax one.
+      A transformation for `apply_gradients` and for anything that takes an Optax transformation.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> import optax_guard as og
@@ -108,7 +111,7 @@ def stabilize(
       ['applied', 'applied', 'nonfinite', 'clipped']
 
     See Also:
-      `guard`, to choose the rules oneself.
+      `guard`, to choose the rules yourself.
     """
     name = "stabilize"
     inner = as_transformation(name, inner, "inner")
@@ -139,7 +142,7 @@ def stabilize(
 
 
 def _max_change(max_change: Any, axis_name: AxisName | None) -> optax.GradientTransformationExtraArgs:
-    """`limit_step`, which names `stabilize` where the parameters are missing."""
+    """`limit_step`, whose error for missing parameters names `stabilize`."""
     limit = limit_step(max_change, axis_name=axis_name)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
@@ -150,7 +153,7 @@ def _max_change(max_change: Any, axis_name: AxisName | None) -> optax.GradientTr
 
 
 def _skip_loss_spikes(axis_name: AxisName | None) -> Rule:
-    """`skip_spikes(on="loss")` that has no opinion where there is no loss, instead of asking for it."""
+    """`skip_spikes(on="loss")` that never skips if no loss is passed, instead of raising an error."""
     skip = skip_spikes(on="loss", axis_name=axis_name)
 
     def judge(

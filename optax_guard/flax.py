@@ -1,4 +1,4 @@
-"""Flax training states that pass the loss on and take the step the fast way, and a guard's state in nnx, in place.
+"""Flax training states that pass the loss on and step in place, and functions that edit a guard's state in nnx.
 
 ====================  ================================================================================================
 Class                 In place of
@@ -8,20 +8,20 @@ Class                 In place of
 ====================  ================================================================================================
 
 =====================================  ===============================================================================
-Function of an nnx optimizer           Take it
+Function of an nnx optimizer           Use it
 =====================================  ===============================================================================
 `clear_halt(optimizer)`                to go on after a halt; also under `nnx.cached_partial`
-`add_guard(optimizer, model, tx)`      to put a run in flight under a guard
-`remove_guard(optimizer, model, tx)`   to take the guard out again
-`inner_state(optimizer)`               to read or set the optimizer's own Variables, past the guards
+`add_guard(optimizer, model, tx)`      to put a run in progress under a guard
+`remove_guard(optimizer, model, tx)`   to remove the guard again
+`inner_state(optimizer)`               to read or set the optimizer's own Variables, inside the guards
 =====================================  ===============================================================================
 
-Flax's own classes work with everything in this library. These two differ in one thing each: linen's keeps the loss to
-itself, so that rules which judge by the loss never see it; and both write out the updates, which costs a guarded step a
-copy of the parameters and the moments. Layout and checkpoints are those of Flax's classes, so a run can change over in
-either direction. Equinox and plain JAX need nothing: `optax_guard.apply_gradients` takes their trees as they are.
+Flax's own classes work with everything in this library, with two drawbacks. Linen's `TrainState` does not pass the loss
+on, so rules that judge by the loss never see it, and both classes write the updates out, which costs a guarded step a
+copy of the parameters and the moments. Layout and checkpoints are those of Flax's classes, so a run can switch in
+either direction. Equinox and plain JAX need no such class: `optax_guard.apply_gradients` takes their trees directly.
 
-`pip install 'optax-guard[flax]'` brings Flax. Not imported by `import optax_guard`.
+`pip install 'optax-guard[flax]'` installs Flax. `import optax_guard` does not import this module.
 """
 
 from collections.abc import Mapping
@@ -58,11 +58,11 @@ class TrainState(train_state.TrainState):
 
     Guarantees:
       - Fields, `create`, `replace` and checkpoints are those of `flax.training.train_state.TrainState`.
-      - A step that a guard holds returns the very bits of `params` and of the inner state; `step` counts it all the
-        same, as the number of batches seen. `guard/skipped_total` of `metrics(state.opt_state)` counts the held ones.
-      - Every other field that `apply_gradients` replaces keeps its bits too (running statistics, averages, keys), as
-        do the fp8 scales that take their gradient's value: see `keep_if_held` for what counts as held. A rewind cannot
-        bring them back (docs/state/held.md).
+      - A step that a guard holds leaves `params` and the inner state bit-for-bit unchanged. `step` still counts it, as
+        the number of batches seen; `guard/skipped_total` in `metrics(state.opt_state)` counts the held steps.
+      - On such a step, all other fields that `apply_gradients` replaces (running statistics, averages, keys) are
+        unchanged too, and so are the fp8 scales that take their gradient's value. `keep_if_held` says what counts as
+        held. A rewind cannot restore these fields (docs/state/held.md).
       - Under `jax.jit(..., donate_argnums=0)` a guarded step runs in place.
 
     Example:
@@ -84,8 +84,8 @@ class TrainState(train_state.TrainState):
       (1, True)
 
     See Also:
-      `flax.training.train_state.TrainState`, whose `apply_gradients(**kwargs)` replaces fields on held steps too, and
-      tells `tx` nothing.
+      `flax.training.train_state.TrainState`, whose `apply_gradients(**kwargs)` also replaces fields on held steps and
+      passes nothing on to `tx`.
     """
 
     def apply_gradients(
@@ -95,16 +95,16 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: gradients in the structure of `params`.
-          value: the loss of this step, handed to `tx` as `value`; None hands on nothing.
-          extra_args: more for `tx.update`, by name (a `weight` for `accumulate`).
+          value: the loss of this step, passed to `tx` as `value`; None passes nothing.
+          extra_args: further arguments for `tx.update`, by name (such as `weight` for `accumulate`).
           **kwargs: fields to replace, as in Flax (`batch_stats=...`), unless the step is held.
 
         Returns:
           The new state, with `step` one higher.
 
         Raises:
-          ValueError: `grads` has another structure than `params` (with the leaf's path), `value` is in `extra_args`, or
-            a field is replaced by one of another structure, shape or dtype.
+          ValueError: the structure of `grads` differs from that of `params` (the message names the leaf), `value` is in
+            `extra_args`, or a field is replaced by one of another structure, shape or dtype.
         """
         if not (extra_args is None or isinstance(extra_args, Mapping)):
             got = validate.shown(extra_args)
@@ -114,7 +114,7 @@ class TrainState(train_state.TrainState):
             raise ValueError("TrainState.apply_gradients: pass the loss as `value=`, not in `extra_args`.")
         if value is not None:
             extra["value"] = value
-        # Flax's own convention for the scales of fp8 layers: they are not optimized but take their gradient's value.
+        # Flax's convention for the scales of fp8 layers: they are not optimized but take their gradient's value.
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
         inner_grads, inner_params = (grads["params"], self.params["params"]) if overwrites else (grads, self.params)
         inner_grads, inner_params = checked("TrainState.apply_gradients", inner_grads, inner_params, called="grads")
@@ -134,13 +134,14 @@ class TrainState(train_state.TrainState):
 
 
 class Optimizer(nnx.Optimizer):
-    """Flax's `nnx.Optimizer`, whose `update` takes the fast way.
+    """Flax's `nnx.Optimizer`, whose `update` does not write the updates out.
 
     params, opt_state <- optax_guard.apply_gradients(tx, grads, opt_state, params, **extra)
 
     Guarantees:
       - Constructor, attributes and checkpoints are those of `flax.nnx.Optimizer`.
-      - A step that a guard holds keeps the bits of the model's parameters and of the inner state; `step` counts it.
+      - A step that a guard holds leaves the model's parameters and the inner state bit-for-bit unchanged; `step` still
+        counts it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -160,7 +161,7 @@ class Optimizer(nnx.Optimizer):
       True
 
     See Also:
-      `flax.nnx.Optimizer`, which passes the loss on as well and returns the updates; this one has none to return.
+      `flax.nnx.Optimizer`, which also passes the loss on, but makes and returns the updates.
     """
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # Flax returns the updates, which are not made here
@@ -170,11 +171,11 @@ class Optimizer(nnx.Optimizer):
 
         Args:
           model: the module whose variables selected by `wrt` are trained.
-          grads: what `nnx.grad` or `nnx.value_and_grad` returned, with the same `wrt`.
-          **extra: handed to `tx.update`; the loss is called `value`.
+          grads: the gradients from `nnx.grad` or `nnx.value_and_grad`, with the same `wrt`.
+          **extra: passed to `tx.update`; the loss is called `value`.
 
         Raises:
-          ValueError: `grads` has another structure than the parameters (with the leaf's path).
+          ValueError: the structure of `grads` differs from that of the parameters (the message names the leaf).
         """
         name = "Optimizer.update"
         params = _variables(name, "model", model, self)
@@ -187,13 +188,13 @@ class Optimizer(nnx.Optimizer):
 
 
 def clear_halt(optimizer: nnx.Optimizer) -> None:
-    """`optax_guard.clear_halt`, written into the optimizer's Variables.
+    """Clears a halt as `optax_guard.clear_halt` does, in the optimizer's own Variables.
 
-    `optimizer.opt_state = og.clear_halt(optimizer.opt_state)` would put new Variables in their place. A step under
-    `nnx.cached_partial` keeps the old ones: it would go on holding every step, while the optimizer reads as healthy.
+    `optimizer.opt_state = og.clear_halt(optimizer.opt_state)` would replace the Variables. A step under
+    `nnx.cached_partial` keeps the old ones, so it would go on holding every step while the optimizer looks healthy.
 
     Args:
-      optimizer: an `nnx.Optimizer`, Flax's or the one here.
+      optimizer: an `nnx.Optimizer`, Flax's or this module's.
 
     Example:
       >>> import jax.numpy as jnp
@@ -210,17 +211,17 @@ def clear_halt(optimizer: nnx.Optimizer) -> None:
 
 
 def add_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation) -> None:
-    """Puts a guard around the optimizer of a run in flight, as `optax_guard.add_guard_state` does.
+    """Puts a guard around the optimizer of a run in progress, as `optax_guard.add_guard_state` does.
 
     Guarantees:
       - The optimizer's Variables (moments, counters) stay the same objects with the same bits.
-      - What is the guard's own starts anew.
+      - The guard's own state starts afresh.
 
-    The graph of the optimizer changes: make a step under `nnx.cached_partial` anew afterwards. The old one would go on
-    without the guard.
+    The graph of the optimizer changes: rebuild any step made by `nnx.cached_partial` afterwards, since the old one
+    would go on without the guard.
 
     Args:
-      optimizer: an `nnx.Optimizer`, Flax's or the one here.
+      optimizer: an `nnx.Optimizer`, Flax's or this module's.
       model: the module that it trains.
       tx: a transformation with a `guard` in it; it becomes `optimizer.tx`.
 
@@ -243,16 +244,16 @@ def add_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransforma
 
 
 def remove_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation) -> None:
-    """Takes every guard out of the optimizer, as `optax_guard.remove_guard_state` does.
+    """Removes every guard from the optimizer, as `optax_guard.remove_guard_state` does.
 
     Guarantees:
       - The optimizer's Variables (moments, counters) stay the same objects with the same bits.
 
-    The graph of the optimizer changes: make a step under `nnx.cached_partial` anew afterwards. The old one would go on
-    with the guard.
+    The graph of the optimizer changes: rebuild any step made by `nnx.cached_partial` afterwards, since the old one
+    would go on with the guard.
 
     Args:
-      optimizer: an `nnx.Optimizer` with a guard, Flax's or the one here.
+      optimizer: an `nnx.Optimizer` with a guard, Flax's or this module's.
       model: the module that it trains.
       tx: the same transformation without guards; it becomes `optimizer.tx`.
 
@@ -275,12 +276,12 @@ def remove_guard(optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransfo
 
 
 def inner_state(optimizer: nnx.Optimizer) -> Any:
-    """The optimizer's state without guards, in its own Variables: what is written into them counts.
+    """The optimizer's state without guards, in its own Variables: writing into them changes the optimizer.
 
-    `optax_guard.remove_guard_state(optimizer.opt_state)` gives a copy.
+    `optax_guard.remove_guard_state(optimizer.opt_state)` returns a copy instead.
 
     Args:
-      optimizer: an `nnx.Optimizer` with a guard, Flax's or the one here.
+      optimizer: an `nnx.Optimizer` with a guard, Flax's or this module's.
 
     Returns:
       The state of the transformation without guards.
@@ -317,7 +318,7 @@ def _check_guarded(function: str, optimizer: Any) -> None:
 
 
 def _variables(function: str, argument: str, model: Any, optimizer: nnx.Optimizer) -> PyTree:
-    """What the optimizer trains of a model, or the gradients of that."""
+    """The part of a model that the optimizer trains, or the gradients of that part."""
     state = None if is_single_leaf(model) else nnx.as_pure(nnx.state(model, optimizer.wrt, graph=optimizer.graph))
     if not jax.tree.leaves(state):
         raise ValueError(
@@ -328,7 +329,7 @@ def _variables(function: str, argument: str, model: Any, optimizer: nnx.Optimize
 
 
 def _put(function: str, optimizer: nnx.Optimizer, model: Any, tx: optax.GradientTransformation, state: Any) -> None:
-    """Gives the optimizer another `tx` and `state`, whose arrays stay in the Variables they are in."""
+    """Gives the optimizer a new `tx` and `state`, whose arrays stay in their present Variables."""
     fresh = nnx.Optimizer(model, tx, wrt=optimizer.wrt, graph=optimizer.graph).opt_state
     wanted, got = (
         [(path, np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
@@ -336,7 +337,7 @@ def _put(function: str, optimizer: nnx.Optimizer, model: Any, tx: optax.Gradient
     )
     if wanted != got:
         found = difference("optimizer", state, "tx", nnx.as_pure(fresh), shapes=True)
-        raise ValueError(f"{function}: `tx` keeps another state than the optimizer has: {found}")
+        raise ValueError(f"{function}: the state of `tx` differs from that of the optimizer: {found}")
     owners = {id(each.get_raw_value()): each for each in jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)}
     nnx.update(fresh, nnx.state(state, graph=optimizer.graph))
     optimizer.tx = tx

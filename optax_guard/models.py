@@ -1,23 +1,23 @@
-"""Small Flax models whose training goes wrong in known ways, to try a guard on, to test one, and to read.
+"""Small Flax models whose training goes wrong in known ways, for trying and testing a guard.
 
 =============  ======================================  ========================================================
 Model          Made unstable by                        Shows
 =============  ======================================  ========================================================
 `MLP`          depth with `init_scale` above 1         signals and gradients that grow by a factor per layer
 `ConvNet`      `init_scale`, a high learning rate      gradients too large for their filter: unit-wise clipping;
-                                                       with `batch_norm=True`, statistics that a NaN batch spoils
+                                                       with `batch_norm=True`, statistics spoilt by a NaN batch
 `RNN`          `gain` above 1, long sequences          gradients that explode through time: clipping by norm
-`GRU`          as `RNN`, from a higher `gain`          the same task with gates, for comparison
-`Transformer`  `init="explosive"`, no query-key norm,  spiky gradients: skipping, adaptive clipping; attention
-               a high learning rate                    logits without bound: only `query_key_norm` cures them
+`GRU`          as `RNN`, but from a higher `gain`      the same task with gates, for comparison
+`Transformer`  `init="explosive"`, no query-key norm,  spiky gradients: skipping, adaptive clipping; unbounded
+               a high learning rate                    attention logits, which only `query_key_norm` prevents
 =============  ======================================  ========================================================
 
-A guard does not cure an unstable architecture: the published 32B run of Marin still spiked with gradient clipping,
-update clipping and skipping all on, until query-key normalisation. `Transformer(query_key_norm=True)` is that cure.
+A guard does not fix an unstable architecture (docs/rules/which_rule.md has an example); `Transformer(query_key_norm=True)`
+does.
 
-All are `flax.nnx` modules; `pip install 'optax_guard[flax]'` brings Flax. All take `dtype`, the floating dtype of the
-computation and of the logits (cast those to float32 before a cross-entropy), `param_dtype`, that of the parameters,
-and `rngs`, the source of the initial parameters. Arguments are static: Python numbers, not arrays.
+All models are `flax.nnx` modules; `pip install 'optax_guard[flax]'` installs Flax. They all take `dtype`, the floating
+dtype of the computation and the logits (cast the logits to float32 before a cross-entropy), `param_dtype`, that of the
+parameters, and `rngs`, the source of the initial parameters. Arguments are static: Python numbers, not arrays.
 """
 
 import itertools
@@ -42,17 +42,19 @@ _Init: TypeAlias = Literal["calm", "explosive"]
 
 
 class MLP(nnx.Module):
-    """A fully connected net: inputs [..., sizes[0]] -> logits [..., sizes[-1]].
+    """A fully connected network: inputs [..., sizes[0]] -> logits [..., sizes[-1]].
 
     h <- activation(h W_i + b_i), without the activation in the last layer; W_i ~ N(0, init_scale^2 2 / fan_in), b_i = 0
 
-    With `relu`, `init_scale` = 1 keeps the mean square of the signal from layer to layer; another value multiplies the
-    output by `init_scale` per layer: a deep net explodes with 1.5 and vanishes with 0.7 (He et al. 2015, 1502.01852).
+    With `relu`, `init_scale` = 1 preserves the mean square of the signal from layer to layer. Any other value
+    multiplies the output by `init_scale` per layer: in a deep network the signal explodes with 1.5 and vanishes with
+    0.7 (He et al. 2015, 1502.01852).
 
     Args:
-      sizes: Features of the input, of each hidden layer and of the output: two or more whole numbers >= 1.
-      activation: Elementwise function of the hidden layers.
-      init_scale: Gain of each layer at initialisation, in (0, 1e18].
+      sizes: The number of features of the input, of each hidden layer and of the output: two or more whole numbers
+        >= 1.
+      activation: The elementwise function of the hidden layers.
+      init_scale: The gain of each layer at initialisation, in (0, 1e18].
       dtype, param_dtype, rngs: See the module.
 
     Raises:
@@ -92,23 +94,23 @@ class MLP(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """A convolutional net: images [batch, height, width, in_channels] -> logits [batch, num_classes].
+    """A convolutional network: images [batch, height, width, in_channels] -> logits [batch, num_classes].
 
     h <- relu(conv_3x3(h)) with stride 2 for each of `channels`, then the mean over positions, then a linear layer.
-    Kernels ~ N(0, init_scale^2 2 / fan_in), biases 0; each stage halves height and width. There is no batch norm by
-    default, on purpose: it would hide gradients too large for their filter. With `batch_norm=True` each convolution is
-    followed by one, whose running statistics (`nnx.BatchStat`) one NaN batch spoils, though a guard holds the step:
-    `keep_if_held` is for them. `model.eval()` takes the running statistics, `model.train()` those of the batch.
+    Kernels ~ N(0, init_scale^2 2 / fan_in), biases 0; each stage halves height and width. By default there is no batch
+    norm, since it would hide gradients too large for their filter. With `batch_norm=True`, batch norm follows each
+    convolution. One NaN batch spoils its running statistics (`nnx.BatchStat`) even if a guard holds the step;
+    `keep_if_held` protects them. `model.eval()` uses the running statistics, `model.train()` those of the batch.
 
     Args:
-      num_classes, in_channels: Number of logits and of the channels of the images, >= 1.
-      channels: Output channels of each stage: one or more whole numbers >= 1.
-      init_scale: Gain of each layer at initialisation, in (0, 1e18].
+      num_classes, in_channels: The number of logits and of image channels, >= 1.
+      channels: The output channels of each stage: one or more whole numbers >= 1.
+      init_scale: The gain of each layer at initialisation, in (0, 1e18].
       batch_norm: Whether batch norm (momentum 0.9) follows each convolution.
       dtype, param_dtype, rngs: See the module.
 
     Raises:
-      ValueError: An argument is outside its range, or the images have another rank or number of channels.
+      ValueError: An argument is outside its range, or the images have the wrong rank or number of channels.
 
     Example:
       >>> ConvNet(10, channels=(4, 8), rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3))).shape
@@ -116,7 +118,7 @@ class ConvNet(nnx.Module):
 
     References:
       Brock, De, Smith, Simonyan. High-Performance Large-Scale Image Recognition Without Normalization. 2021.
-      arXiv 2102.06171, section 4. Ours is a plain net, without their residual branches and weight standardisation.
+      arXiv 2102.06171, section 4. This is a plain network, without their residual branches and weight standardisation.
     """
 
     def __init__(
@@ -153,14 +155,15 @@ class ConvNet(nnx.Module):
 
 
 class RNN(nnx.Module):
-    """The vanilla (Elman) recurrent net: inputs [batch, time, in_features] -> logits [batch, num_classes].
+    """The vanilla (Elman) recurrent network: inputs [batch, time, in_features] -> logits [batch, num_classes].
 
     h_t = activation(x_t W + b + h_{t-1} U), h_0 = 0, logits = h_T V + c at the last time T
 
     W ~ N(0, input_scale^2 / in_features), U = gain * (a random orthogonal matrix), V ~ N(0, 1 / hidden_features),
-    b = c = 0. The gradient of an early input passes through U once per step. While `tanh` is near linear, it grows or
-    shrinks as gain^time; saturation bends that down, `relu` switches half the units off. Growth per step as measured
-    (steps 10 to 40, 32 units, N(0, 1) inputs), so that an explosion needs a small `input_scale` or a gain near 2:
+    b = c = 0. The gradient with respect to an early input passes through U once per step. While `tanh` is nearly
+    linear, it grows or shrinks as gain^time; saturation reduces the growth, and `relu` switches half of the units off.
+    An explosion therefore needs a small `input_scale` or a gain near 2. Measured growth per step (steps 10 to 40, 32
+    units, N(0, 1) inputs):
 
     gain                        0.8    1.0    1.2    1.6    2.0
     tanh, `input_scale` 0.01    0.80   1.00   1.08   1.08   1.12
@@ -168,22 +171,23 @@ class RNN(nnx.Module):
     relu, any `input_scale`     0.53   0.64   0.85   1.07   1.31
 
     Args:
-      in_features, hidden_features: Features of one step of the input and of the state, >= 1.
-      num_classes: Number of logits, >= 1 (1 for a regression, such as the adding problem).
+      in_features, hidden_features: The number of features of one input step and of the state, >= 1.
+      num_classes: The number of logits, >= 1 (1 for a regression, such as the adding problem).
       activation: `jnp.tanh`, `jax.nn.relu` or another elementwise function.
-      gain: Every singular value of U at initialisation, in (0, 1e18]; the table above.
-      input_scale: Gain of W at initialisation, in (0, 1e18].
+      gain: Every singular value of U at initialisation, in (0, 1e18]; see the table above.
+      input_scale: The gain of W at initialisation, in (0, 1e18].
       dtype, param_dtype, rngs: See the module.
 
     Raises:
-      ValueError: An argument is outside its range, or the input has another rank or number of features.
+      ValueError: An argument is outside its range, or the input has the wrong rank or number of features.
 
     Example:
       >>> RNN(2, 8, 3, gain=1.2, rngs=nnx.Rngs(0))(jnp.ones((4, 10, 2))).shape
       (4, 3)
 
     References:
-      Pascanu, Mikolov, Bengio. On the difficulty of training RNNs. 2013. arXiv 1211.5063; their U follows activation.
+      Pascanu, Mikolov, Bengio. On the difficulty of training RNNs. 2013. arXiv 1211.5063, where the
+      activation is applied before U.
     """
 
     _kernels: ClassVar[int] = 1
@@ -209,7 +213,7 @@ class RNN(nnx.Module):
         gain, input_scale = _positive(owner, "gain", gain), _positive(owner, "input_scale", input_scale)
         common = _common(owner, dtype, param_dtype, rngs)
         square, wide = (hidden_features, hidden_features), self._kernels * hidden_features
-        # Drawn in float32: the QR decomposition behind an orthogonal matrix has no bfloat16 version.
+        # Drawn in float32, since the QR decomposition behind an orthogonal matrix has no bfloat16 version.
         orthogonal = nnx.initializers.orthogonal(gain)
         blocks = [orthogonal(rngs.params(), square, jnp.float32) for _ in range(self._kernels)]
         self.activation, self.dtype = activation, dtype
@@ -220,7 +224,7 @@ class RNN(nnx.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns the logits [batch, num_classes] of inputs [batch, time, in_features]."""
         _check_input(type(self).__name__, "inputs", inputs, 3, self.drive.in_features)
-        # Scanned as plain arrays: Flax's own transforms differ between its versions, reading a parameter does not.
+        # Scanned as plain arrays, since Flax's own transforms differ between its versions.
         recurrent = self.recurrent[...].astype(self.dtype)
         start = jnp.zeros((inputs.shape[0], recurrent.shape[0]), self.dtype)
         driven = jnp.swapaxes(self.drive(inputs), 0, 1)
@@ -239,9 +243,9 @@ class GRU(RNN):
     n_t = activation(x_t W_n + b_n + r_t * (h_{t-1} U_n))
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}, h_0 = 0, logits = h_T V + c at the last time T
 
-    Arguments, initialisation and errors are those of `RNN`, each U by itself; kernels lie side by side in the order
-    r, z, n. At first the gates stand near 1/2 and the gradient changes by a factor of at most about 1/2 + gain / 4 per
-    step: it vanishes until training opens the gates, and explodes only with `gain` well above 2.
+    Arguments, initialisation (of each U separately) and errors are those of `RNN`; the kernels lie side by side in the
+    order r, z, n. At first the gates are near 1/2, and the gradient changes by a factor of at most about 1/2 + gain / 4
+    per step: it vanishes until training opens the gates, and explodes only if `gain` is well above 2.
 
     Example:
       >>> GRU(2, 8, 3, rngs=nnx.Rngs(0))(jnp.ones((4, 10, 2))).shape
@@ -249,7 +253,7 @@ class GRU(RNN):
 
     References:
       Cho et al. Learning Phrase Representations using RNN Encoder-Decoder. 2014. arXiv 1406.1078, equations 5 to 8.
-      Deviations: r_t multiplies h U_n instead of h, as in cuDNN and `nnx.GRUCell`; there are biases b.
+      Deviations: r_t multiplies h U_n instead of h, as in cuDNN and `nnx.GRUCell`; biases b are added.
     """
 
     _kernels: ClassVar[int] = 3
@@ -262,31 +266,32 @@ class GRU(RNN):
 
 
 class Transformer(nnx.Module):
-    """A pre-norm decoder-only transformer: tokens [batch, time] -> logits of the next [batch, time, vocab_size].
+    """A pre-norm decoder-only transformer: tokens [batch, time] -> next-token logits [batch, time, vocab_size].
 
     h = E[token] + P[position]; h <- h + attention(norm(h)), h <- h + gelu(norm(h) W_1) W_2 per layer; norm(h) V
 
-    Attention is causal with its softmax in float32, `norm` is RMS norm, and there are no biases. `init` sets the
-    standard deviations, s being sqrt(2 / (5 width)). V has std s in both, so the first loss is near log(vocab_size):
+    Attention is causal with a float32 softmax, `norm` is RMS norm, and there are no biases. `init` sets the standard
+    deviations, with s = sqrt(2 / (5 width)). V has std s in both cases, so the first loss is near log(vocab_size):
 
       "calm":       s in the layers, 1 for E + P (the "large shortcut")
-      "explosive":  4 s in the layers, s for E + P: against both conditions under which Takase et al. bound gradients
+      "explosive":  4 s in the layers, s for E + P: violates both conditions under which Takase et al. bound gradients
 
-    Without `query_key_norm` attention logits have no bound: a high learning rate makes them grow until the softmax is
-    one-hot. With it |logit| <= sqrt(width / heads) max|g_q| max|g_k|, where g are the learned scales of the norm.
-    Measured (4 layers of 64, characters, 400 steps of Adam at 0.03): the largest is about 3200 without and 9 with it.
+    Without `query_key_norm`, attention logits are unbounded: a high learning rate makes them grow until the softmax is
+    one-hot. With it, |logit| <= sqrt(width / heads) max|g_q| max|g_k|, where g are the learned scales of the norm.
 
     Args:
-      vocab_size, max_length: Number of tokens, >= 2 (one beyond it makes its sequence NaN); longest sequence, >= 1.
-      width: Features of h, a multiple of `heads`.
-      layers, heads: Pairs of attention and feed-forward, and attention heads in each, >= 1.
-      query_key_norm: RMS-normalise queries and keys per head, with a learned scale per feature.
-      residual_scaling: Divide the initial output projections of attention and feed-forward by sqrt(2 layers).
+      vocab_size, max_length: The number of tokens, >= 2 (a token beyond it makes its sequence NaN), and the length of
+        the longest sequence, >= 1.
+      width: The number of features of h, a multiple of `heads`.
+      layers, heads: The number of attention and feed-forward pairs, and of attention heads in each, >= 1.
+      query_key_norm: Whether to RMS-normalise queries and keys per head, with a learned scale per feature.
+      residual_scaling: Whether to divide the initial output projections of attention and feed-forward by
+        sqrt(2 layers).
       init: "calm" or "explosive".
       dtype, param_dtype, rngs: See the module.
 
     Raises:
-      ValueError: An argument is outside its range, or `tokens` are not integers [batch, time <= max_length].
+      ValueError: An argument is outside its range, or `tokens` is not an integer array [batch, time <= max_length].
 
     Example:
       >>> Transformer(11, 8, width=8, layers=1, heads=2, rngs=nnx.Rngs(0))(jnp.zeros((2, 8), jnp.int32)).shape
@@ -347,7 +352,7 @@ class Transformer(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """One layer of `Transformer`, [batch, time, width] to the same: attention, then feed-forward."""
+    """One layer of `Transformer`, attention and then feed-forward, on [batch, time, width]."""
 
     def __init__(self, width: int, heads: int, query_key_norm: bool, std: float, std_out: float, common: dict) -> None:
         self.heads = heads
@@ -359,7 +364,7 @@ class _Block(nnx.Module):
         self.expand, self.contract = _linear(width, 4 * width, std, common), _linear(4 * width, width, std_out, common)
 
     def queries_and_keys(self, normed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns both as [batch, time, heads, size]; an attention logit is a product of two / sqrt(size)."""
+        """Returns both as [batch, time, heads, size]; an attention logit is the product of a pair / sqrt(size)."""
         shape = (*normed.shape[:2], self.heads, -1)
         query, key = self.query(normed).reshape(shape), self.key(normed).reshape(shape)
         if self.query_norm is not None and self.key_norm is not None:
@@ -370,7 +375,7 @@ class _Block(nnx.Module):
         normed = self.attention_norm(hidden)
         query, key = self.queries_and_keys(normed)
         value = self.value(normed).reshape(query.shape)
-        # Named because XLA's takes the softmax in float32 on every backend.
+        # Named, because XLA's implementation takes the softmax in float32 on every backend.
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
         hidden = hidden + self.output(mixed.reshape(hidden.shape))
         return hidden + self.contract(jax.nn.gelu(self.expand(self.feed_forward_norm(hidden))))

@@ -1,4 +1,4 @@
-"""Checks of what people pass to this module, and the bar that shows long work."""
+"""Checks of the arguments of this module, and its progress bar."""
 
 import contextlib
 import inspect
@@ -34,12 +34,12 @@ __all__ = [
 
 ApplyFn: TypeAlias = Callable[[PyTree, jax.Array], jax.Array]
 
-ABSTAIN = -1  # the prediction where the samples do not tell the class
-_PATIENCE = 2.0  # seconds of work before a bar appears
+ABSTAIN = -1  # the prediction when the samples do not decide the class
+_PATIENCE = 2.0  # seconds of work before a progress bar appears
 
 
 class SmoothedClassifier(NamedTuple):
-    """A classifier and the noise it is smoothed with, from `smooth`."""
+    """A classifier and the standard deviation of its noise, from `smooth`."""
 
     apply_fn: ApplyFn  # (params, inputs[batch, ...]) -> logits[batch, classes]
     sigma: float
@@ -56,7 +56,7 @@ def check_apply_fn(name: str, apply_fn: Any) -> None:
         raise ValueError(f"{name}: `apply_fn` must be {expected}; got {type(apply_fn).__name__}. {hint}") from None
     try:
         signature = inspect.signature(apply_fn)
-    except (ValueError, TypeError):  # a builtin: nothing to look at
+    except (ValueError, TypeError):  # a builtin without a signature
         return
     try:
         signature.bind(None, None)
@@ -66,7 +66,7 @@ def check_apply_fn(name: str, apply_fn: Any) -> None:
 
 
 def check_call(name: str, smoothed: Any, inputs: ArrayLike, key: PRNGKeyLike, progress: Any) -> tuple[Any, jax.Array]:
-    """The inputs as an array, and the raw data of the key."""
+    """Checks the call and returns the inputs as an array and the raw data of the key."""
     if not isinstance(smoothed, SmoothedClassifier):
         raise ValueError(f"{name}: `smoothed` must come from `smooth(apply_fn, sigma)`; got {smoothed!r}.")
     progress = validate.boolean(name, "progress", progress)
@@ -74,9 +74,9 @@ def check_call(name: str, smoothed: Any, inputs: ArrayLike, key: PRNGKeyLike, pr
 
 
 def check_inputs(name: str, inputs: ArrayLike) -> Any:
-    """The inputs as an array with a batch axis, on the host or a device as they came."""
+    """The inputs as an array with a batch axis, on the host or on their device."""
     if isinstance(inputs, Tracer):
-        raise ValueError(f"{name}: `inputs` is traced. Call {name} outside `jit`: it compiles what it runs by itself.")
+        raise ValueError(f"{name}: `inputs` is traced. Call {name} outside `jit`: it compiles what it runs itself.")
     array = check_floats(name, inputs if hasattr(inputs, "dtype") else np.asarray(inputs))
     if array.ndim == 0:
         raise ValueError(f"{name}: `inputs` must be an array [batch, ...]; got a scalar.")
@@ -94,7 +94,7 @@ def check_floats(name: str, inputs: Any) -> Any:
 def check_labels(name: str, labels: ArrayLike, batch: int) -> np.ndarray:
     array = np.asarray(labels)
     if batch == 0:
-        raise ValueError(f"{name}: of no inputs there is no accuracy.")
+        raise ValueError(f"{name}: accuracy needs at least one input.")
     if array.shape != (batch,) or not np.issubdtype(array.dtype, np.integer):
         shown = f"{array.dtype}{list(array.shape)}"
         raise ValueError(f"{name}: `labels` must be integers [{batch}], one for each input; got {shown}.")
@@ -114,7 +114,7 @@ def logit_count(name: str, apply_fn: ApplyFn, params: PyTree, inputs: Any, batch
 
 
 def number(name: str, argument: str, value: Any, low: float, high: float, *, closed_low: bool = False) -> float:
-    """A Python float strictly between `low` (or from it on) and `high`; nothing here runs in `jit`, so values count."""
+    """Returns a Python float in (low, high), or in [low, high) with `closed_low`. Nothing here runs in `jit`."""
     return validate.scalar(
         name, argument, value, low=low, high=high, open_low=not closed_low, open_high=True, static=True
     )
@@ -134,7 +134,7 @@ def scipy_special(name: str) -> Any:
 
 @contextlib.contextmanager
 def bar(name: str, total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how much more is done; a bar appears on work that lasts."""
+    """Yields a function that reports progress; a bar appears if the work takes long."""
     bar = _rich_bar() if progress else None
     if bar is None:
         yield lambda _: None
@@ -154,7 +154,7 @@ def bar(name: str, total: int, progress: bool) -> Iterator[Callable[[int], None]
 
 
 def _rich_bar() -> Any:
-    """A bar on stderr, or None without `rich` or without a person who looks."""
+    """A progress bar on stderr, or None without `rich` or without a terminal."""
     try:
         from rich.console import Console
         from rich.progress import Progress

@@ -1,4 +1,4 @@
-"""How far an input may be moved before a smoothed classifier can change its answer, and the curve over a test set."""
+"""Certificates (how far an input can move before a smoothed classifier may change its answer) and their accuracy."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Certificate(NamedTuple):
     """What `certify` found for each input."""
 
     prediction: np.ndarray  # i32[batch]: the class, or ABSTAIN
-    radius: np.ndarray  # f64[batch]: L2, in units of the input; 0 where abstaining
+    radius: np.ndarray  # f64[batch]: L2 radius in units of the input; 0 for an abstention
 
 
 def certify(
@@ -33,24 +33,25 @@ def certify(
     batch_size: int = 1000,
     progress: bool = True,
 ) -> Certificate:
-    """A class for each input, and a radius within which the smoothed classifier provably answers nothing else.
+    """Returns a class for each input and a radius within which the smoothed classifier provably returns that class.
 
     A = argmax of the counts of n0 samples,   k = count of A in n further samples
     p = Clopper-Pearson lower bound of k / n at level alpha
     p > 1/2:  (A, sigma Phi^-1(p));   else  (ABSTAIN, 0)
 
     Guarantees:
-      - For each input, with probability at least 1 - `alpha` over the sampling: g(x + d) = prediction for every
-        ||d||_2 < radius. Of many inputs, a share of `alpha` may be wrong.
-      - That holds of g, which is evaluated by `predict`, not of `apply_fn`.
-      - The samples that choose the class are independent of those that bound it. And those of `class_counts`.
+      - For each input, with probability at least 1 - `alpha` over the sampling, g(x + d) = prediction for every
+        ||d||_2 < radius. Among many inputs, a fraction `alpha` of the certificates may be wrong.
+      - The certificate applies to g, which `predict` evaluates, and not to `apply_fn`.
+      - The samples that choose the class are independent of those that bound its probability.
+      - The guarantees of `class_counts` hold.
 
     =============================  =======================================================================
     Case                           Result
     =============================  =======================================================================
     p at most 1/2                  (`ABSTAIN`, 0)
-    NaN logits                     count against the class; only NaN: (`ABSTAIN`, 0)
-    all n samples agree            sigma Phi^-1(alpha^(1/n)), the cap: with `alpha` = 0.001, 3.81 sigma for
+    NaN logits                     count against the class; if all are NaN, (`ABSTAIN`, 0)
+    all n samples agree            the maximum, sigma Phi^-1(alpha^(1/n)): with `alpha` = 0.001, 3.81 sigma for
                                    n = 100 000, 3.20 for 10 000, 2.46 for 1000, 1.50 for 100
     `n` below log2(1 / `alpha`)    always (`ABSTAIN`, 0)
     =============================  =======================================================================
@@ -59,8 +60,8 @@ def certify(
       smoothed: as in `class_counts`.
       params: as in `class_counts`.
       inputs: as in `class_counts`.
-      n0: samples that choose the class, 1 to 2^31 - 1.
-      n: samples that bound its probability, 1 to 2^31 - 1.
+      n0: the number of samples that choose the class, 1 to 2^31 - 1.
+      n: the number of samples that bound its probability, 1 to 2^31 - 1.
       alpha: the probability that a certificate is wrong, in (0, 1).
       key: as in `class_counts`.
       batch_size: as in `class_counts`.
@@ -70,7 +71,7 @@ def certify(
       `Certificate(prediction, radius)`, NumPy arrays [batch].
 
     Raises:
-      ValueError: as in `class_counts`, and an `n0` or `alpha` outside its range.
+      ValueError: as in `class_counts`, or `n0` or `alpha` is outside its range.
 
     Example:
       >>> from optax_guard.smoothing import smooth
@@ -80,10 +81,10 @@ def certify(
       ([1, -1], True, 0.0)
 
     References:
-      Cohen et al. 2019, arXiv 1902.02918, figure 2 (CERTIFY), theorem 1 and proposition 2. Deviations: NaN logits are
-      no vote; a class that got no vote is not certified. Both arithmetic and noise are floating-point here as in every
-      implementation, which Voracek and Hein, "Sound randomized smoothing in floating-point arithmetics", 2022, arXiv
-      2207.07209, show to be exploitable by functions made for it.
+      Cohen et al. 2019, arXiv 1902.02918, figure 2 (CERTIFY), theorem 1 and proposition 2. Deviations: NaN logits do
+      not vote, and a class without a vote is not certified. As in every implementation, arithmetic and noise are
+      floating-point, which functions built for the purpose can exploit: Voracek and Hein, "Sound randomized smoothing
+      in floating-point arithmetics", 2022, arXiv 2207.07209.
     """
     name = "certify"
     n0, n, batch_size = (
@@ -106,15 +107,15 @@ def certify(
 
 
 def clopper_pearson_lower(successes: ArrayLike, trials: int, alpha: float) -> np.ndarray:
-    """The exact one-sided lower bound of a probability, from `successes` in `trials`.
+    """The exact one-sided lower confidence bound on a probability, given `successes` out of `trials`.
 
     p with P(X >= k) = alpha for X ~ Binomial(n, p);   0 for k = 0,   alpha^(1/n) for k = n
 
     Guarantees:
-      - Whatever the true probability is, the bound exceeds it with probability at most `alpha`.
+      - Whatever the true probability, the bound exceeds it with probability at most `alpha`.
 
     Args:
-      successes: k, whole numbers from 0 to `trials`, of any shape.
+      successes: k, an array of whole numbers from 0 to `trials`, of any shape.
       trials: n, >= 1.
       alpha: in (0, 1).
 
@@ -122,7 +123,7 @@ def clopper_pearson_lower(successes: ArrayLike, trials: int, alpha: float) -> np
       NumPy float64 of the shape of `successes`.
 
     Raises:
-      ValueError: an argument outside its range.
+      ValueError: an argument is outside its range.
 
     Example:
       >>> clopper_pearson_lower([0, 90, 100], 100, 0.001).round(4).tolist()
@@ -136,18 +137,18 @@ def clopper_pearson_lower(successes: ArrayLike, trials: int, alpha: float) -> np
     k = np.asarray(successes)
     if not (np.issubdtype(k.dtype, np.integer) and np.all((k >= 0) & (k <= trials))):
         raise ValueError(f"{name}: `successes` must be whole numbers in [0, {trials}]; got {successes!r}.")
-    # The beta quantile is 0/0 at k = 0, and SciPy's returned NaN there.
+    # The beta quantile is 0/0 at k = 0, where SciPy returns NaN.
     quantile = _arguments.scipy_special(name).betaincinv(np.maximum(k, 1), trials - np.maximum(k, 1) + 1.0, alpha)
     return np.where(k == 0, 0.0, np.where(k == trials, alpha ** (1 / trials), quantile))
 
 
 def certified_accuracy(certificate: Certificate, labels: ArrayLike, radii: ArrayLike) -> np.ndarray:
-    """The share of a test set that is classified rightly and certified at each radius.
+    """The fraction of a test set that is classified correctly and certified at each radius.
 
     accuracy(r) = mean_i [prediction_i = label_i and radius_i >= r]
 
     Guarantees:
-      - Does not rise with the radius. An abstention counts as an error at every radius, 0 included.
+      - Accuracy does not increase with the radius. An abstention counts as an error at every radius, including 0.
 
     Args:
       certificate: from `certify`.
@@ -158,7 +159,7 @@ def certified_accuracy(certificate: Certificate, labels: ArrayLike, radii: Array
       NumPy float64 of the shape of `radii`.
 
     Raises:
-      ValueError: labels that are not integers [batch], an empty batch, a radius that is negative or NaN.
+      ValueError: the labels are not integers [batch], the batch is empty, or a radius is negative or NaN.
 
     Example:
       >>> certificate = Certificate(np.array([3, 5, -1]), np.array([0.5, 1.0, 0.0]))
@@ -181,18 +182,18 @@ def certified_accuracy(certificate: Certificate, labels: ArrayLike, radii: Array
 def plot_certified_accuracy(
     certificates: Certificate | Mapping[str, Certificate], labels: ArrayLike, *, axes: Any = None
 ) -> Any:
-    """Draw certified accuracy against the radius, as a step for each certificate.
+    """Draw certified accuracy against the radius, with a step curve for each certificate.
 
     Args:
-      certificates: one from `certify`, or several by their name in the legend.
-      labels: integers [batch], the same for all.
-      axes: Matplotlib axes to draw on; new ones by default.
+      certificates: one from `certify`, or a mapping from names for the legend to several.
+      labels: integers [batch], the same for all certificates.
+      axes: the Matplotlib axes to draw on; new ones by default.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: as in `certified_accuracy`; no certificate.
+      ValueError: as in `certified_accuracy`, or there is no certificate.
       ImportError: Matplotlib is not installed.
 
     Example:
@@ -217,7 +218,7 @@ def plot_certified_accuracy(
     if axes is None:
         _, axes = pyplot.subplots(layout="constrained")
     for label, (radii, accuracy) in curves.items():
-        # accuracy(r) holds up to and with its radius, and falls to 0 behind the last.
+        # accuracy(r) holds up to and including its radius, and falls to 0 beyond the last one.
         axes.step(np.append(radii, radii[-1]), np.append(accuracy, 0.0), where="pre", label=label or None)
     axes.set(xlabel="L2 radius", ylabel="certified accuracy", xlim=(0, None), ylim=(0, 1))
     axes.grid(alpha=0.2)

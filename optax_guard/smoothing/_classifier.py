@@ -1,4 +1,4 @@
-"""The smoothed classifier: training for it, its answer, and the votes that both it and its certificate come from."""
+"""The smoothed classifier: training for it, its prediction, and the votes behind its predictions and certificates."""
 
 import math
 
@@ -18,14 +18,14 @@ __all__ = ["augment_with_noise", "class_counts", "predict", "smooth"]
 
 
 def augment_with_noise(inputs: jax.Array, sigma: ArrayLike, *, key: PRNGKeyLike) -> jax.Array:
-    """Add Gaussian noise to a batch of inputs, for training a network that is to be smoothed with the same `sigma`.
+    """Add Gaussian noise to a batch of inputs, to train a network that will be smoothed with the same `sigma`.
 
     x <- x + sigma z,   z_j ~ N(0, 1)
 
     Guarantees:
-      - A function of (inputs, `sigma`, `key`) alone, for any sharding. The same key draws the same noise: pass a new
-        one at every step, or the network learns that one draw.
-      - Sampled and added in float32 or wider; the sum is rounded to the dtype of `inputs`.
+      - The result is a function of (`inputs`, `sigma`, `key`) alone, under any sharding. The same key draws the same
+        noise: pass a new key at every step, or the network learns that one draw.
+      - Noise is sampled and added in float32 or wider; the sum is rounded to the dtype of `inputs`.
 
     ==================================  =================
     Case                                Result
@@ -36,14 +36,14 @@ def augment_with_noise(inputs: jax.Array, sigma: ArrayLike, *, key: PRNGKeyLike)
 
     Args:
       inputs: a floating-point array.
-      sigma: standard deviation in units of the input, >= 0: a number or a 0-d array, traced or not.
+      sigma: the standard deviation in units of the input, >= 0: a number or a 0-d array, traced or not.
       key: an int, a PRNG key or raw uint32 key data, traced or not.
 
     Returns:
-      An array of the shape and dtype of `inputs`.
+      An array with the shape and dtype of `inputs`.
 
     Raises:
-      ValueError: a `sigma` that is negative, NaN or not a scalar; a `key` that is none; inputs that are not floats.
+      ValueError: `sigma` is negative, NaN or not a scalar, `key` is not a key, or `inputs` are not floating-point.
 
     Example:
       >>> def loss_fn(params, inputs, labels, step):
@@ -67,23 +67,24 @@ def augment_with_noise(inputs: jax.Array, sigma: ArrayLike, *, key: PRNGKeyLike)
 
 
 def smooth(apply_fn: ApplyFn, sigma: float) -> SmoothedClassifier:
-    """The classifier that answers the class which `apply_fn` gives most often under Gaussian noise on its input.
+    """Makes the classifier that returns the class `apply_fn` gives most often under Gaussian noise on its input.
 
     g(x) = argmax_c P(f(x + sigma z) = c),   z_j ~ N(0, 1),   f(x) = argmax of the logits
 
-    Nothing is computed here. `predict`, `certify` and `class_counts` evaluate g by sampling; a larger `sigma` certifies
-    larger radii, and less accurately.
+    This call computes nothing: `predict`, `certify` and `class_counts` evaluate g by sampling. A larger `sigma`
+    certifies larger radii, but makes the classifier less accurate.
 
     Args:
-      apply_fn: (params, inputs [batch, ...]) -> logits [batch, classes], of any floating dtype, hashable (functions
-        and bound methods are). See the module for Flax and Equinox. Logits that hold a NaN vote for no class.
-      sigma: standard deviation of the noise in units of the input, in (0, inf).
+      apply_fn: a hashable function (params, inputs [batch, ...]) -> logits [batch, classes], of any floating dtype;
+        functions and bound methods are hashable. The module's docstring shows it for Flax and Equinox. A row of logits
+        that holds a NaN votes for no class.
+      sigma: the standard deviation of the noise in units of the input, in (0, inf).
 
     Returns:
       The pair, for `predict`, `certify` and `class_counts`.
 
     Raises:
-      ValueError: `sigma` outside its range; an `apply_fn` that does not take (params, inputs).
+      ValueError: `sigma` is outside its range, or `apply_fn` does not take (params, inputs).
 
     Example:
       >>> smooth(lambda params, inputs: inputs @ params, 0.5).sigma
@@ -106,31 +107,35 @@ def class_counts(
     batch_size: int = 1000,
     progress: bool = True,
 ) -> np.ndarray:
-    """How often each class was the answer in `n` noisy copies of each input.
+    """Counts how often each class was the answer among `n` noisy copies of each input.
 
     counts_c = sum_i [f(x + sigma z_i) = c],   i = 1 ... n
 
     Guarantees:
       - Sample i of input j is a function of (`key`, i, j) alone, whatever `n`, `batch_size` and the number of inputs.
-        So counts do not depend on `batch_size`, up to ties that the rounding of the network itself decides.
-      - Counted in integers. A row of logits with a NaN counts for no class, so that counts sum to at most `n`.
-      - One forward pass has at most `batch_size` noisy inputs: that bounds the memory.
+        Counts therefore do not depend on `batch_size`, except for ties that the network's own rounding decides.
+      - Votes are counted in integers. A row of logits that holds a NaN counts for no class, so the counts sum to at
+        most `n`.
+      - A forward pass has at most `batch_size` noisy inputs, which bounds the memory.
 
     Args:
       smoothed: from `smooth`.
       params: the first argument of its `apply_fn`.
-      inputs: a floating-point array [batch, ...]. The noise is added in float32 or wider and the sum rounded to this
-        dtype; that rounding is then part of the classifier that is smoothed.
-      n: noisy copies of each input, 1 to 2^31 - 1.
-      key: an int, a PRNG key or raw uint32 key data. Two batches with one key see the same noise: give each its own.
-      batch_size: noisy inputs in one forward pass, >= 1.
-      progress: show a bar on work of more than two seconds, if `rich` is there and a person is looking.
+      inputs: a floating-point array [batch, ...]. The noise is added in float32 or wider and the sum is rounded to this
+        dtype, so that rounding is part of the smoothed classifier.
+      n: the number of noisy copies of each input, 1 to 2^31 - 1.
+      key: an int, a PRNG key or raw uint32 key data. Two batches with the same key see the same noise: give each batch
+        its own key.
+      batch_size: the number of noisy inputs in one forward pass, >= 1.
+      progress: whether to show a progress bar if the work takes more than two seconds, `rich` is installed and stderr
+        is a terminal.
 
     Returns:
       NumPy int32 [batch, classes].
 
     Raises:
-      ValueError: an argument outside its range; inputs that are not floats; logits that are not [batch, classes].
+      ValueError: an argument is outside its range, the inputs are not floating-point, or the logits do not have the
+        shape [batch, classes].
 
     Example:
       >>> smoothed = smooth(lambda params, inputs: inputs, 1.0)
@@ -155,37 +160,38 @@ def predict(
     batch_size: int = 1000,
     progress: bool = True,
 ) -> np.ndarray:
-    """The class that the smoothed classifier answers, or `ABSTAIN` where `n` samples do not tell.
+    """Returns the class of the smoothed classifier, or `ABSTAIN` if `n` samples do not decide it.
 
-    c1 >= c2 the two largest counts of n:   argmax if P(X >= c1 or X <= c2) <= alpha, X ~ Binomial(c1 + c2, 1/2)
+    c1 >= c2, the two largest of n counts:  argmax if P(X >= c1 or X <= c2) <= alpha, X ~ Binomial(c1 + c2, 1/2)
 
     Guarantees:
-      - For each input: an answer other than the smoothed classifier's own is given with probability at most `alpha`.
-      - Those of `class_counts`.
+      - For each input, the probability of returning a class other than the smoothed classifier's own is at most
+        `alpha`.
+      - The guarantees of `class_counts` hold.
 
     ================================  ============
     Case                              Result
     ================================  ============
     the two counts are equal          `ABSTAIN`
     only NaN logits                   `ABSTAIN`
-    `n` too small for `alpha`         `ABSTAIN` (all n agreeing gives 2^(1 - n))
+    `n` too small for `alpha`         `ABSTAIN` (n equal answers reach 2^(1 - n))
     ================================  ============
 
     Args:
       smoothed: as in `class_counts`.
       params: as in `class_counts`.
       inputs: as in `class_counts`.
-      n: noisy copies of each input, 1 to 2^31 - 1.
+      n: the number of noisy copies of each input, 1 to 2^31 - 1.
       alpha: the probability of a wrong answer, in (0, 1).
       key: as in `class_counts`.
       batch_size: as in `class_counts`.
       progress: as in `class_counts`.
 
     Returns:
-      NumPy int32 [batch]: classes, or -1 where abstaining.
+      NumPy int32 [batch]: classes, or -1 for an abstention.
 
     Raises:
-      ValueError: as in `class_counts`, and an `alpha` outside its range.
+      ValueError: as in `class_counts`, or `alpha` is outside its range.
 
     Example:
       >>> smoothed = smooth(lambda params, inputs: inputs, 1.0)
@@ -193,7 +199,7 @@ def predict(
       [1, -1]
 
     References:
-      Cohen et al. 2019, arXiv 1902.02918, figure 2 (PREDICT) and proposition 1. Deviation: NaN logits are no vote.
+      Cohen et al. 2019, arXiv 1902.02918, figure 2 (PREDICT) and proposition 1. Deviation: NaN logits do not vote.
     """
     name = "predict"
     n, batch_size = _arguments.whole(name, "n", n), _arguments.whole(name, "batch_size", batch_size)
@@ -203,7 +209,7 @@ def predict(
     with _arguments.bar(name, len(inputs) * n, progress) as advance:
         counts = _sampling.counts(name, smoothed, params, inputs, data, _sampling.PREDICT, n, batch_size, advance)
     runner_up, top = np.sort(counts, axis=1)[:, -2:].astype(np.float64).T
-    # P(X >= c1) for X ~ Binomial(c1 + c2, 1/2); the two tails are equal. With no vote at all there is nothing to test.
+    # P(X >= c1) for X ~ Binomial(c1 + c2, 1/2); the two tails are equal. Without any vote there is nothing to test.
     p_value = 2 * special.betainc(np.maximum(top, 1), runner_up + 1, 0.5)
     sure = (top > runner_up) & (p_value <= alpha)
     return np.where(sure, np.argmax(counts, axis=1), ABSTAIN).astype(np.int32)

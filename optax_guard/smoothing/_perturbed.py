@@ -1,4 +1,4 @@
-"""Accuracy of a classifier under noise on its inputs and on its weights."""
+"""The accuracy of a classifier under noise on its inputs and on its weights."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ __all__ = ["PerturbedAccuracy", "perturbed_accuracy"]
 
 
 class PerturbedAccuracy(NamedTuple):
-    """Accuracy without and with noise, from `perturbed_accuracy`; printed, it is a table."""
+    """Accuracy without and with noise, from `perturbed_accuracy`; it prints as a table."""
 
     clean: float
     input_noise: float
@@ -57,42 +57,46 @@ def perturbed_accuracy(
     batch_size: int = 1000,
     progress: bool = True,
 ) -> PerturbedAccuracy:
-    """Accuracy of a classifier as it is, under noise on its inputs, on its weights, and under noise of a bounded norm.
+    """Measures accuracy without noise, with noise on the inputs, with noise on the weights and with norm-bounded noise.
 
     input noise:    f(x + n; w),   n_j ~ N(0, input_sigma^2)
     weight noise:   f(x; w + n),   n_j ~ N(0, (weight_sigma r)^2),   r the root mean square of the leaf
     clamped noise:  f(x + n min(1, max_norm / ||n||_2); w),   n as for input noise, the norm over each input
 
-    Each accuracy is the mean over `draws`; a draw is one noise per input, or one set of weights for all inputs.
+    Each accuracy is the mean over `draws`. A draw is one noise sample for each input, or one set of weights for all
+    inputs.
 
     Guarantees:
-      - With `input_sigma` and `weight_sigma` of 0, all four are equal.
-      - A function of the arguments alone; `batch_size` changes it by no more than the network's rounding.
-      - A row of logits with a NaN is an error.
+      - With `input_sigma` = `weight_sigma` = 0, all four accuracies are equal.
+      - The result is a function of the arguments alone; `batch_size` changes it by no more than the network's rounding.
+      - A row of logits that holds a NaN counts as an error.
 
-    Nothing here is a promise: noise finds few of the inputs that an adversary finds. A norm as small as the default
-    1e-4 changes almost no answer of any network, so equality of "clean" and "clamped noise" says little.
+    None of these figures is a guarantee: noise finds few of the inputs that an adversary would find. A norm as small as
+    the default of 1e-4 changes hardly any answer of any network, so equal values for "clean" and "clamped noise" say
+    little.
 
     Args:
       apply_fn: as in `smooth`.
-      params: its first argument.
+      params: the first argument of `apply_fn`.
       inputs: a floating-point array [batch, ...].
       labels: integers [batch].
-      input_sigma: standard deviation in units of the input, >= 0.
-      weight_sigma: standard deviation as a share of each leaf's root mean square, >= 0.
-      max_norm: bound on the L2 norm of the clamped noise of each input, >= 0.
-      draws: noises to average over, >= 1.
-      weight_mask: which leaves of `params` get weight noise, as in `l1_penalty`; `"params/*"` leaves out linen's batch
-        statistics. Default: all.
+      input_sigma: the standard deviation in units of the input, >= 0.
+      weight_sigma: the standard deviation as a fraction of each leaf's root mean square, >= 0.
+      max_norm: a bound on the L2 norm of the clamped noise of each input, >= 0.
+      draws: the number of noise draws to average over, >= 1.
+      weight_mask: which leaves of `params` get weight noise, as in `l1_penalty`; `"params/*"` leaves out the batch
+        statistics of Flax linen. Default: all.
       key: as in `class_counts`.
       batch_size: as in `class_counts`.
       progress: as in `class_counts`.
 
     Returns:
-      `PerturbedAccuracy(clean, input_noise, weight_noise, clamped_noise, ...)`: floats, and the sizes of the noise.
+      `PerturbedAccuracy(clean, input_noise, weight_noise, clamped_noise, ...)`: four floats, and the sizes of the
+      noise.
 
     Raises:
-      ValueError: an argument outside its range; labels or inputs of a wrong shape or dtype; a mask that does not match.
+      ValueError: an argument is outside its range, labels or inputs have the wrong shape or dtype, or the mask does not
+        match.
 
     Example:
       >>> inputs = jnp.array([[1.0, 0.0], [0.0, 1.0]])
@@ -103,7 +107,7 @@ def perturbed_accuracy(
       clamped noise  1.0000  sigma 5, norm at most 0.0001
 
     See Also:
-      `perturb_weights`, the same weight noise in training; `certify`, which gives a guarantee.
+      `perturb_weights`, which applies the same weight noise in training; `certify`, which gives a guarantee.
     """
     name = "perturbed_accuracy"
     _arguments.check_apply_fn(name, apply_fn)
@@ -156,7 +160,7 @@ def _right(
     sigma: jax.Array,
     bound: jax.Array,
 ) -> jax.Array:
-    """How many of the counted inputs are classified rightly under noise whose norm is at most `bound`."""
+    """The number of counted inputs that are classified correctly under noise whose norm is at most `bound`."""
     stream = step_words(data, jnp.uint32(_sampling.PERTURB), _sampling.SALT)
     places = first_input + jnp.arange(len(inputs), dtype=jnp.uint32)
 
@@ -173,7 +177,7 @@ def _right(
 def _perturbed(
     params: PyTree, data: jax.Array, draw: jax.Array, sigma: jax.Array, chosen: tuple[bool, ...] | None
 ) -> PyTree:
-    """The weights of a draw."""
+    """The perturbed weights of one draw."""
     mask = None if chosen is None else jax.tree.unflatten(jax.tree.structure(params), chosen)
     key = jnp.stack(step_words(data, draw, salt("smoothing", "weights")))
     noisy = perturb_weights(lambda weights: weights, sigma, relative_to="weights", mask=mask)  # pyright: ignore[reportArgumentType] a 0-d array

@@ -1,4 +1,4 @@
-"""Noisy copies of inputs and their votes, compiled once for each network, layout and number of classes."""
+"""Noisy copies of the inputs and their votes, compiled once for each network, layout and number of classes."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ __all__ = ["AUGMENT", "CERTIFY", "COUNT", "PERTURB", "PREDICT", "SALT", "SELECT"
 SALT = salt("smoothing")
 # One stream of noise for each purpose: the samples that choose a class must be independent of those that certify it.
 SELECT, CERTIFY, PREDICT, COUNT, AUGMENT, PERTURB = range(6)
-_CHUNKS_PER_CALL = 16  # forward passes between two looks at the clock: dispatch is then 1 % of the work of a small net
+_CHUNKS_PER_CALL = 16  # forward passes between two progress reports: dispatch is then 1 % of the work of a small net
 
 
 def counts(
@@ -33,14 +33,14 @@ def counts(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> np.ndarray:
-    """Counts [batch, classes]; a forward pass takes `samples` copies of `rows` inputs, at most `batch_size` in all."""
+    """The counts [batch, classes]. A forward pass takes `samples` copies of `rows` inputs, `batch_size` at most."""
     chunks = -(-n // batch_size)
     samples = -(-n // chunks)
     rows = max(min(batch_size // samples, len(inputs)), 1)
     classes = logit_count(name, smoothed.apply_fn, params, inputs, rows * samples)
     results = [np.zeros((0, classes), np.int32)]
     for start in range(0, len(inputs), rows):
-        place = np.minimum(np.arange(start, start + rows), len(inputs) - 1)  # the last group is filled up
+        place = np.minimum(np.arange(start, start + rows), len(inputs) - 1)  # the last group is padded
         part, counts = jnp.asarray(inputs[place]), jnp.zeros((rows, classes), jnp.int32)
         for chunk in range(0, chunks, _CHUNKS_PER_CALL):
             span = np.array([chunk, min(chunk + _CHUNKS_PER_CALL, chunks)], np.uint32)
@@ -97,7 +97,7 @@ def _count(
 
 
 def noise(stream: Words, inputs: jax.Array, place: jax.Array, copy: jax.Array) -> jax.Array:
-    """Standard normals for each input [*batch, ...] from its place and copy [*batch]."""
+    """Standard normals for each input [*batch, ...], determined by its place and copy [*batch]."""
 
     def draw(key: Words, x: jax.Array) -> jax.Array:
         return normal(key, x, accumulator_dtype(x.dtype))[0]
@@ -114,6 +114,6 @@ def shift(inputs: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def answers(logits: jax.Array) -> jax.Array:
-    """The class of each row; none where a logit is NaN, which argmax would take for the largest."""
+    """The class of each row; none if a logit is NaN, which argmax would take for the largest."""
     lost = jnp.any(jnp.isnan(logits), axis=-1)
     return jnp.where(lost, ABSTAIN, jnp.argmax(logits, axis=-1).astype(jnp.int32))

@@ -276,7 +276,7 @@ def test_a_guard_is_put_in_and_taken_out_in_place() -> None:
     with pytest.raises(ValueError, match="inner_state: there is no guard"):
         inner_state(optimizer)
     add_guard(optimizer, model, tx)
-    with pytest.raises(ValueError, match="remove_guard: `tx` keeps another state"):
+    with pytest.raises(ValueError, match="remove_guard: the state of `tx` differs"):
         remove_guard(optimizer, model, optax.sgd(0.1))
 
 
