@@ -12,8 +12,8 @@ Model          Made unstable by                        Shows
                a high learning rate                    attention logits, which only `query_key_norm` prevents
 =============  ======================================  ========================================================
 
-A guard does not fix an unstable architecture (docs/rules/which_rule.md has an example); `Transformer(query_key_norm=True)`
-does.
+A guard does not fix an unstable architecture (docs/rules/which_rule.md has an example);
+`Transformer(query_key_norm=True)` does.
 
 All models are `flax.nnx` modules; `pip install 'optax_guard[flax]'` installs Flax. They all take `dtype`, the floating
 dtype of the computation and the logits (cast the logits to float32 before a cross-entropy), `param_dtype`, that of the
