@@ -1,5 +1,6 @@
 """What the package says of itself, and what its source distribution holds."""
 
+import doctest
 import re
 import shutil
 import subprocess
@@ -7,6 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from registry import Entry
+
+import optax_guard as og
+from optax_guard.rules import _skip
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -39,3 +44,27 @@ def test_the_lowest_versions_are_pinned_nowhere_else() -> None:
     listed = [x for x in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", x)]
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
     assert all(f'"{each.split()[-1]}"' in workflow for each in listed)
+
+
+def test_what_a_contributor_is_told_to_look_at_exists() -> None:
+    pages = [ROOT / "CONTRIBUTING.md", *(ROOT / ".github").rglob("*.*")]
+    told = {path for page in pages for path in re.findall(r"\b(?:docs|tests|optax_guard)/[\w/.]*\w", page.read_text())}
+    assert len(told) > 10
+    assert not [path for path in told if not (ROOT / path).exists()]
+    targets = {name for page in pages for name in re.findall(r"`make ([\w./-]+)", page.read_text())}
+    makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
+    assert not [name for name in targets if not re.search(rf"^{re.escape(name)}:", makefile, re.MULTILINE)]
+
+
+def test_the_rule_in_the_worked_example_works() -> None:
+    """In the file that it is said to go into, with its row and its example; as for the task, see StabilityBench."""
+    rule, row, _ = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    names = dict(vars(_skip))
+    exec(compile(rule, "CONTRIBUTING.md", "exec"), names)
+    (found,) = doctest.DocTestFinder().find(names["skip_small"], "skip_small", module=False, globs=names)
+    assert doctest.DocTestRunner().run(found) == (0, 3)
+    offered = type("og", (), {"skip_small": names["skip_small"]})
+    (entry,) = eval(row.strip(), {"Entry": Entry, "og": offered})
+    assert isinstance(entry.make(), og.Rule)
