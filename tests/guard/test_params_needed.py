@@ -50,7 +50,7 @@ def test_stabilize_names_its_own_option() -> None:
 
 
 def test_the_page_lists_all_that_needs_them() -> None:
-    section = PAGE.read_text().split("## Where a library passes no parameters\n")[1].split("\n## ")[0]
+    section = PAGE.read_text().split("## Libraries that pass no parameters\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     functions = {name for name in og.__all__ if callable(getattr(og, name))}  # `recovery` is also a folder
     listed = {name for row in rows for name in re.findall(r"\w+", row)} & functions
