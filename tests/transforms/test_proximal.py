@@ -532,7 +532,7 @@ def test_sparsity_counts_exact_zeros_of_every_kind_and_works_under_jit() -> None
 if __name__ == "__main__":
     ROWS = {f"`proximal_l1`, {name}": make for name, make in OPTIMIZERS.items()} | {
         'soft-threshold after Adam (`metric="identity"`)': lambda: l1(optax.adam(0.01), 0.01, metric="identity"),
-        "momentum not told (`momentum=0`)": lambda: l1(optax.sgd(0.01, 0.9), 0.01, momentum=0),
+        "momentum not passed (`momentum=0`)": lambda: l1(optax.sgd(0.01, 0.9), 0.01, momentum=0),
         "`chain(l1_penalty, sgd)`": lambda: optax.chain(og.l1_penalty(STRENGTH), optax.sgd(0.1)),
         "`chain(l1_penalty, adam)`": lambda: optax.chain(og.l1_penalty(STRENGTH), optax.adam(0.01)),
     }
