@@ -43,7 +43,7 @@ from optax_guard._step.updates import add_updates, bad_updates
 from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.recovery import _ladder
 
-__all__ = ["HOLDING", "GuardState", "guard", "guarded"]
+__all__ = ["HOLDING", "GuardState", "Settings", "guard", "guarded"]
 
 _CODE = {name: code for code, name in enumerate(EVENTS)}
 _EVENT_ORDER = ("halted", "nonfinite", "nonfinite_update", "skipped", "recovery", "let_through", "clipped")
@@ -87,6 +87,17 @@ class _Judgement(NamedTuple):
     rule: jax.Array  # i32[]
     worst_leaf: jax.Array  # i32[]
     has_gradient: jax.Array  # bool[n_leaves]
+    loss: jax.Array | None  # f32[]
+
+
+class _Outcome(NamedTuple):
+    """What became of a step."""
+
+    applied: jax.Array  # bool[]: whether the inner optimizer was asked
+    bad_leaf: jax.Array  # i32[]: the first leaf whose update was not finite, and held; -1 if there is none
+    inner_state: Any
+    plan: _ladder.Plan | None
+    recovery_state: Any
 
 
 def guard(
@@ -180,41 +191,32 @@ def guard(
       `optax.apply_if_finite`: no rules, lets a non-finite gradient in after a number of them, and copies parameters
       and moments at every step.
     """
-    return guarded(
-        "guard",
-        "inner",
-        inner,
-        rules,
-        recovery=recovery,
-        patience=patience,
-        halt_after=halt_after,
-        recorder_rows=recorder_rows,
-        check_updates=check_updates,
-        mask=mask,
-        axis_name=axis_name,
-    )
+    settings = Settings(recovery, patience, halt_after, recorder_rows, check_updates, mask, axis_name)
+    return guarded("guard", inner, rules, settings)
+
+
+class Settings(NamedTuple):
+    """The arguments that `guard` and `stabilize` share, as they were given."""
+
+    recovery: tuple[_ladder.Rung, ...]
+    patience: int
+    halt_after: int
+    recorder_rows: int
+    check_updates: bool | None
+    mask: Mask | None
+    axis_name: AxisName | None
 
 
 def guarded(
-    name: str,
-    argument: str,
-    inner: Any,
-    rules: tuple[Rule, ...],
-    *,
-    recovery: tuple[_ladder.Rung, ...],
-    patience: int,
-    halt_after: int,
-    recorder_rows: int,
-    check_updates: bool | None,
-    mask: Mask | None,
-    axis_name: AxisName | None,
+    name: str, inner: Any, rules: tuple[Rule, ...], settings: Settings
 ) -> optax.GradientTransformationExtraArgs:
-    """`guard`, whose messages speak of the function that was called and of its argument for the optimizer."""
+    """`guard`, whose messages name the function that was called."""
+    recovery, patience, halt_after, recorder_rows, check_updates, mask, axis_name = settings
     patience = validate.integer(name, "patience", patience, low=0)
     halt_after = validate.integer(name, "halt_after", halt_after, low=1)
     recorder_rows = validate.integer(name, "recorder_rows", recorder_rows, low=1, high=validate.MILLION)
     validate.axis_name(name, axis_name)
-    inner = as_transformation(name, inner, argument)
+    inner = as_transformation(name, inner)
     if check_updates is None:  # an optimizer that asks for gradients by itself: none of these is seen here
         checks = any("grad_fn" in parameter for parameter in named_by(inner))
     else:
@@ -242,7 +244,7 @@ def guarded(
         params = as_params(name, params)
         only_chosen(name, mask, params)  # a mask that does not match is told here
         inner_state = inner.init(params)
-        refuse_inside(name, argument, inner_state, {LossScalingState: "loss_scaling", AccumulateState: "accumulate"})
+        refuse_inside(name, "inner", inner_state, {LossScalingState: "loss_scaling", AccumulateState: "accumulate"})
         return GuardState(
             guarded_state=inner_state,
             rule_states=tuple(each.init(params) for each in rules),
@@ -274,7 +276,7 @@ def guarded(
             refused=judged.refused,
             alive=~state.halted,
             has_gradient=judged.has_gradient,
-            value=loss,
+            value=judged.loss,
         )
         plan = _ladder.plan(ladder, state.recovery_state, seen, start.params)
         params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, start.params, state.guarded_state)
@@ -313,16 +315,16 @@ def guarded(
         result, new_state, bad_leaf = lax.cond(applied, act, hold)
         happened = applied & (bad_leaf < 0)
 
-        def after() -> PyTree:
+        def new_params() -> PyTree:
             return result if start.in_place else add_updates(start.params, result)
 
         def next_updates(inner_state: Any, params: PyTree) -> PyTree:
             return propose(inner_state, params)[0]
 
-        recovery_state = _ladder.finish(
-            ladder, plan, seen, happened, applied & ~happened, after, new_state, next_updates
-        )
-        return result, _advance(state, judged, new_state, applied, bad_leaf, halt_after, seen, plan, recovery_state)
+        after = _ladder.After(happened, applied & ~happened, new_params, new_state, next_updates)
+        recovery_state = _ladder.finish(ladder, plan, seen, after)
+        outcome = _Outcome(applied, bad_leaf, new_state, plan, recovery_state)
+        return result, _advance(state, judged, outcome, halt_after)
 
     return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
 
@@ -376,6 +378,7 @@ def _judge(
         rule=acted,
         worst_leaf=_worst_leaf(before),
         has_gradient=before.finite & (before.sum_squares > 0),
+        loss=loss,
     )
 
 
@@ -386,18 +389,9 @@ def _worst_leaf(statistics: GradientStatistics) -> jax.Array:
     return jnp.argmax(size).astype(jnp.int32)
 
 
-def _advance(
-    state: GuardState,
-    judged: _Judgement,
-    inner_state: Any,
-    applied: jax.Array,
-    bad_leaf: jax.Array,
-    halt_after: int,
-    seen: _ladder.Seen,
-    plan: _ladder.Plan | None,
-    recovery_state: Any,
-) -> GuardState:
+def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_after: int) -> GuardState:
     """The counters and the recorder after a step."""
+    applied, bad_leaf, inner_state, plan, recovery_state = outcome
     bad_update = applied & (bad_leaf >= 0)
     happened = applied & ~bad_update
     nonfinite = ~judged.finite | bad_update
@@ -411,7 +405,7 @@ def _advance(
     ).astype(jnp.int32)
     row = Row(
         step=state.guard_step,
-        value=seen.value,
+        value=judged.loss,
         grad_norm=judged.norm,
         clipped_norm=jnp.where(happened, judged.clipped_norm, 0),
         scale=jnp.where(happened, jnp.min(judged.scale, initial=1.0), 0),
@@ -421,7 +415,7 @@ def _advance(
         recovery=0 if plan is None else plan.reason,
     )
     halted = state.halted | (in_row >= halt_after)
-    return GuardState(
+    return state._replace(
         guarded_state=inner_state,
         rule_states=judged.rule_states,
         guard_step=next_step(state.guard_step),
@@ -434,7 +428,6 @@ def _advance(
         halted=halted if plan is None else halted | plan.gives_up,
         recorder=add_row(state.recorder, row),
         recovery_state=recovery_state,
-        seen_leaves=state.seen_leaves,
     )
 
 

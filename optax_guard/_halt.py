@@ -100,12 +100,12 @@ def clear_halt(state: State) -> State:
     def clear(node: Any) -> Any:
         if not isinstance(node, GuardState):
             return node
-        fields = node._asdict()
-        fields["guarded_state"] = clear_halt(node.guarded_state)
-        fields["halted"] = jax.tree.map(jnp.zeros_like, node.halted)
-        fields["nonfinite_in_row"] = jax.tree.map(jnp.zeros_like, node.nonfinite_in_row)
-        fields["recovery_state"] = _ladder.cleared(node.recovery_state)
-        return GuardState(**fields)
+        return node._replace(
+            guarded_state=clear_halt(node.guarded_state),
+            halted=jax.tree.map(jnp.zeros_like, node.halted),
+            nonfinite_in_row=jax.tree.map(jnp.zeros_like, node.nonfinite_in_row),
+            recovery_state=_ladder.cleared(node.recovery_state),
+        )
 
     return jax.tree.map(clear, state, is_leaf=lambda node: isinstance(node, GuardState))
 

@@ -20,7 +20,7 @@ import optax
 from optax_guard._common import validate
 from optax_guard._common.tree import check_has_params, resolve_mask
 from optax_guard._common.typing import AxisName, Mask, PyTree, ScalarOrSchedule
-from optax_guard._guard import guarded
+from optax_guard._guard import Settings, guarded
 from optax_guard._step.act import as_transformation
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
@@ -126,19 +126,8 @@ def stabilize(
             limit = optax.masked(limit, mask)
         inner = optax.chain(inner, limit)
     rules = _skip_loss_spikes(axis_name), clip_by_norm_history(horizon, max_norm=max_norm, axis_name=axis_name)
-    return guarded(
-        name,
-        "inner",
-        inner,
-        rules,
-        recovery=recovery,
-        patience=patience,
-        halt_after=halt_after,
-        recorder_rows=recorder_rows,
-        mask=mask,
-        check_updates=None,
-        axis_name=axis_name,
-    )
+    settings = Settings(recovery, patience, halt_after, recorder_rows, None, mask, axis_name)
+    return guarded(name, inner, rules, settings)
 
 
 def _max_change(max_change: Any, axis_name: AxisName | None) -> optax.GradientTransformationExtraArgs:

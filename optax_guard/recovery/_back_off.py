@@ -169,19 +169,14 @@ def step_down(rung: BackOff, state: BackOffState, trouble: jax.Array) -> BackOff
     """The scale of this step's update, lowered at trouble."""
     owed = jnp.minimum(state.healthy_steps_owed + jnp.where(trouble, rung.recover_after, 0), rung.most_owed)
     level = owed.astype(jnp.float32) / rung.recover_after
-    return BackOffState(
+    return state._replace(
         healthy_steps_owed=owed,
         back_off_total=count_if(trouble, state.back_off_total),
         update_scale=jnp.exp(level * math.log(rung.factor)),
-        back_off_watch=state.back_off_watch,
     )
 
 
 def step_up(state: BackOffState, healthy: jax.Array, watch: Any) -> BackOffState:
     """One step less owed after a healthy one."""
-    return BackOffState(
-        healthy_steps_owed=jnp.maximum(state.healthy_steps_owed - healthy.astype(jnp.int32), 0),
-        back_off_total=state.back_off_total,
-        update_scale=state.update_scale,
-        back_off_watch=watch,
-    )
+    owed = jnp.maximum(state.healthy_steps_owed - healthy.astype(jnp.int32), 0)
+    return state._replace(healthy_steps_owed=owed, back_off_watch=watch)

@@ -4,7 +4,6 @@
 snapshot. `finish` looks at the moments and takes snapshots, when they are due. What a rung needs stands in its file.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -33,7 +32,7 @@ from optax_guard.recovery._rewind import (
     updates_to,
     watch_after_rewind,
 )
-from optax_guard.recovery._seen import Seen, Trouble
+from optax_guard.recovery._seen import After, Seen, Trouble
 
 __all__ = [
     "Ladder",
@@ -186,9 +185,8 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
         watch = watch_after_rewind(watch, rewind, rewinds, place)
         rewind = after_rewind(ladder.rewind, rewind, rewinds, place)
     return Plan(
-        state=RecoveryState(
+        state=state._replace(
             trouble_in_row=in_row,
-            bad_update_before=state.bad_update_before,
             reset_state=reset,
             back_off_state=back_off,
             rewind_state=rewind,
@@ -235,51 +233,28 @@ def scaled(planned: Plan | None, updates: PyTree) -> PyTree:
     return scale_leaves(updates, planned.update_scale)
 
 
-def finish(
-    ladder: Ladder | None,
-    planned: Plan | None,
-    seen: Seen,
-    applied: jax.Array,
-    bad_update: jax.Array,
-    params: Callable[[], PyTree],
-    inner_state: PyTree,
-    next_updates: Callable[[PyTree, PyTree], PyTree],
-) -> RecoveryState | tuple[()]:
-    """The state after the step: looks at the moments and takes a snapshot where they are due.
-
-    `applied` is whether the step's update was; `params` gives the parameters after it, and `next_updates` what the
-    optimizer makes of this step's gradient in a state and at parameters.
-    """
+def finish(ladder: Ladder | None, planned: Plan | None, seen: Seen, after: After) -> RecoveryState | tuple[()]:
+    """The state after the step: looks at the moments and takes a snapshot where they are due."""
     if ladder is None or planned is None:
         return ()
     state = planned.state
-    healthy = applied & ~seen.refused
+    healthy = after.applied & ~seen.refused
     reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
     if ladder.reset is not None:
-        reset = look_at_moments(ladder.reset, ladder.axis_name, reset, seen, applied, params, inner_state, next_updates)
+        reset = look_at_moments(ladder.reset, ladder.axis_name, reset, seen, after)
     if ladder.back_off is not None:
         back_off = step_up(back_off, healthy, ())
     if ladder.rewind is not None:
         low = ~_diverged(state.loss_watch, (1 + ladder.rewind.diverged) / 2, seen)
         rewind = take_snapshot(
-            ladder.rewind,
-            ladder.mask,
-            ladder.axis_name,
-            rewind,
-            healthy & low,
-            seen.step,
-            state.loss_watch,
-            params,
-            inner_state,
+            ladder.rewind, ladder.mask, ladder.axis_name, rewind, state.loss_watch, healthy & low, seen, after
         )
-    return RecoveryState(
-        trouble_in_row=state.trouble_in_row,
+    return state._replace(
         # What Adam makes of zeros in float16 (0 / 0) is held; moments and parameters have nothing to do with it.
-        bad_update_before=jnp.where(seen.alive, bad_update & jnp.any(seen.has_gradient), state.bad_update_before),
+        bad_update_before=jnp.where(seen.alive, after.bad_update & jnp.any(seen.has_gradient), state.bad_update_before),
         reset_state=reset,
         back_off_state=back_off,
         rewind_state=rewind,
-        loss_watch=state.loss_watch,
     )
 
 

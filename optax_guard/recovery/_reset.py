@@ -1,6 +1,5 @@
 """The rung `reset_moments`: starts the optimizer's moments anew when they are bad, or stop the parameters."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from optax_guard._common.counters import count_if
 from optax_guard._common.tree import is_gradient, leaves_with_none
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.moments import all_finite, fingerprints, moments, moves_float32, reset_state
-from optax_guard.recovery._seen import Seen, Trouble
+from optax_guard.recovery._seen import After, Seen, Trouble
 
 __all__ = [
     "Reset",
@@ -160,76 +159,55 @@ def start_anew(
 
 def after_reset(state: ResetState, resets: jax.Array, dead: jax.Array) -> ResetState:
     """The state that a reset leaves, with the counters of resets."""
-    return ResetState(
-        parameter_sums=state.parameter_sums,
-        leaf_moved=state.leaf_moved,
+    return state._replace(
         moments_finite=state.moments_finite | resets,
-        frozen_leaves=state.frozen_leaves,
-        standing_still=state.standing_still,
         parameters_frozen=state.parameters_frozen & ~resets,
         reset_total=count_if(resets, state.reset_total),
         silent_death_total=count_if(dead, state.silent_death_total),
     )
 
 
-def look_at_moments(
-    rung: Reset,
-    axis_name: AxisName | None,
-    state: ResetState,
-    seen: Seen,
-    applied: jax.Array,
-    params: Callable[[], PyTree],
-    inner_state: PyTree,
-    next_updates: Callable[[PyTree, PyTree], PyTree],
-) -> ResetState:
+def look_at_moments(rung: Reset, axis_name: AxisName | None, state: ResetState, seen: Seen, after: After) -> ResetState:
     """After the step, every `check_every`: are the moments finite, and did the parameters move since the last look?"""
     due = seen.alive & (seen.step % rung.check_every == 0)
 
     def look() -> tuple[jax.Array, jax.Array]:
-        now = params()
-        return all_finite(moments(inner_state, now), axis_name), fingerprints(now, axis_name)
+        now = after.params()
+        return all_finite(moments(after.inner_state, now), axis_name), fingerprints(now, axis_name)
 
     finite, sums = lax.cond(due, look, lambda: (state.moments_finite, state.parameter_sums))
     # the first look has nothing to compare with
     moved = jnp.any(sums != state.parameter_sums, axis=1) & (seen.step > 0)
-    judged = due & applied  # a step that was held says nothing of the optimizer
+    judged = due & after.applied  # a step that was held says nothing of the optimizer
     eligible = judged & state.leaf_moved & seen.has_gradient
     still = eligible & ~moved
-    dead = still & ~_rounded(jax.eval_shape(params), still, params, inner_state, next_updates, axis_name)
+    dead = still & ~_rounded(still, after, axis_name)
     frozen = jnp.sum(dead, dtype=jnp.int32)
     half = (frozen > 0) & (2 * frozen >= jnp.sum(eligible, dtype=jnp.int32))
     alive = jnp.where(judged, moved | still & ~dead, state.leaf_moved | moved)
-    return ResetState(
+    return state._replace(
         parameter_sums=sums,
         leaf_moved=jnp.where(due, alive, state.leaf_moved),
         moments_finite=finite,
         frozen_leaves=jnp.where(judged, frozen, state.frozen_leaves),
         standing_still=jnp.where(judged, jnp.sum(still & ~dead, dtype=jnp.int32), state.standing_still),
         parameters_frozen=jnp.where(judged, half, state.parameters_frozen),
-        reset_total=state.reset_total,
-        silent_death_total=state.silent_death_total,
     )
 
 
-def _rounded(
-    types: PyTree,
-    still: jax.Array,
-    params: Callable[[], PyTree],
-    inner_state: PyTree,
-    next_updates: Callable[[PyTree, PyTree], PyTree],
-    axis_name: AxisName | None,
-) -> jax.Array:
+def _rounded(still: jax.Array, after: After, axis_name: AxisName | None) -> jax.Array:
     """bool[n_leaves]: those of 16 bits that stand still though the update would move them in float32.
 
     Only the update tells, and the fast way never writes it down: it is made once more, with the gradient of this step,
     in a branch that is taken when a leaf of 16 bits stood still.
     """
-    narrow = np.array([is_gradient(leaf) and jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves_with_none(types)], bool)
+    leaves = leaves_with_none(jax.eval_shape(after.params))
+    narrow = np.array([is_gradient(leaf) and jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves], bool)
     if not narrow.any():
         return jnp.zeros_like(still)
 
     def moves() -> jax.Array:
-        now = params()
-        return moves_float32(next_updates(inner_state, now), now, axis_name) & narrow
+        now = after.params()
+        return moves_float32(after.next_updates(after.inner_state, now), now, axis_name) & narrow
 
     return lax.cond(jnp.any(still & narrow), moves, lambda: jnp.zeros_like(still))

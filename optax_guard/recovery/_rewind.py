@@ -1,7 +1,6 @@
 """The rung `rewind`: goes back to a snapshot of parameters and inner state when the loss has diverged."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -17,7 +16,7 @@ from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._step.mask import only_chosen
 from optax_guard._step.moments import all_finite, moments
 from optax_guard.recovery._loss_watch import LossWatch
-from optax_guard.recovery._seen import Seen, Trouble
+from optax_guard.recovery._seen import After, Seen, Trouble
 
 __all__ = [
     "Memory",
@@ -221,10 +220,7 @@ def updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:
 def after_rewind(rung: Rewind, state: RewindState, rewinds: jax.Array, place: jax.Array) -> RewindState:
     """The state that a rewind leaves, with its counters."""
     dropped = (rewinds & (place != state.newest_snapshot)).astype(jnp.int32)
-    return RewindState(
-        snapshots=state.snapshots,
-        snapshot_steps=state.snapshot_steps,
-        snapshot_losses=state.snapshot_losses,
+    return state._replace(
         newest_snapshot=jnp.where(rewinds, place, state.newest_snapshot),
         snapshots_held=state.snapshots_held - dropped,
         # counted anew, so that a snapshot after a rewind proves that it helped
@@ -237,11 +233,9 @@ def after_rewind(rung: Rewind, state: RewindState, rewinds: jax.Array, place: ja
 def watch_after_rewind(watch: LossWatch, state: RewindState, rewinds: jax.Array, place: jax.Array) -> LossWatch:
     """The loss at the snapshot is the level from which a rise counts."""
     loss = state.snapshot_losses[place]
-    return LossWatch(
+    return watch._replace(
         smoothed_loss=jnp.where(rewinds, loss, watch.smoothed_loss),
         best_loss=jnp.where(rewinds, loss, watch.best_loss),
-        first_loss=watch.first_loss,
-        losses_seen=watch.losses_seen,
     )
 
 
@@ -250,19 +244,21 @@ def take_snapshot(
     mask: Mask | None,
     axis_name: AxisName | None,
     state: RewindState,
-    healthy: jax.Array,
-    step: jax.Array,
     watch: LossWatch,
-    params: Callable[[], PyTree],
-    inner_state: PyTree,
+    healthy: jax.Array,
+    seen: Seen,
+    after: After,
 ) -> RewindState:
     """After the step: copies parameters and inner state if a snapshot is due and nothing speaks against it."""
     due = healthy & (state.snapshot_due_in <= 0)
 
     def clean() -> jax.Array:
-        now = params()
+        now = after.params()
         trained = only_chosen("guard", mask, now)
-        return all_finite([*leaves_with_none(trained), *moments(inner_state, now)], axis_name)
+        return all_finite([*leaves_with_none(trained), *moments(after.inner_state, now)], axis_name)
+
+    def now() -> tuple[PyTree, ...]:
+        return _parts(after.params(), after.inner_state)[0]
 
     takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
     target = (state.newest_snapshot + 1) % rung.keep
@@ -270,22 +266,21 @@ def take_snapshot(
     def written(position: int, snapshot: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         writes = takes & (target == position)
         if rung.memory == "host":
-            return _cond_on_host(writes, store, _second_of, _parts(params(), inner_state)[0], snapshot, host=True)
-        return lax.cond(writes, lambda: store(_parts(params(), inner_state)[0], snapshot), lambda: snapshot)
+            return _cond_on_host(writes, store, _second_of, now(), snapshot, host=True)
+        return lax.cond(writes, lambda: store(now(), snapshot), lambda: snapshot)
 
     store = functools.partial(_stored, rung)
     snapshots = tuple(written(position, snapshot) for position, snapshot in enumerate(state.snapshots))
     here = takes & (jnp.arange(rung.keep, dtype=jnp.int32) == target)
     waits = jnp.maximum(state.snapshot_due_in - healthy.astype(jnp.int32), 0)
-    return RewindState(
+    return state._replace(
         snapshots=snapshots,
-        snapshot_steps=jnp.where(here, step + 1, state.snapshot_steps),
+        snapshot_steps=jnp.where(here, seen.step + 1, state.snapshot_steps),
         snapshot_losses=jnp.where(here, watch.smoothed_loss, state.snapshot_losses),
         newest_snapshot=jnp.where(takes, target, state.newest_snapshot),
         snapshots_held=jnp.minimum(state.snapshots_held + takes.astype(jnp.int32), rung.keep),
         snapshot_due_in=jnp.where(takes, rung.every - 1, waits),
         rewinds_in_row=jnp.where(takes, 0, state.rewinds_in_row),
-        rewind_total=state.rewind_total,
     )
 
 

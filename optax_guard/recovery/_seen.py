@@ -1,14 +1,17 @@
-"""What a rung is told of a step before it is taken."""
+"""What a rung is told of a step, before it is taken and after it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
-__all__ = ["Seen", "Trouble"]
+from optax_guard._common.typing import PyTree
+
+__all__ = ["After", "Seen", "Trouble"]
 
 
 class Seen(NamedTuple):
-    """What the guard knows of the step."""
+    """What the guard knows of the step before it is taken."""
 
     step: jax.Array  # i32[]
     finite: jax.Array  # bool[]
@@ -23,3 +26,13 @@ class Trouble(NamedTuple):
 
     now: jax.Array  # bool[]: False in a halted guard
     in_row: jax.Array  # i32[]
+
+
+class After(NamedTuple):
+    """What there is after the step."""
+
+    applied: jax.Array  # bool[]: whether the optimizer's update was applied
+    bad_update: jax.Array  # bool[]: whether there was one that was held because it was not finite
+    params: Callable[[], PyTree]  # gives the parameters
+    inner_state: PyTree
+    next_updates: Callable[[PyTree, PyTree], PyTree]  # the updates for this step's gradient at (state, parameters)

@@ -339,10 +339,8 @@ def _other_shape(wanted: PyTree, got: PyTree) -> str:
 
 def _fill(node: GuardState, leaves: Any) -> GuardState:
     """A fresh guard state with what is inside taken from `leaves`, in order."""
-    fields = node._asdict()
     inside = node.guarded_state
-    fields["guarded_state"] = jax.tree.unflatten(jax.tree.structure(inside), _filled(inside, leaves))
-    return GuardState(**fields)
+    return node._replace(guarded_state=jax.tree.unflatten(jax.tree.structure(inside), _filled(inside, leaves)))
 
 
 def _filled(fresh: PyTree, leaves: Any) -> list[Any]:

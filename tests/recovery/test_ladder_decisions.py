@@ -234,7 +234,8 @@ def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
     def finish(state: Any, seen: Any, applied: Any, bad_update: Any, finite: Any) -> Any:
         moments = jax.tree.map(lambda x: jnp.where(finite | (x.ndim == 1), x + 2, jnp.inf), inner)
         plan = _ladder.plan(LADDER, state, seen, PARAMS)._replace(state=state)
-        return _ladder.finish(LADDER, plan, seen, applied, bad_update, lambda: PARAMS, moments, lambda *_: PARAMS)
+        after = _ladder.After(applied, bad_update, lambda: PARAMS, moments, lambda *_: PARAMS)
+        return _ladder.finish(LADDER, plan, seen, after)
 
     got = jax.device_get(quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite))
     before, after = fields(states), fields(got)
