@@ -155,7 +155,7 @@ def guard(
       patience: how many finite steps in a row the rules may refuse before one is let through (>= 0). A lasting change
         must not stop a run. An applied step resets the count; a non-finite one neither counts nor resets.
       halt_after: non-finite steps in a row until the guard halts (>= 1). A finite step resets the count.
-      recorder_rows: rows of the flight recorder (>= 1); each takes 36 bytes.
+      recorder_rows: rows of the flight recorder (>= 1); each takes 40 bytes.
       check_updates: also hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a zero
         float16 gradient into NaN, or would take a finite parameter beyond its dtype. Costs a second copy of parameters
         and inner state while it runs. None: only if `inner.update` has a parameter for gradients that it asks for

@@ -46,8 +46,8 @@ RECOVERIES = (  # what the ladder did; several may come together
     "gave_up",  # diverged again after all rewinds: the guard halts
 )
 _NUMBERS = ("value", "grad_norm", "clipped_norm", "scale")
-_FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)
-_RECOVERY = 5 ** len(_NUMBERS)  # where the ladder's bits begin in the packed code
+_FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)  # the kind of a number
+_BITS = 3  # that a kind takes in the column of kinds
 
 
 class Row(NamedTuple):
@@ -68,13 +68,13 @@ class FlightRecorder(NamedTuple):
     """The last `history` rows. Row of step t is at t % history; `codes[:, 0]` is -1 where nothing was written."""
 
     numbers: jax.Array  # f32[history, 4]: value, grad_norm, clipped_norm, scale; 0 where not finite
-    codes: jax.Array  # i32[history, 5]: step, event, rule, worst_leaf, what the numbers were (base 5) + 625 * recovery
+    codes: jax.Array  # i32[history, 6]: step, event, rule, worst_leaf, the kinds of the four numbers, recovery
 
 
 def empty_recorder(history: int) -> FlightRecorder:
     """A recorder with no rows."""
     return FlightRecorder(
-        numbers=jnp.zeros((history, len(_NUMBERS)), jnp.float32), codes=jnp.full((history, 5), -1, jnp.int32)
+        numbers=jnp.zeros((history, len(_NUMBERS)), jnp.float32), codes=jnp.full((history, 6), -1, jnp.int32)
     )
 
 
@@ -90,8 +90,9 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
     )
     if absent:
         kinds = kinds.at[0].set(_ABSENT)
-    packed = jnp.sum(kinds * jnp.array([1, 5, 25, 125], jnp.int32), dtype=jnp.int32) + _RECOVERY * row.recovery
-    codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed.astype(jnp.int32)])
+    packed = jnp.sum(kinds << _BITS * np.arange(len(_NUMBERS), dtype=np.int32), dtype=jnp.int32)
+    recovery = jnp.asarray(row.recovery, jnp.int32)
+    codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed, recovery])
     place = row.step % recorder.codes.shape[0]
     return FlightRecorder(
         numbers=recorder.numbers.at[place].set(jnp.where(kinds == _FINITE, numbers, 0)),
@@ -103,10 +104,9 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     """The row of step `step - 1`; works inside `jit`. Before the first step, its event is -1 and its numbers are 0."""
     all_numbers, all_codes = map(field_array, recorder)
     place = (step - 1) % all_codes.shape[0]
-    codes = all_codes[place]
-    numbers = _unpack(all_numbers[place], jnp.maximum(codes[4], 0), jnp)
-    recovery = jnp.maximum(codes[4], 0) // _RECOVERY
-    return Row(codes[0], *numbers, event=codes[1], rule=codes[2], worst_leaf=codes[3], recovery=recovery)
+    step, event, rule, worst_leaf, kinds, recovery = all_codes[place]
+    numbers = _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp)
+    return Row(step, *numbers, event=event, rule=rule, worst_leaf=worst_leaf, recovery=jnp.maximum(recovery, 0))
 
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:
@@ -130,7 +130,7 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
         rows[name] = column
     rows["step"], rows["rule"], rows["worst_leaf"] = codes[order, 0], codes[order, 2], codes[order, 3]
     rows["event"] = np.array(EVENTS)[codes[order, 1]]
-    rows["recovery"] = [_recovery_words(packed // _RECOVERY) for packed in codes[order, 4]]
+    rows["recovery"] = [_recovery_words(bits) for bits in codes[order, 5]]
     return rows
 
 
@@ -138,18 +138,22 @@ def losses_given(recorder: FlightRecorder) -> np.ndarray:
     """For every row of `read_rows`, whether a loss was passed: one that was not reads as NaN there."""
     codes = np.asarray(jax.device_get(field_array(recorder.codes)))
     codes = codes[codes[:, 0] >= 0]
-    return codes[np.argsort(codes[:, 0], kind="stable"), 4] % 5 != _ABSENT
+    return _kind(codes[np.argsort(codes[:, 0], kind="stable"), 4], 0) != _ABSENT
 
 
 def _recovery_words(bits: int) -> str:
     return "+".join(name for position, name in enumerate(RECOVERIES) if bits >> position & 1)
 
 
+def _kind(packed: Any, position: int) -> Any:
+    return packed >> _BITS * position & (1 << _BITS) - 1
+
+
 def _unpack(numbers: Any, packed: Any, xp: Any) -> list[Any]:
     """Gives NaN and Inf back; a number that was never passed reads as NaN."""
     columns = []
     for i in range(len(_NUMBERS)):
-        kind = packed // 5**i % 5
+        kind = _kind(packed, i)
         bad = [xp.float32(x) for x in (xp.nan, xp.inf, -xp.inf, xp.nan)]
         columns.append(
             xp.select([kind == k for k in range(1, 5)], [xp.full_like(numbers[i], x) for x in bad], numbers[i])

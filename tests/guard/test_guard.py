@@ -302,3 +302,9 @@ def test_the_object_optax_multisteps_can_be_guarded_as_it_is() -> None:
     for number in (1.0, 3.0):
         params, state = og.apply_gradients(tx, filled(PARAMS, number), state, params)
     np.testing.assert_allclose(PARAMS["b"] - params["b"], 2.0)
+
+
+def test_a_row_of_the_recorder_takes_the_bytes_that_are_stated() -> None:
+    shorter, longer = (og.guard(optax.sgd(0.1), recorder_rows=rows).init(PARAMS).recorder for rows in (1, 2))
+    row = sum(b.nbytes - a.nbytes for a, b in zip(jax.tree.leaves(shorter), jax.tree.leaves(longer), strict=True))
+    assert f"each takes {row} bytes" in str(og.guard.__doc__)
