@@ -206,7 +206,7 @@ def test_a_long_log_of_many_leaves_stays_small(tmp_path: Path) -> None:
     rows["step"], rows["grad_norm"] = np.arange(1024), np.exp(0.3 * rng.standard_normal(1024))
     names = [f"decoder/layer_{i // 10}/mlp/kernel_{i % 10}" for i in range(200)]
     norms = np.exp(0.2 * rng.standard_normal((1024, 200))).astype(np.float32)
-    log = TrainingLog(rows, names, og.state.LeafLog(np.arange(1024), norms, names), short.totals)
+    log = TrainingLog(rows, names, og.rules.LeafLog(np.arange(1024), norms, names), short.totals)
     assert report(log, path=tmp_path / "page.html").stat().st_size < 1_000_000
 
 

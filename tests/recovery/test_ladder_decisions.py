@@ -275,7 +275,8 @@ def test_only_a_leaf_of_sixteen_bits_can_be_too_coarse_for_its_update() -> None:
     params = {"coarse": jnp.ones(2, jnp.bfloat16), "fine": jnp.ones(2)}
     updates = {"coarse": jnp.full(2, 1e-4), "fine": jnp.full(2, 1e-4)}
     still = jnp.array([True, True])
-    got = _reset._rounded(params, still, lambda: params, (), lambda *_: updates, None)
+    after = _ladder.After(jnp.array(True), jnp.array(False), lambda: params, (), lambda *_: updates)
+    got = _reset._rounded(still, after, None)
     np.testing.assert_array_equal(got, [True, False])
 
 
