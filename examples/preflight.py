@@ -1,7 +1,7 @@
 """Could I have known? The audit of a recurrent net before its first step, and the sweep that checks the prediction.
 
     python examples/preflight.py                  # about two minutes on two cores; writes preflight.png and sweep.png
-    python examples/preflight.py --out docs       # where to write them
+    python examples/preflight.py --out docs/preflight  # where to write them
 
 scikit-learn's digits, read pixel by pixel as sequences of 64 steps by a vanilla recurrent net with relu, as in
 `quickstart.py`. `preflight` reports how the gradient changes along time and where SGD with momentum becomes unstable,

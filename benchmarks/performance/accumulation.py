@@ -52,7 +52,7 @@ def across_calls(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
         compare(PART, f"`accumulate(guard(adamw, clip), 4)`, {cycle}", ours, t["bare"], 0.68),
         compare(
             PART,
-            'the same with `on_nonfinite="propagate"`, which does not look for NaN before it adds',
+            'the same with `on_nonfinite="propagate"`, which does not check for NaN before adding',
             t['accumulate, "propagate"'],
             t["bare"],
             0.68,
@@ -89,5 +89,5 @@ def inside_one_call(width: int, rounds: int) -> list[Row]:
         "a scan by hand": lambda: jax.block_until_ready(theirs(params, batch)),
     }
     t = take_turns(turns, rounds)
-    what = "`accumulate_gradients(loss_fn, 4)` over a scan by hand"
+    what = "`accumulate_gradients(loss_fn, 4)` over a hand-written scan"
     return [compare(PART, what, t["accumulate_gradients"], t["a scan by hand"], 1.05)]

@@ -12,7 +12,7 @@ __all__ = ["Record", "read_records", "regions", "shown", "terminal_table", "writ
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "benchmarks"
 RESULTS = ROOT / "benchmarks" / "results"
-GPU_TARGETS = ("on a GPU: guarded AdamW over bare at most 1.10, and no wait of the host at a step", "", "")
+GPU_TARGETS = ("on a GPU: guarded AdamW over bare at most 1.10, and the host never waits for a step", "", "")
 PARTS = {
     "guard": "guard",
     "rules": "rules",

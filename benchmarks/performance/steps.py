@@ -94,11 +94,11 @@ def recovery_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     often = (og.reset_moments(check_every=10), og.back_off(), og.rewind(every=10, keep=1))
     seldom = (og.reset_moments(check_every=10**6), og.back_off(), og.rewind(every=10**6, keep=1))
     ladders = {
-        "reset_moments, a look every ten steps": often[:1],
+        "reset_moments, checking every ten steps": often[:1],
         "back_off": often[1:2],
         "rewind, a snapshot every ten steps": often[2:],
         "all three, every ten steps": often,
-        "all three, between looks and snapshots": seldom,
+        "all three, between checks and snapshots": seldom,
     }
     txs = {"clip": og.guard(adamw, clip)}
     txs |= {name: og.guard(adamw, clip, recovery=ladder) for name, ladder in ladders.items()}
@@ -107,7 +107,7 @@ def recovery_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     rows = [compare("recovery", f"{name}, over `guard(adamw, clip)`", t[name], t["clip"]) for name in ladders]
     between, at_ten = rows[-1], rows[-2]
     value, low, high = (b + (a - b) / 10 for a, b in zip(at_ten[2:5], between[2:5], strict=True))
-    return [*rows, Row("recovery", "all three, every hundred steps (from the two before)", value, low, high)]
+    return [*rows, Row("recovery", "all three, every hundred steps (from the two rows above)", value, low, high)]
 
 
 def update_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:

@@ -201,7 +201,7 @@ def generated(results: Results) -> str:
             f"### Faults, {base}: healthy steps lost / steps to recover\n\n{recovery_table(results, base)}"
             for base in BASES
         ),
-        "### Where `stabilize` is neither the best nor equal to it",
+        "### Where `stabilize` is neither the best nor equal to the best",
         where_stabilize_loses(results),
         "### Task by task",
         *(task_table(results, task) for task in present(results)),
