@@ -1,6 +1,6 @@
-"""The tables, the words and the picture of `article.py`, from its results and nothing else.
+"""The tables, text and picture of `article.py`, made from its results alone.
 
-Which of the article's claims hold is not written here: every claim names a quantity, two settings and a direction, and
+Which of the article's claims hold is not written here: each claim names a quantity, two settings and a direction, and
 the runs decide.
 """
 
@@ -137,7 +137,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     return [
         claim("L1 slows training", train_half, told_half, l1, plain, of_l1, "higher"),
         claim("L1 prevents overfitting", "gap", told_gap, l1, plain, of_l1, "lower"),
-        claim("L1 serves new images", heldout, told_heldout, l1, plain, of_l1, "lower"),
+        claim("L1 improves the loss on new images", heldout, told_heldout, l1, plain, of_l1, "lower"),
         claim("Dense trains faster than L1", train_half, told_half, dense, l1, of_dense, "lower"),
         claim("Dense overfits more than L1", "gap", told_gap, dense, l1, of_dense, "higher"),
         claim("Dense after L1 improves on L1", heldout, told_heldout, both, l1, of_both, "lower"),
@@ -161,16 +161,16 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         claim("Accumulation gives a better model", heldout, told_heldout, *switch("accumulation"), "lower"),
         Claim("More epochs help", told_heldout, f"after {epochs} epochs", f"after {half}", "lower", longer),
         claim("More varied data prevent overfitting", "gap", told_gap, *switch("augmented"), "lower"),
-        claim("More varied data serve new images", heldout, told_heldout, *switch("augmented"), "lower"),
+        claim("More varied data improve the loss on new images", heldout, told_heldout, *switch("augmented"), "lower"),
         claim(
-            "Noise in training makes robust against noise in the image",
+            "Noise in training makes the net robust to noise in the image",
             "input_noise_loss",
             "loss on noisy images",
             *switch("noise"),
             "lower",
         ),
         claim(
-            "Noise in training makes robust against noise in the weights",
+            "Noise in training makes the net robust to noise in the weights",
             "weight_noise_loss",
             "loss with noisy weights",
             *switch("noise"),
@@ -185,9 +185,9 @@ def sentence(claim: Claim) -> str:
     count = found.lower if claim.expected == "lower" else found.higher
     told = [f"{number(each.changed)} {claim.changed}, {number(each.before)} {claim.before}" for each in (found.here,)]
     if found.start is not None:
-        told.append(f"{number(found.start.changed)} and {number(found.start.before)} from the smaller start")
+        told.append(f"{number(found.start.changed)} and {number(found.start.before)} with the smaller initial weights")
     unclear = [each is not None and each.direction == "the same" for each in (found.here, found.start)]
-    told = [text + " (the same)" * same for text, same in zip(told, unclear, strict=False)]
+    told = [text + " (no difference)" * same for text, same in zip(told, unclear, strict=False)]
     return f"*{claim.claim}*: {claim.quantity} {'; '.join(told)}; {claim.expected} in {count} of {found.pairs} pairs."
 
 
@@ -196,14 +196,14 @@ def clamped_noise(results: dict[str, Any]) -> str:
     rows = [r for r in results["rows"] if "more" not in r]
     change = max(float(np.max(np.abs(value(r, "clamped_noise_loss") / value(r, "heldout_loss") - 1))) for r in rows)
     size = f"{results['options']['clamp']:g}"
-    text = f"Noise clamped to a norm of {size} changes the loss at test time by at most {change:.1g} of it"
+    text = f"Noise clamped to a norm of {size} changes the loss at test time by a fraction of at most {change:.1g}"
     trained = [r for r in results["rows"] if r.get("more") == f"noise of norm {size}"]
     if trained:
         [plain] = select(results, **ARTICLE)
         shift = float(np.max(np.abs(value(trained[0], "heldout_loss") / value(plain, "heldout_loss") - 1)))
         text += f", and in training by at most {shift:.1g}"
         change = max(change, shift)
-    return text + (": it is too small to do anything." if change < SAME else ".")
+    return text + (": it is too small to have any effect." if change < SAME else ".")
 
 
 def paragraphs(results: dict[str, Any]) -> tuple[str, str]:
@@ -212,11 +212,16 @@ def paragraphs(results: dict[str, Any]) -> tuple[str, str]:
     holds = [text for word, text in judged if word == "holds"]
     places = [text for word, text in judged if word == "holds in places"]
     fails = [text for word, text in judged if word == "fails"]
-    good = f"**What holds** ({len(holds)} of {len(judged)}). " + (" ".join(holds) or "None of the claims.")
-    bad = f"**What does not** ({len(fails)}). " + (" ".join(fails) or "None of the claims fails.")
+    good = listed(f"**These claims hold** ({len(holds)} of {len(judged)})", holds)
+    bad = listed(f"**These claims fail** ({len(fails)})", fails)
     if places:
-        bad += f" **What holds in places** ({len(places)}). " + " ".join(places)
-    return good, bad + " " + clamped_noise(results)
+        bad += "\n\n" + listed(f"**These claims hold in some settings only** ({len(places)})", places)
+    return good, bad + "\n\n" + clamped_noise(results)
+
+
+def listed(title: str, items: list[str]) -> str:
+    """A Markdown list under its title."""
+    return f"{title}:\n\n" + "\n".join(f"- {item}" for item in items or ["none"])
 
 
 class Strength(NamedTuple):
@@ -243,7 +248,7 @@ def best(results: dict[str, Any], kind: str) -> Strength:
 
 
 def about_strengths(results: dict[str, Any]) -> str:
-    """Whether the comparison of L1 with dense hangs on the strengths chosen."""
+    """Whether the comparison of L1 with dense depends on the strengths chosen."""
     l1, dense = best(results, "L1"), best(results, "dense")
     l1_loss, dense_loss = float(l1.losses.mean()), float(dense.losses.mean())
     [plain] = select(results, **ARTICLE)
@@ -254,15 +259,15 @@ def about_strengths(results: dict[str, Any]) -> str:
     ]
     compared = {2: "both below", 1: f"only {''.join(below)} below", 0: "neither below"}[len(below)]
     return (
-        f"Each at the best of four strengths, {winner} is better: a held-out loss of {number(l1_loss)} with L1 at "
-        f"{options['l1'] * l1.factor:g}, {number(dense_loss)} with dense at {options['dense'] * dense.factor:g}, "
+        f"With each at the best of four strengths, {winner} is better: the held-out loss is {number(l1_loss)} with L1 "
+        f"at {options['l1'] * l1.factor:g} and {number(dense_loss)} with dense at {options['dense'] * dense.factor:g}, "
         f"{compared} the {number(value(plain, 'heldout_loss').mean())} of plain training; the gap is then "
         f"{number(l1.gap)} with L1 and {number(dense.gap)} with dense."
     )
 
 
 def about_shrinking(results: dict[str, Any]) -> str:
-    """What the article's formulas do to the letter, on the gradient."""
+    """What the article's formulas do when applied literally, to the gradient."""
     rows = {r["more"]: r for r in results["rows"] if r.get("more", "").startswith("shrink")}
     if not rows:
         return ""
@@ -274,10 +279,10 @@ def about_shrinking(results: dict[str, Any]) -> str:
         zeros = max(zeros, value(row, "exact_zeros").max())
         better.append(loss.mean() < value(plain, "heldout_loss").mean() * (1 - SAME))
     none = "no weight is exactly zero" if zeros == 0 else f"at most {zeros:.0%} of the weights are exactly zero"
-    end = "None beats it" if not any(better) else "All beat it" if all(better) else "Some of them beat it"
+    end = "None of them beats it" if not any(better) else "All beat it" if all(better) else "Some of them beat it"
     return (
-        f"Applied to the gradient itself, to the letter, the formulas give a held-out loss of {', '.join(parts)} "
-        f"against {number(value(plain, 'heldout_loss').mean())} of plain training. {end}, and {none}: they filter the "
+        f"Applied literally, to the gradient itself, the formulas give a held-out loss of {', '.join(parts)}, "
+        f"against {number(value(plain, 'heldout_loss').mean())} for plain training. {end}, and {none}: they filter the "
         "gradient and do not regularise the weights."
     )
 
@@ -297,7 +302,7 @@ def about_zeros(results: dict[str, Any]) -> str:
 
 
 def about_start(results: dict[str, Any]) -> str:
-    """How much hangs on the size of the initial weights."""
+    """How much depends on the size of the initial weights."""
     usual = select(results, **{name: x for name, x in ARTICLE.items() if name != "regularisation"})
     smaller = [r for r in results["rows"] if r.get("more") == "smaller start"]
     smaller = [r for r in smaller if r | {"regularisation": "plain"} == r | ARTICLE]
@@ -309,25 +314,25 @@ def about_start(results: dict[str, Any]) -> str:
         firsts.append((lowest["regularisation"], f"{value(plain, 'largest_gradient_norm').mean():.1f}"))
     change = "does not change" if firsts[0][0] == firsts[1][0] else "changes"
     return (
-        f"The size of the initial weights {change} which of the four is best on held-out images: {told[0]} as "
-        f"initialised, {told[1]} from weights {results['options']['start']:g} times as large, where the largest "
-        f"gradient norm of plain training is {firsts[1][1]} instead of {firsts[0][1]}."
+        f"The size of the initial weights {change} which of the four is best on held-out images: {told[0]} with the "
+        f"usual initialisation, {told[1]} with initial weights {results['options']['start']:g} times as large, where "
+        f"the largest gradient norm of plain training is {firsts[1][1]} instead of {firsts[0][1]}."
     )
 
 
 def about_longer(results: dict[str, Any]) -> str:
-    """Whether varied data pay when there is time to learn them."""
+    """Whether varied data help when there is enough time to learn them."""
     rows = {r["more"]: r for r in results["rows"] if "more" in r}
     plain, varied = (value(rows[name], "heldout_loss") for name in ("longer", "longer, varied data"))
     better = (varied < plain).all() and varied.mean() < plain.mean() * (1 - SAME)
     return (
-        f"Given {results['options']['longer']} epochs, varied data {'pay' if better else 'do not pay'}: a "
-        f"held-out loss of {number(varied.mean())} against {number(plain.mean())} without."
+        f"With {results['options']['longer']} epochs, varied data {'help' if better else 'do not help'}: the "
+        f"held-out loss is {number(varied.mean())} with them and {number(plain.mean())} without."
     )
 
 
 def about_clip(results: dict[str, Any]) -> str:
-    """What becomes of plain training without the clip."""
+    """How plain training ends without the clip."""
     rows = {r["more"]: r for r in results["rows"] if "more" in r}
     told, worse = [], []
     for name, rate in (("no clip", 0.01), ("no clip, rate 0.1", 0.1)):
@@ -336,13 +341,13 @@ def about_clip(results: dict[str, Any]) -> str:
         told.append(f"{number(without.mean())} instead of {number(with_clip.mean())} at {rate:g}")
         worse.append(bool((without > with_clip).all() and without.mean() > with_clip.mean() * (1 + SAME)))
     found = (
-        "The clip pays"
+        "The clip helps"
         if all(worse)
-        else "The clip pays at one of two rates"
+        else "The clip helps at one of two learning rates"
         if any(worse)
-        else "The clip does not pay"
+        else "The clip does not help"
     )
-    return f"{found}: without it the held-out loss of plain training is {' and '.join(told)}."
+    return f"{found}: without it, the held-out loss of plain training is {' and '.join(told)}."
 
 
 def number(x: float) -> str:
@@ -383,7 +388,7 @@ def main_rows(results: dict[str, Any], everything: bool = False) -> list[list[st
 
 
 def more_rows(results: dict[str, Any]) -> list[list[str]]:
-    """The rows beyond the table, after plain training."""
+    """The further runs, after plain training."""
     rows = [("plain", *select(results, **ARTICLE))]
     for row in results["rows"]:
         changes = [name_of(key, row[key]) for key, usual in ARTICLE.items() if row.get(key, usual) != usual]
@@ -441,13 +446,13 @@ def main_table(results: dict[str, Any], everything: bool = False) -> Table:
 
 def effects_table(results: dict[str, Any]) -> Table:
     """The effect of the three switches for the terminal."""
-    return _table("What the switches change, over all pairs of settings", EFFECTS, effect_rows(results))
+    return _table("The effect of the switches, over all pairs of settings", EFFECTS, effect_rows(results))
 
 
 def more_table(results: dict[str, Any]) -> Table:
-    """The rows beyond the table for the terminal."""
+    """The further runs, for the terminal."""
     header = ("at the article's setting", *(name for name, _ in COLUMNS))
-    return _table("Beyond the table", header, more_rows(results))
+    return _table("Further runs", header, more_rows(results))
 
 
 def markdown(header: tuple[str, ...], rows: list[list[str]]) -> str:
@@ -464,20 +469,20 @@ def words(results: dict[str, Any]) -> str:
     """docs/benchmarks/article.md."""
     options, versions = results["options"], results["versions"]
     good, bad = paragraphs(results)
-    further = " ".join(tell(results) for tell in ABOUT)
+    further = "\n\n".join(text for text in (tell(results) for tell in ABOUT) if text)
     skipped = sum(int(value(r, "steps_skipped").sum()) for r in results["rows"])
     runs = len(results["rows"]) * len(options["seeds"])
     names = tuple(name for name, _ in COLUMNS)
     half = options["epochs"] // 2
     shape = "-".join(str(x) for x in options["sizes"])
     clamp = f"`max_norm={options['clamp']:g}` is the article's clamp"
-    text = f"""# The article's programme, and the table it never showed
+    text = f"""# L1 and dense penalties: the article's claims, measured
 
-This project started from an article on exploding gradients. It regularises the gradient of an autoencoder by L1 and by
-a "dense", continuous formula, one after the other, trains by SGD (learning rate 0.01, momentum {options["momentum"]})
-for {half} and for {options["epochs"]} epochs, and advises smaller learning rates, accumulation, more epochs, more
-varied data and noise. `examples/article.py` runs all of it on scikit-learn's digits. This page is written by that
-script from the numbers of a run; no verdict in it is written by hand.
+This project started from an article on exploding gradients. The article regularises the gradient of an autoencoder by
+L1 and then by a "dense", continuous formula, trains with SGD (learning rate 0.01, momentum {options["momentum"]}) for
+{half} and for {options["epochs"]} epochs, and recommends smaller learning rates, accumulation, more epochs, more varied
+data and noise, but shows no table of results. `examples/article.py` runs all of this on scikit-learn's digits. That
+script writes this page from the numbers of a run; no verdict on it is written by hand.
 
 ![L1 and dense regularisation compared](article.png)
 
@@ -485,32 +490,33 @@ script from the numbers of a run; no verdict in it is written by hand.
 python examples/article.py --write-docs    # this page, the picture and benchmarks/results/article.json
 ```
 
-## What the names mean
+## Terms
 
-| the article | here |
+| in the article | here |
 |---|---|
 | L1-regularised gradient | `proximal_l1`: the penalty strength * sum abs(w), with exact zeros |
 | dense regularised gradient | `dense_penalty`: strength / 2 * sum w^2, smooth everywhere |
-| one composed after the other | both at once; a sum of penalties has no order |
-| its formulas to the letter | `shrink_gradients`, "soft" and "dense", on the gradient itself |
-| gradient accumulation | `accumulate`, {options["every"]} batches a step: as many epochs, a quarter of the steps |
-| noise | `noise_injection` of variance {options["eta"]:g} at first; {clamp} |
-| more varied data | the same images, turned by up to 10 degrees and shifted by up to half a pixel, anew in each epoch |
+| one applied after the other | both at once; the order makes no difference to a sum of penalties |
+| its formulas, taken literally | `shrink_gradients`, "soft" and "dense", on the gradient itself |
+| gradient accumulation | `accumulate`, {options["every"]} batches per step: as many epochs, a quarter of the steps |
+| noise | `noise_injection` with an initial variance of {options["eta"]:g}; {clamp} |
+| more varied data | the images rotated by up to 10 degrees and shifted by up to half a pixel, anew in each epoch |
 
-An autoencoder of {shape} units ({options["parameters"]} parameters) learns {options["train_images"]} images in batches
-of {options["batch"]}; {options["heldout_images"]} others are held out. Images are centred and scaled to a mean square
-of 1, so a loss of 1 is that of the mean image. All runs but two are under `guard` with
+An autoencoder with {shape} units ({options["parameters"]} parameters) learns {options["train_images"]} images in
+batches of {options["batch"]}; {options["heldout_images"]} others are held out. Images are centred and scaled to a mean
+square of 1, so predicting the mean image gives a loss of 1. All runs but two use `guard` with
 `clip_by_global_norm({options["max_norm"]:g})`. The strengths, {options["l1"]:g} for L1 and {options["dense"]:g} for
-dense, make both penalties about equal at the initial weights. Every number is a mean over {len(options["seeds"])}
-seeds, ± the standard deviation; a seed decides images held out, initial weights, batches and noise. {runs} runs; steps
-held because a gradient was not finite: {skipped}.
+dense, make the two penalties about equal at the initial weights. Every number is a mean over {len(options["seeds"])}
+seeds, ± the standard deviation; the seed determines the held-out images, the initial weights, the batches and the
+noise. There were {runs} runs; steps held because a gradient was not finite: {skipped}.
 
 ## Which claims hold
 
-A claim holds if it is true at the article's setting and from initial weights {options["start"]:g} times as large (the
-smaller start), each time in every seed, and in three quarters of all pairs of settings that differ in nothing else; it
-fails if it is true in neither and in no more than half of the pairs. Differences below {SAME:.0%} do not count. Numbers
-are those at the article's setting and from the smaller start; the gap is the held-out loss minus the training loss.
+A claim holds if it is true at the article's setting and with initial weights {options["start"]:g} times as large (the
+smaller initial weights), each time for every seed, and in three quarters of all pairs of settings that differ in
+nothing else; it fails if it is true in neither of the two and in no more than half of the pairs. Differences below
+{SAME:.0%} do not count. The numbers are those at the article's setting and with the smaller initial weights; the gap is
+the held-out loss minus the training loss.
 
 {good}
 
@@ -520,29 +526,36 @@ are those at the article's setting and from the smaller start; the gap is the he
 
 ## The table
 
-"Zeros" is the share of weights that are exactly zero, "largest norm" that of the gradient before the clip, "clipped"
-the share of steps that were. "Noisy images" is the loss on held-out images that are to be restored from Gaussian noise
-of {options["input_sigma"]:g} per pixel, "noisy weights" the held-out loss with Gaussian noise on the weights,
-{options["weight_sigma"]:g} of the root mean square of each array; "clamped noise" is noise on the image with a norm of
-{options["clamp"]:g}. Accumulation, noise and varied data are off here.
+"Zeros" is the share of weights that are exactly zero, "largest norm" the largest norm of the gradient before the clip,
+and "clipped" the share of steps that were clipped. "Noisy images" is the loss in restoring held-out images from
+Gaussian noise of {options["input_sigma"]:g} per pixel, "noisy weights" the held-out loss with Gaussian noise on the
+weights, {options["weight_sigma"]:g} of the root mean square of each array; "clamped noise" is the loss with noise of
+norm {options["clamp"]:g} on the image. Accumulation, noise and varied data are off here.
 
 {markdown(("regularisation", "rate", *names), main_rows(results))}
 
-What the three switches change: the median over all pairs of settings of the ratio on / off, and in how many pairs the
-quantity is lower by more than {SAME:.0%}.
+The next table shows the effect of the three switches: the median, over all pairs of settings, of the ratio on / off,
+and the number of pairs in which the quantity is lower by more than {SAME:.0%}.
 
 {markdown(EFFECTS, effect_rows(results))}
 
-Beyond the table, at a learning rate of 0.01 (where not told otherwise) with all switches off ("smaller start": initial
-weights {options["start"]:g} times as large; "longer": {options["longer"]} epochs):
+Further runs, at a learning rate of 0.01 unless stated otherwise and with all switches off ("smaller start" means
+initial weights {options["start"]:g} times as large, "longer" means {options["longer"]} epochs):
 
 {markdown(("row", *names), more_rows(results))}
 
-All {len(select(results))} rows of the table, with every seed, are in `benchmarks/results/article.json`. Made with
+All {len(select(results))} rows of the table, with every seed, are in `benchmarks/results/article.json`. Measured with
 {", ".join(f"{name} {version}" for name, version in versions.items() if name != "optax_guard")}, on a CPU.
 """
     blocks = text.split("\n\n")
-    return "\n\n".join(textwrap.fill(x, 120) if x[0].isalnum() or x[0] in '*"' else x for x in blocks).rstrip() + "\n"
+    return "\n\n".join(map(wrapped, blocks)).rstrip() + "\n"
+
+
+def wrapped(block: str) -> str:
+    """Paragraphs and the items of lists in lines of 120 characters; tables and code as they are."""
+    if block.startswith("- "):
+        return "\n".join(textwrap.fill(item, 120, subsequent_indent="  ") for item in block.split("\n"))
+    return textwrap.fill(block, 120) if block[0].isalnum() or block[0] in '*"' else block
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
