@@ -71,11 +71,11 @@ def methods() -> list[Method]:
         Method("autoclip()", og.autoclip()),
         Method("adagc()", og.adagc(scope="tree")),
         Method('skip_spikes(on="norm")', og.skip_spikes(on="norm"), GRID),
-        Method("zclip, published", og.zclip(faithful=True, max_norm=math.inf), GRID),
-        Method("zclip percentile, published", og.zclip(mode="percentile", faithful=True, max_norm=math.inf)),
-        Method("autoclip p=10 of 128, published", og.autoclip(window=128, faithful=True)),
-        Method("adagc, published", og.adagc(scope="tree", faithful=True, max_norm=math.inf)),
-        Method("skip at 6 sigma of 128, published", og.skip_spikes(on="norm", faithful=True), GRID),
+        Method("zclip, published", og.published.zclip(max_norm=math.inf), GRID),
+        Method("zclip percentile, published", og.published.zclip(mode="percentile", max_norm=math.inf)),
+        Method("autoclip p=10 of 128, published", og.published.autoclip(window=128)),
+        Method("adagc, published", og.published.adagc(scope="tree", max_norm=math.inf)),
+        Method("skip at 6 sigma of 128, published", og.published.skip_spikes(on="norm"), GRID),
         Method("fixed clip at the usual norm", og.clip_by_global_norm(1.0)),
     ]
 

@@ -9,6 +9,7 @@ before the event, which comes at step 500 of 1 000.
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,14 @@ import numpy as np
 import optax_guard as og
 
 EVENT = 500
+FORMS = {"published": og.published.skip_spikes, "repaired": og.skip_spikes}
 
 
-def judged(on: str, faithful: bool) -> Callable[[np.ndarray], np.ndarray]:
+def judged(on: str, form: str) -> Callable[[np.ndarray], np.ndarray]:
     """Histories -> which steps the rule refuses."""
-    rule = og.skip_spikes(on=on, faithful=faithful)
+    rule = FORMS[form](on=on)
 
-    def step(state: og.rules.SpikeState, x: jax.Array) -> tuple[og.rules.SpikeState, jax.Array]:
+    def step(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
         bad = (on == "norm") & ~jnp.isfinite(x)
         statistics = og.rules.GradientStatistics(
             sum_squares=jnp.where(bad, jnp.nan, 1.0)[None],
@@ -62,14 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few histories")
     options = parser.parse_args(arguments)
     logs = noises(np.random.default_rng(0), 10 if options.quick else 200, 2 * EVENT)
-    rules = {(on, faithful): judged(on, faithful) for on in ("norm", "loss") for faithful in (True, False)}
+    rules = {f"{on}, {form}": judged(on, form) for on in ("norm", "loss") for form in FORMS}
 
     def line(what: str, histories: np.ndarray, show: Callable[[np.ndarray], str]) -> None:
         print(f"{what:46s}" + "".join(f"{show(rule(histories)):>18s}" for rule in rules.values()), flush=True)
 
     def head(text: str) -> None:
-        names = (f"{on}, {'published' if faithful else 'repaired'}" for on, faithful in rules)
-        print(f"\n{text:46s}" + "".join(f"{name:>18s}" for name in names))
+        print(f"\n{text:46s}" + "".join(f"{name:>18s}" for name in rules))
 
     def shifted(log: np.ndarray, factor: float, first: int = EVENT, last: int | None = None) -> np.ndarray:
         log = log.copy()

@@ -31,7 +31,9 @@ TITLES = {
     "recovery/reset": "Reset of moments",
     "rules/clip": "Clipping by a number",
     "rules/norm_history": "Clipping by history",
-    "rules/published": "Published adaptive clips",
+    "published/index": "As published",
+    "rules/adaptive": "Adaptive clips",
+    "rules/published": "Rules as published",
     "rules/skip": "Skipping",
     "state/held": "Kept with a held step",
     "state/metrics": "Metrics and flight log",
@@ -42,8 +44,10 @@ TITLES = {
     "step/reading": "Names of leaves",
     "step/record": "Flight recorder",
     "transforms/elementwise": "Bounds on elements",
+    "transforms/published": "Transformations as published",
+    "transforms/spam": "States of SPAM",
 }
-SECTIONS = ("Guarantees", "Args", "Returns", "Raises", "Example", "References", "See Also")
+SECTIONS = ("Guarantees", "What goes wrong", "Args", "Returns", "Raises", "Example", "References", "See Also")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,6 +117,11 @@ def on_a_page(name: str, pages: dict[str, tuple[ModuleType, list[str]]]) -> bool
     return f"{name}/index" in pages or any(name in names for _, names in pages.values())
 
 
+def is_published(page: str) -> bool:
+    """Whether its names are reached as `optax_guard.published.name`."""
+    return page.endswith("/published")
+
+
 def problems(module: ModuleType, names: list[str]) -> list[str]:
     """What a reader would miss."""
     missing = [] if module.__doc__ else [f"{module.__name__} has no docstring"]
@@ -134,7 +143,7 @@ def problems(module: ModuleType, names: list[str]) -> list[str]:
 def page_text(page: str, module: ModuleType, names: list[str]) -> str:
     """One page of Markdown."""
     title = TITLES.get(page, page.removesuffix("/index").rpartition("/")[2].replace("_", " "))
-    prefix = module.__name__ if page in TOP_LEVEL else "optax_guard"
+    prefix = module.__name__ if page in TOP_LEVEL else "optax_guard.published" if is_published(page) else "optax_guard"
     first, _, rest = (inspect.getdoc(module) or "").partition("\n")
     parts = [f"# {title[0].upper()}{title[1:]}", first, markdown(rest)]
     for name in names:
@@ -152,10 +161,11 @@ def index_text(pages: dict[str, tuple[ModuleType, list[str]]]) -> str:
     """All names, alphabetical, with their first sentence."""
     rows = []
     for page, (module, names) in pages.items():
-        room = page if page in TOP_LEVEL else page.partition("/")[0]
+        room = page if page in TOP_LEVEL else "published" if is_published(page) else page.partition("/")[0]
         for name in names:
             text = description(getattr(module, name)).split("\n")[0]
-            shown = name if page not in TOP_LEVEL and name in og.__all__ else f"{room}.{name}"
+            at_top = name in og.__all__ and page not in TOP_LEVEL and not is_published(page)
+            shown = name if at_top else f"{room}.{name}"
             rows.append((name.lower(), f"| [`{shown}`]({page}.md#{name}) | {text.replace('|', chr(92) + '|')} |"))
     lines = [row for _, row in sorted(rows)]
     return "# All names\n\n| name | |\n|---|---|\n" + "\n".join(lines) + "\n"

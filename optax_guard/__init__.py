@@ -6,6 +6,7 @@
 
 Wrap the optimizer in `guard` or `stabilize`, take the step with `apply_gradients`, and see what happened with `metrics`
 and `flight_log`. All functions are in this namespace; the state types are in the folders, as in `og.rules.ZClipState`.
+Published methods as their authors wrote them are in `og.published`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +23,7 @@ from optax_guard._step.observe import global_norm, gradient_statistics
 from optax_guard._step.reading import leaf_names
 
 # The rooms
-from optax_guard import accumulation, recovery, rules, state, transforms
+from optax_guard import accumulation, published, recovery, rules, state, transforms
 from optax_guard.accumulation import accumulate, accumulate_gradients, flush, has_updated
 from optax_guard.recovery import back_off, reset_moments, rewind
 from optax_guard.rules import (
@@ -123,6 +124,7 @@ __all__ = [
     "proximal_elastic_net",
     "proximal_group_lasso",
     "proximal_l1",
+    "published",
     "raise_if_halted",
     "record_leaves",
     "recovery",

@@ -43,7 +43,8 @@ from optax_guard._step.record import HELD, read_rows
 BATCH = 40
 STEPS = 12
 GUARDS = ("guard", "stabilize", "accumulate", "loss_scaling")  # built here, with parts from the decks
-AFTER = ("limit_step", "clip_by_update_norm", "clippy", "langevin_noise", "back_off")  # these work on finished updates
+# These work on finished updates.
+AFTER = ("limit_step", "clip_by_update_norm", "published.clip_by_update_norm", "clippy", "langevin_noise", "back_off")
 RUNGS: dict[str, Callable[[], Any]] = {
     "reset_moments": lambda: og.reset_moments(after=2, check_every=3),
     "back_off": lambda: og.back_off(recover_after=3, diverged=2.0),

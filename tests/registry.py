@@ -15,6 +15,7 @@ from optax_guard._common.tree import wider_dtype
 
 NOT_TRANSFORMATIONS = {
     "accumulation": "a folder",
+    "published": "a module, whose functions are registered too",
     "recovery": "a folder",
     "rules": "a folder",
     "state": "a folder",
@@ -46,12 +47,22 @@ NOT_TRANSFORMATIONS = {
     "scale_loss": "a function of a state and a loss",
 }
 
+# Every public name; of a method as its authors wrote it the name that its messages begin with.
+PUBLIC = {
+    **{name: getattr(og, name) for name in og.__all__},
+    **{
+        f"published.{name}": thing
+        for name in og.published.__all__
+        if inspect.isfunction(thing := getattr(og.published, name))
+    },
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A public transformation: `factory(**arguments)`."""
 
-    name: str  # in `optax_guard.__all__`
+    name: str  # as in `PUBLIC`
     variant: str
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -224,6 +235,15 @@ def stably_spammed(learning_rate=0.1, inner=momentum, gamma3=0.9):
     return og.stable_spam(inner(learning_rate), gamma3=gamma3, restart_every=2)
 
 
+def spammed_as_published(learning_rate=0.1, inner=momentum, threshold=50.0):
+    tx = optax.chain(second_moment(), inner(learning_rate))
+    return og.published.spam_clip(tx, threshold, restart_every=2, warmup=1)
+
+
+def stably_spammed_as_published(learning_rate=0.1, inner=momentum, gamma3=0.9):
+    return og.published.stable_spam(inner(learning_rate), gamma3=gamma3, restart_every=2)
+
+
 def rms_clipped(learning_rate=0.1, inner=momentum, max_rms=1.0):
     return og.clip_by_update_rms(optax.chain(second_moment(), inner(learning_rate)), max_rms)
 
@@ -233,9 +253,8 @@ HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
 NOISE_STATIC = ("key", "distribution", "relative_to", "mask")
 
-ZCLIP_STATIC = ("mode", "faithful", "warmup", "skip_update_on_spike")
-UPDATE_NORM_STATIC = ("window", "accept_after", "faithful", "axis_name")
-SPIKE_STATIC = ("window", "on", "accept_after", "faithful", "axis_name")
+UPDATE_NORM_STATIC = ("window", "accept_after", "axis_name")
+SPIKE_STATIC = ("window", "on", "accept_after", "axis_name")
 LOSS_SCALING_STATIC = ("inner", "axis_name")
 
 ENTRIES = (
@@ -248,16 +267,16 @@ ENTRIES = (
     Entry("clip_by_norm_history", "leaf", og.clip_by_norm_history, {"scope": "leaf"}, HISTORY_STATIC),
     Entry("clip_by_median_norm", "", og.clip_by_median_norm, {}, ("window", *HISTORY_STATIC)),
     Entry("clip_by_median_norm", "leaf", og.clip_by_median_norm, {"scope": "leaf"}, ("window", *HISTORY_STATIC)),
-    Entry("zclip", "", og.zclip, {}, ZCLIP_STATIC),
-    Entry("zclip", "faithful", og.zclip, {"faithful": True}, ZCLIP_STATIC),
-    Entry("autoclip", "", og.autoclip, {}, ("window", "faithful")),
-    Entry("autoclip", "faithful", og.autoclip, {"window": 16, "faithful": True}, ("window", "faithful")),
-    Entry("adagc", "", og.adagc, {}, ("scope", "faithful", "warmup")),
-    Entry("adagc", "faithful", og.adagc, {"faithful": True}, ("scope", "faithful", "warmup")),
+    Entry("zclip", "", og.zclip, {}, ("mode",)),
+    Entry("published.zclip", "", og.published.zclip, {}, ("mode", "warmup", "skip_update_on_spike")),
+    Entry("autoclip", "", og.autoclip, {}, ("window",)),
+    Entry("published.autoclip", "", og.published.autoclip, {"window": 16}, ("window",)),
+    Entry("adagc", "", og.adagc, {}, ("scope",)),
+    Entry("published.adagc", "", og.published.adagc, {}, ("scope", "warmup")),
     Entry("skip_nonfinite", "", og.skip_nonfinite),
     Entry("skip_large", "", og.skip_large, {"max_norm": 10.0}),
     Entry("skip_spikes", "", og.skip_spikes, {"window": 8}, SPIKE_STATIC),
-    Entry("skip_spikes", "faithful", og.skip_spikes, {"window": 4, "faithful": True}, SPIKE_STATIC),
+    Entry("published.skip_spikes", "", og.published.skip_spikes, {"window": 4}, ("window", "on", "axis_name")),
     Entry("record_leaves", "", og.record_leaves, {"window": 4}, ("window",)),
     Entry("rule", "remembering", halving_rule, {"threshold": 1.0}),
     Entry("masked_rule", "", masked_clip, {"max_norm": 1.0}),
@@ -271,9 +290,23 @@ ENTRIES = (
         needs_params=True,
     ),
     Entry("clip_by_update_norm", "", og.clip_by_update_norm, {"window": 8}, UPDATE_NORM_STATIC),
+    Entry(
+        "published.clip_by_update_norm", "", og.published.clip_by_update_norm, {"window": 8}, ("window", "axis_name")
+    ),
     Entry("clippy", "", og.clippy, {"relative": 0.1, "absolute": 1e-3}, ("axis_name",), needs_params=True),
     Entry("spam_clip", "", spammed, {}, ("inner",), needs_params=True, wraps=True, parameter_copies=2),
     Entry("stable_spam", "", stably_spammed, {}, ("inner",), wraps=True, parameter_copies=1),
+    Entry(
+        "published.spam_clip",
+        "",
+        spammed_as_published,
+        {},
+        ("inner",),
+        needs_params=True,
+        wraps=True,
+        parameter_copies=2,
+    ),
+    Entry("published.stable_spam", "", stably_spammed_as_published, {}, ("inner",), wraps=True, parameter_copies=1),
     Entry("clip_by_update_rms", "", rms_clipped, {}, ("inner",), needs_params=True, wraps=True, parameter_copies=2),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),

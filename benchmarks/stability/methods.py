@@ -60,7 +60,7 @@ def method(
 def as_published(rule: og.Rule) -> Transformation:
     """A rule as its authors' code runs: a gradient that is not finite goes through.
 
-    The library's faithful forms give zeros there. That such a step is not learnt is kept: it is in the authors' favour.
+    The library's published forms give zeros there. That such a step is not learnt is kept, in the authors' favour.
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -107,31 +107,31 @@ def agc(optimizer: Transformation, setting: Any) -> Transformation:
 @method("ZClip", PUBLISHED, "z_threshold", SCORES)
 def zclip(optimizer: Transformation, setting: Any) -> Transformation:
     """Kumar et al. 2025, with the fixed clip at 1 of the authors' code."""
-    return optax.chain(as_published(og.zclip(setting, faithful=True)), optimizer)
+    return optax.chain(as_published(og.published.zclip(setting)), optimizer)
 
 
 @method("AutoClip", PUBLISHED, "percentile", (10.0, 25.0, 50.0, 75.0, 90.0))
 def autoclip(optimizer: Transformation, setting: Any) -> Transformation:
     """Seetharaman et al. 2020; a history as long as the longest run here, as theirs has no bound."""
-    return optax.chain(as_published(og.autoclip(setting, 1024, faithful=True)), optimizer)
+    return optax.chain(as_published(og.published.autoclip(setting, 1024)), optimizer)
 
 
 @method("AdaGC", PUBLISHED, "ratio", (1.04, 1.5, 2.0, 4.0, 8.0))
 def adagc(optimizer: Transformation, setting: Any) -> Transformation:
     """Wang et al. 2025, with the settings of its authors' code: ratio 1.04, decay 0.99, 100 steps of clipping to 1."""
-    return optax.chain(as_published(og.adagc(setting, faithful=True)), optimizer)
+    return optax.chain(as_published(og.published.adagc(setting)), optimizer)
 
 
 @method("SPAM", PUBLISHED, "threshold", THRESHOLDS, second_moment=True)
 def spam(optimizer: Transformation, setting: Any) -> Transformation:
     """Huang et al. 2025: elements against the second moment, moments reset every 500 steps."""
-    return og.spam_clip(optimizer, setting, faithful=True)
+    return og.published.spam_clip(optimizer, setting)
 
 
 @method("Stable-SPAM", PUBLISHED, "gamma1", MOMENTS)
 def stable_spam(optimizer: Transformation, setting: Any) -> Transformation:
     """Huang et al. 2025: elements against the largest of their leaf, norms normalised."""
-    return og.stable_spam(optimizer, gamma1=setting, faithful=True)
+    return og.published.stable_spam(optimizer, gamma1=setting)
 
 
 @method("StableAdamW", PUBLISHED, "max_rms", NORMS, second_moment=True)
@@ -143,7 +143,7 @@ def stable_adamw(optimizer: Transformation, setting: Any) -> Transformation:
 @method("spike skipping", PUBLISHED, "deviations", SIGMAS)
 def skipping(optimizer: Transformation, setting: Any) -> Transformation:
     """OLMo-core, Levanter and MaxText; of the three, MaxText's answer to NaN: the step is skipped."""
-    rule = og.skip_spikes(128, setting, faithful=True)
+    rule = og.published.skip_spikes(128, setting)
     return og.guard(optimizer, rule, patience=_FOREVER, halt_after=_FOREVER, recorder_rows=1)
 
 

@@ -1,8 +1,8 @@
 """Judging a number against its own history: when is it a spike, and when is the level a new one?
 
-Two answers, each a threshold from the past alone. `published_threshold` is mean + deviations * standard deviation of
-the last `window` values, whatever they were. `threshold` reads two windows: the values that were accepted give the
-threshold, and the last 2 * accept_after - 1 values, accepted or not, can say that the level has changed:
+Two answers, each a threshold from the past alone. `threshold` of a `Series` reads two windows: the values that were
+accepted give the threshold, and the last 2 * accept_after - 1 values, accepted or not, can say that the level has
+changed:
 
     margin = max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), least)     over the n <= window accepted values
     limit  = q50 + margin
@@ -11,6 +11,9 @@ threshold, and the last 2 * accept_after - 1 values, accepted or not, can say th
 
 The upper decile and not the MAD measures the spread, since losses and norms have long upper tails: on lognormal values
 with a log-sd of 1.5, median + 6 MAD is exceeded by one healthy value in ten, this limit by one in eighty.
+
+`raw_threshold` of a `RawSeries` is what the published rules use: mean + deviations * standard deviation of the last
+`window` values, whatever they were.
 """
 
 from typing import NamedTuple
@@ -18,7 +21,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Series", "empty_series", "published_threshold", "push", "push_published", "start_of", "threshold"]
+__all__ = [
+    "RawSeries",
+    "Series",
+    "empty_raw_series",
+    "empty_series",
+    "push",
+    "push_raw",
+    "raw_threshold",
+    "start_of",
+    "threshold",
+]
 
 _DECILE = 1.2815516  # (q90 - q50) of a standard normal distribution
 _MAD = 1.4826022  # 1 / median |x| of a standard normal distribution
@@ -87,17 +100,29 @@ def push(series: Series, x: jax.Array, kept: jax.Array, accept: jax.Array, seen:
     )
 
 
-def published_threshold(
-    series: Series, deviations: float | jax.Array, *, unbiased: bool, least: float, counts_itself: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Mean + deviations * std of the window, as published, NaN while a non-finite value is in it; and whether to judge.
+class RawSeries(NamedTuple):
+    """The history of one number with nothing left out. A value that is not finite is kept as a code."""
 
-    That is from half a window on, in which the value to be judged counts itself or not.
+    values: jax.Array  # f32[window]: the last values, a ring
+    values_total: jax.Array  # i32[]: values ever written, up to 2^30
+
+
+def empty_raw_series(window: int) -> RawSeries:
+    """A history without a value."""
+    return RawSeries(values=jnp.full(window, _UNSEEN, jnp.float32), values_total=jnp.zeros((), jnp.int32))
+
+
+def raw_threshold(
+    series: RawSeries, deviations: float | jax.Array, *, unbiased: bool, least: float, counts_itself: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Mean + deviations * std of the window, NaN while a non-finite value is in it; and whether to judge.
+
+    Judging begins at half a window of values, in which the value to be judged counts itself or not.
     """
-    window = series.accepted.shape[0]
-    n = jnp.minimum(series.accepted_total, window)
+    window = series.values.shape[0]
+    n = jnp.minimum(series.values_total, window)
     used = jnp.arange(window, dtype=jnp.int32) < n
-    values = jnp.where(series.accepted == -_UNSEEN, jnp.nan, series.accepted)
+    values = jnp.where(series.values == -_UNSEEN, jnp.nan, series.values)
     count = jnp.maximum(n, 1).astype(jnp.float32)
     mean = jnp.sum(jnp.where(used, values, 0)) / count
     squares = jnp.sum(jnp.where(used, jnp.square(values - mean), 0))
@@ -105,10 +130,14 @@ def published_threshold(
     return mean + deviations * jnp.maximum(spread, least), n + int(counts_itself) >= max(2, window // 2)
 
 
-def push_published(series: Series, x: jax.Array) -> Series:
-    """Every value enters the window as it came; one that is not finite as a code for NaN."""
+def push_raw(series: RawSeries, x: jax.Array) -> RawSeries:
+    """Every value enters the window as it is; one that is not finite as a code for NaN."""
+    window = series.values.shape[0]
     code = jnp.where(jnp.isfinite(x), x, -_UNSEEN)
-    return push(series, jnp.float32(0), code, jnp.ones((), bool), jnp.ones((), bool))
+    return RawSeries(
+        values=jnp.asarray(series.values).at[series.values_total % window].set(code),
+        values_total=_counted(series.values_total, jnp.ones((), bool), window),
+    )
 
 
 def _counted(total: jax.Array, event: jax.Array, period: int) -> jax.Array:

@@ -112,7 +112,7 @@ def rule(
     sees_nonfinite = validate.boolean("rule", "sees_nonfinite", sees_nonfinite)
 
     # What a person called, for messages: the function in which the judgement is written.
-    name = getattr(judge, "__qualname__", "rule").partition(".")[0].removeprefix("_")
+    name = getattr(judge, "__qualname__", "rule").partition(".<locals>")[0].removeprefix("_")
     check_state = state_check(name, init)
 
     def update(

@@ -8,7 +8,7 @@ You want                                             Take
 ===================================================  ==================================================================
 a bound that you choose                              `clip_by_global_norm`, `clip_by_leaf_norm`
 a bound that the run finds by itself                 `clip_by_norm_history`, `clip_by_median_norm`
-a published adaptive clip                            `zclip`, `autoclip`, `adagc`
+an adaptive clip of the literature, repaired         `zclip`, `autoclip`, `adagc`
 a step left out                                      `skip_nonfinite`, `skip_large`, `skip_spikes`
 one rule for one group of leaves                     `masked_rule`
 the norm of every leaf, step by step                 `record_leaves`
@@ -21,6 +21,7 @@ The functions are in `optax_guard` itself; here are the types of their states to
 from optax_guard._common.bounds import ClipState
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
+from optax_guard.rules._adaptive import AdaGCState, AutoClipState, ZClipState, adagc, autoclip, zclip
 from optax_guard.rules._clip import clip_by_global_norm, clip_by_leaf_norm
 from optax_guard.rules._masked import MaskedRuleState, masked_rule
 from optax_guard.rules._norm_history import (
@@ -29,7 +30,6 @@ from optax_guard.rules._norm_history import (
     clip_by_median_norm,
     clip_by_norm_history,
 )
-from optax_guard.rules._published import AdaGCState, AutoClipState, ZClipState, adagc, autoclip, zclip
 from optax_guard.rules._record_leaves import LeafLog, LeafRecordState, leaf_log, record_leaves
 from optax_guard.rules._skip import SpikeState, skip_large, skip_nonfinite, skip_spikes
 

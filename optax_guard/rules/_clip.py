@@ -63,6 +63,7 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | Non
       ValueError: `max_norm` is negative, NaN or not a scalar.
 
     Example:
+      >>> import optax
       >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(1.0))
       >>> grads = {"w": jnp.array([3.0, 4.0])}
       >>> updates, _ = tx.update(grads, tx.init(grads))
@@ -140,5 +141,5 @@ def _clip_rule(max_norm: ScalarOrSchedule, axis_name: AxisName | None, by_leaf: 
         scale = jnp.where(spared, 1, factor)
         return Verdict(scale=scale, skip=jnp.zeros((), bool)), state
 
-    judge.__qualname__ = "clip_by_leaf_norm.judge" if by_leaf else "clip_by_global_norm.judge"
+    judge.__qualname__ = "clip_by_leaf_norm" if by_leaf else "clip_by_global_norm"
     return rule(init_for(max_norm), judge, axis_name=axis_name)

@@ -23,12 +23,20 @@ from jax import lax
 from optax_guard._common import validate
 from optax_guard._common.bounds import bound_and_state, init_for
 from optax_guard._common.extra import loss_in
-from optax_guard._common.series import Series, empty_series, published_threshold, push, push_published, threshold
+from optax_guard._common.series import Series, empty_series, push, threshold
 from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
 
-__all__ = ["Signal", "SpikeState", "skip_large", "skip_nonfinite", "skip_spikes"]
+__all__ = [
+    "Signal",
+    "SpikeState",
+    "judged_loss",
+    "signals_of",
+    "skip_large",
+    "skip_nonfinite",
+    "skip_spikes",
+]
 
 Signal: TypeAlias = Literal["auto", "loss", "norm", "both"]
 
@@ -150,7 +158,6 @@ def skip_spikes(
     *,
     on: Signal = "auto",
     accept_after: int = 8,
-    faithful: bool = False,
     axis_name: AxisName | None = None,
 ) -> Rule:
     """Hold every step whose loss or gradient norm is a spike above its own history.
@@ -161,10 +168,9 @@ def skip_spikes(
 
     with `least` 5 % of |q50| for the loss and log 2 for the norm. Once more than half of the last 2 * accept_after - 1
     values, accepted or not, lie above it, that is no spike but a new level, and the limit is measured from there: their
-    median + max(deviations * 1.48 * MAD, the margin above). With `faithful`, skip if x > mean + deviations * std of the
-    last `window` values, whatever they were.
+    median + max(deviations * 1.48 * MAD, the margin above).
 
-    Guarantees (of the default, as the table):
+    Guarantees:
       - Nothing that is not finite enters the history, and a non-finite loss or gradient changes none of it.
       - Up to `accept_after` - 1 refused spikes within 2 * accept_after - 1 steps, of any size, change later limits by
         nothing.
@@ -195,7 +201,6 @@ def skip_spikes(
       deviations: how far above the history a spike is, > 0, a number or a 0-d array.
       on: "loss", "norm", "both", or "auto": both where the loss is passed as `value=`, else the norm.
       accept_after: after how many steps in a row a rise is taken for a new level (>= 1).
-      faithful: the published rule, for comparison.
       axis_name: as in `gradient_statistics`; the loss is averaged over the axis.
 
     Returns:
@@ -214,27 +219,20 @@ def skip_spikes(
       Array([0., 0.], dtype=float32)
 
     References:
-      OLMo-core, `SkipStepOptimizer`, 2024; Levanter, `skip_bad_steps`; MaxText, `skip_step_on_spikes`. `faithful=True`
-      is OLMo-core's and MaxText's: unbiased standard deviation of raw values, refused ones, zeros and NaN included,
-      once the value to be judged is the (window / 2)-th, so from 63 before it. Deviations: a skip selects instead of
-      multiplying with 0, which writes NaN; NaN is kept as a code, so that the state stays finite (the window is blind
-      to it no longer and no shorter). Levanter judges from 64 values on, by the population's standard deviation, at
-      least 1e-6, of the last `window` + 1; on 2200 healthy histories that differs in 1 verdict of 19 000. Deviations of
-      the default: quantiles instead of mean and standard deviation, the logarithm of the norm, refused values kept out,
-      `accept_after`, and judging from 15 values on instead of 63. Published, one NaN refuses the next `window` steps,
-      and after a lone spike A everything below 0.54 A passes for `window` steps.
+      OLMo-core, `SkipStepOptimizer`, 2024; Levanter, `skip_bad_steps`; MaxText, `skip_step_on_spikes`. Deviations:
+      quantiles instead of mean and standard deviation, the logarithm of the norm, refused values kept out,
+      `accept_after`, and judging from 15 values on instead of 63.
 
     See Also:
-      `skip_large`, for a bound known beforehand.
+      `published.skip_spikes`, the rule as published; `skip_large`, for a bound known beforehand.
     """
     name = "skip_spikes"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
     accept_after = validate.integer(name, "accept_after", accept_after, low=1, high=validate.MILLION)
     deviations = validate.scalar(name, "deviations", deviations, low=0, open_low=True)
     validate.one_of(name, "on", on, Signal)
-    faithful = validate.boolean(name, "faithful", faithful)
     validate.axis_name(name, axis_name)
-    signals = {"auto": ("loss", "norm"), "both": ("loss", "norm")}.get(on, (on,))
+    signals = signals_of(on)
 
     def init(params: optax.Params) -> SpikeState:
         del params
@@ -244,30 +242,17 @@ def skip_spikes(
         statistics: GradientStatistics, state: SpikeState, params: PyTree | None = None, **extra: Any
     ) -> tuple[Verdict, SpikeState]:
         del params
-        loss = _loss(name, extra, on, axis_name)
+        loss = judged_loss(name, extra, on, axis_name)
         size, root = statistics.finite_norm_parts
         log_norm = lax.stop_gradient((jnp.log(size) + jnp.log(root)).astype(jnp.float32))
         finite = jnp.all(statistics.finite)
         seen = {"norm": finite & (root > 0)}
-        values = {
-            "norm": jnp.where(finite, log_norm, jnp.nan)
-            if not faithful
-            else jnp.where(finite, size * root, jnp.nan).astype(jnp.float32)
-        }
+        values = {"norm": jnp.where(finite, log_norm, jnp.nan)}
         if loss is not None:
             values["loss"], seen["loss"] = loss, finite
         known = jnp.isfinite(loss) if loss is not None else jnp.ones((), bool)
         series = dict(zip(signals, _unpacked(state), strict=True))
         used = [signal for signal in signals if signal in values]
-        if faithful:
-            refused = jnp.zeros((), bool)
-            for signal in used:
-                limit, judged = published_threshold(
-                    series[signal], deviations, unbiased=True, least=0.0, counts_itself=True
-                )
-                refused = refused | judged & ~(values[signal] <= limit)
-                series[signal] = push_published(series[signal], values[signal])
-            return Verdict(scale=jnp.ones((), root.dtype), skip=refused), _packed(list(series.values()))
         refused = ~known | ~finite
         for signal in used:
             least = _LEAST_LOSS if signal == "loss" else _LEAST_LOG_NORM
@@ -282,7 +267,13 @@ def skip_spikes(
     return rule(init, judge, axis_name=axis_name)
 
 
-def _loss(name: str, extra: dict[str, Any], on: Signal, axis_name: AxisName | None) -> jax.Array | None:
+def signals_of(on: Signal) -> tuple[str, ...]:
+    """What has a history, in the order of the rows of the state."""
+    return ("loss", "norm") if on in ("auto", "both") else (on,)
+
+
+def judged_loss(name: str, extra: dict[str, Any], on: Signal, axis_name: AxisName | None) -> jax.Array | None:
+    """The loss if there is one and `on` judges it. Raises where there must be one."""
     loss = loss_in(name, extra, axis_name)
     if loss is None and on in ("loss", "both"):
         raise ValueError(f"{name}: `on` {on!r} judges the loss; pass it to `update` or `apply_gradients` as `value=`.")

@@ -13,6 +13,7 @@ from optax_guard._step.observe import GradientStatistics
 __all__ = [
     "DISTRUSTED",
     "Observation",
+    "at_rank",
     "bounded_scale",
     "keep_unless",
     "number",
@@ -80,6 +81,14 @@ def sorted_window(ring: jax.Array, held: jax.Array) -> jax.Array:
     places = jnp.arange(ring.shape[-1], dtype=jnp.int32)
     filled = jnp.broadcast_to(places, ring.shape) < held[..., None]
     return jnp.sort(jnp.where(filled, ring, jnp.inf), axis=-1)
+
+
+def at_rank(ordered: jax.Array, rank: jax.Array) -> jax.Array:
+    """The number at a fractional rank, interpolated linearly as `numpy.percentile` does."""
+    low = jnp.floor(rank).astype(jnp.int32)
+    high = jnp.ceil(rank).astype(jnp.int32)
+    part = rank - jnp.floor(rank)
+    return ordered[low] + part * (ordered[high] - ordered[low])
 
 
 def push(ring: jax.Array, index: jax.Array, number: jax.Array) -> jax.Array:

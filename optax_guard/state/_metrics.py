@@ -25,6 +25,7 @@ from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.recovery._ladder import RecoveryState
 from optax_guard.recovery._rewind import RewindState
 from optax_guard.rules._norm_history import NormHistoryState
+from optax_guard.transforms._published import PublishedUpdateNormState
 from optax_guard.transforms._update_bounds import ClippyState, LimitStepState, UpdateNormState
 
 __all__ = ["flight_log", "metrics"]
@@ -69,6 +70,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     limit_step/bound_total        i32: those that it scaled down: how often it binds
     limit_step/scale              f32: the smallest factor of a leaf of the last one
     clippy/..., update_norm/...   the same of `clippy`, and of `clip_by_update_norm` (without `step`)
+    published_update_norm/...     the same of `published.clip_by_update_norm`
     accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated
     loss_scaling/...              scale (f32), clean_in_row, overflow_total
     ============================  ====================================================================================
@@ -98,6 +100,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
         (LimitStepState, "limit_step", _bound("limit_step", "step", "bound_total", "scale")),
         (ClippyState, "clippy", _bound("clippy", "step", "bound_total", "scale")),
         (UpdateNormState, "update_norm", _bound("update_norm", "bound_total", "scale")),
+        (PublishedUpdateNormState, "published_update_norm", _bound("published_update_norm", "bound_total", "scale")),
         (AccumulateState, "accumulate", _accumulate),
         (LossScalingState, "loss_scaling", _loss_scaling),
     )
@@ -164,6 +167,7 @@ def _member_axes(state: optax.OptState) -> int:
         (LimitStepState, "limit_step_scale"),
         (ClippyState, "clippy_scale"),
         (UpdateNormState, "update_norm_scale"),
+        (PublishedUpdateNormState, "published_update_norm_scale"),
     )
     found = [axes_in_front(getattr(each, field)) for kind, field in scalars for each in find_states(state, kind)]
     return found[0] if found else 0

@@ -18,7 +18,7 @@ The functions are in `optax_guard` itself; here are the types of their states to
 """
 
 from optax_guard.transforms._elementwise import adaptive_grad_clip, clip_by_value
-from optax_guard.transforms._moment_clips import SpamState, StableSpamState, clip_by_update_rms, spam_clip, stable_spam
+from optax_guard.transforms._moment_clips import clip_by_update_rms, spam_clip, stable_spam
 from optax_guard.transforms._noise import (
     NoiseState,
     anticorrelated_noise,
@@ -41,6 +41,7 @@ from optax_guard.transforms._proximal import (
     proximal_l1,
     sparsity,
 )
+from optax_guard.transforms._spam import SpamState, StableSpamState
 from optax_guard.transforms._update_bounds import (
     ClippyState,
     LimitStepState,

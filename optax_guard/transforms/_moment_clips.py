@@ -14,74 +14,34 @@ treat elements and leaves differently, so they are no rules; they go inside `gua
 the optimizer's state: a copy would cost as much memory as the parameters, and a link could not restart it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from optax._src.transform import (  # states that Optax makes but does not export
-    ScaleByRmsWithCountState,
-    ScaleByRStdDevState,
-    ScaleByRStdDevWithCountState,
-)
 
 from optax_guard._common import validate
-from optax_guard._common.counters import next_step, value_at
-from optax_guard._common.eager import compiled_once
-from optax_guard._common.numerics import accumulator_dtype, direction, multiplied
-from optax_guard._common.optimizer_state import Reader, reader, responses
+from optax_guard._common.numerics import accumulator_dtype, multiplied
+from optax_guard._common.optimizer_state import reader
 from optax_guard._common.state_check import state_check
-from optax_guard._common.tree import (
-    as_params,
-    cast_like,
-    check_leaf_count,
-    checked,
-    checked_with_params,
-    is_gradient,
-    is_like,
-    leaves_with_none,
-)
-from optax_guard._common.typing import PyTree, ScalarOrSchedule
+from optax_guard._common.tree import as_params, checked_with_params, leaves_with_none
+from optax_guard._common.typing import ScalarOrSchedule
 from optax_guard._guard import HOLDING
-from optax_guard._step.act import as_transformation, refuse_inside, step_without_params
-
-__all__ = ["SpamState", "StableSpamState", "clip_by_update_rms", "spam_clip", "stable_spam"]
-
-# A count restarts with its moments; the counts of schedules are in states of their own and go on.
-_MOMENTS = (
-    optax.ScaleByAdamState,
-    optax.ScaleByAmsgradState,
-    optax.ScaleByBeliefState,
-    optax.ScaleByRmsState,
-    optax.ScaleByRssState,
-    optax.ScaleByLionState,
-    optax.TraceState,
-    optax.EmaState,
-    ScaleByRmsWithCountState,
-    ScaleByRStdDevState,
-    ScaleByRStdDevWithCountState,
+from optax_guard._step.act import as_transformation, refuse_inside
+from optax_guard.transforms._spam import (
+    LARGEST,
+    at_size,
+    clip_by_second_moment,
+    map_positions,
+    normalise_leaves,
+    restarted,
+    roots_of,
 )
-_UNSEEN = 1e18  # the largest norm remembered: its square fits into float32
+
+__all__ = ["clip_by_update_rms", "spam_clip", "stable_spam"]
+
 _BURST = 10.0  # what one step may count for in the usual largest element, in units of what it was
-
-
-class SpamState(NamedTuple):
-    """What `spam_clip` carries beside the optimizer's own state."""
-
-    spam_inner_state: Any  # the inner optimizer's state
-    spam_step: jax.Array  # i32[]: calls; places the restarts
-
-
-class StableSpamState(NamedTuple):
-    """What `stable_spam` carries: three numbers a leaf beside the optimizer's own state."""
-
-    stable_spam_inner_state: Any  # the inner optimizer's state
-    stable_spam_step: jax.Array  # i32[]: calls; places the restarts
-    largest_average: jax.Array  # f32[n_leaves]: of the largest element, not yet corrected for its start at zero
-    norm_average: jax.Array  # f32[n_leaves]: of the norm after the clip
-    squared_norm_average: jax.Array  # f32[n_leaves]
-    leaf_steps: jax.Array  # i32[n_leaves]: observations in them
 
 
 def spam_clip(
@@ -91,7 +51,6 @@ def spam_clip(
     restart_every: int | None = 500,
     warmup: int = 150,
     b2: float | None = None,
-    faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """SPAM: bound every element of the gradient by its second moment; restart the moments now and then.
 
@@ -113,7 +72,7 @@ def spam_clip(
     first step; after a restart     nothing is known, nothing is bounded: for that step the leaf passes
     zero gradient                   zero
     Inf where nothing is known      0
-    row of an embedding never seen  bounded like the largest element of its leaf (published: held at 0)
+    row of an embedding never seen  bounded like the largest element of its leaf
     five spikes in a row, any size  each is clipped to sqrt(threshold) = 71 roots and multiplies v by b2 + (1 - b2) *
                                     threshold = 6, so that the bound grows by 88 in five; while v is an average of few
                                     by more: 236 from 1000 steps after a restart, 690 from 500, 8000 from 150
@@ -126,7 +85,6 @@ def spam_clip(
       warmup: steps of the warm-up after a restart (>= 0).
       b2: the optimizer's decay of the second moment, in [0, 1), to correct its start. By default what
         `optax.inject_hyperparams` keeps in the state, or Optax's own default.
-      faithful: the published method, for comparison.
 
     Returns:
       A transformation; its `update` needs `params`, and forwards extra arguments. Under `optax.inject_hyperparams`
@@ -146,65 +104,30 @@ def spam_clip(
 
     References:
       Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025, arXiv 2501.06842,
-      algorithm 1, and the authors' code. `faithful=True`: v is not corrected, nothing is clipped in the first 20 steps
-      after a restart, counts go on (so that the bias correction misses the restart), v_j = 0 holds its element at 0,
-      and NaN passes. Deviations of both: no sparse momentum; the eps of `inner` is added after the bias correction, as
-      Optax does (theirs, 1e-6, before it: a larger one in the first 1 / (1 - b2) steps); weight decay in `inner` shares
-      the warm-up's factor. Theirs does not: `optax.chain(spam_clip(optax.adam(r)), optax.add_decayed_weights(-r * d))`.
+      algorithm 1. Deviations: v is corrected for its start at zero; clipping begins one step after a restart; the
+      optimizer's counts restart with the moments; v_j = 0 is no bound of 0; NaN counts as 0; no sparse momentum; the
+      eps of `inner` is added after the bias correction, as Optax does; weight decay in `inner` shares the warm-up's
+      factor. Theirs does not: `optax.chain(spam_clip(optax.adam(r)), optax.add_decayed_weights(-r * d))`.
 
     See Also:
-      `optax.clip`, one bound for all.
+      `published.spam_clip`, the authors' own; `optax.clip`, one bound for all.
     """
     name = "spam_clip"
-    inner = as_transformation(name, inner)
     threshold = validate.scalar(name, "threshold", threshold, low=0, open_low=True)
-    warmup = validate.integer(name, "warmup", warmup, low=0)
-    faithful = validate.boolean(name, "faithful", faithful)
     read = reader(name, "second_moment", 0.0, b2, 0.0)
-    read = Reader(
-        name, read.metric, read.momentum, 0.0 if faithful else read.b2, read.eps
-    )  # with 0 it corrects nothing
-    if restart_every is not None:
-        restart_every = validate.integer(name, "restart_every", restart_every, low=2)
-    update_inner = inner.update
 
-    def init(params: optax.Params) -> SpamState:
-        params = as_params(name, params)
-        inner_state = inner.init(params)
-        refuse_inside(name, "inner", inner_state, HOLDING)
-        return SpamState(spam_inner_state=inner_state, spam_step=jnp.zeros((), jnp.int32))
+    def clip(leaf: jax.Array, root: jax.Array, step: jax.Array) -> jax.Array:
+        del step
+        real = accumulator_dtype(leaf.dtype)
+        known = jnp.isfinite(root)
+        bound = jnp.sqrt(jnp.asarray(threshold, real)) * jnp.where(known, root, 0).astype(real)
+        largest = jnp.max(bound, initial=0)
+        bound = jnp.where(bound > 0, bound, jnp.where(largest > 0, largest, jnp.inf))
+        leaf = jnp.where(jnp.isnan(leaf), jnp.zeros_like(leaf), leaf)
+        bounded = jnp.where(jnp.abs(leaf).astype(real) > bound, at_size(leaf, bound), leaf)
+        return jnp.where(jnp.isfinite(bounded), bounded, jnp.zeros_like(bounded))
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, SpamState]:
-        updates, params = checked_with_params(name, updates, params)
-        check_state(state, params, updates)
-        step = next_step(state.spam_step)
-        restart, factor = _restart(step, restart_every, warmup)
-        before = _restarted(state.spam_inner_state, params, restart, counts=not faithful)
-        roots = _roots(read, before, params)
-        settled = (step >= 20) & (step % (restart_every or 2**30) >= 20)
-
-        def clip(leaf: jax.Array, root: jax.Array) -> jax.Array:
-            real = accumulator_dtype(leaf.dtype)
-            known = jnp.isfinite(root)
-            bound = jnp.sqrt(jnp.asarray(threshold, real)) * jnp.where(known, root, 0).astype(real)
-            if faithful:
-                clipped = settled & (jnp.abs(leaf).astype(real) > bound) & ~jnp.isnan(root)
-                return jnp.where(clipped, _at_size(leaf, bound), leaf)
-            largest = jnp.max(bound, initial=0)
-            bound = jnp.where(bound > 0, bound, jnp.where(largest > 0, largest, jnp.inf))
-            leaf = jnp.where(jnp.isnan(leaf), jnp.zeros_like(leaf), leaf)
-            bounded = jnp.where(jnp.abs(leaf).astype(real) > bound, _at_size(leaf, bound), leaf)
-            return jnp.where(jnp.isfinite(bounded), bounded, jnp.zeros_like(bounded))
-
-        clipped = _map_positions(clip, updates, roots)
-        updates, after = update_inner(clipped, before, params, **extra)
-        return _scaled(updates, factor), SpamState(spam_inner_state=cast_like(after, before), spam_step=step)
-
-    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
+    return clip_by_second_moment(name, inner, read, clip, restarted, restart_every, warmup)
 
 
 def stable_spam(
@@ -215,7 +138,6 @@ def stable_spam(
     gamma3: float = 0.999,
     restart_every: int | None = 1000,
     eps: float = 1e-8,
-    faithful: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Stable-SPAM: bound elements by the usual largest of their leaf, normalise the leaf's norm, restart now and then.
 
@@ -239,7 +161,7 @@ def stable_spam(
     Case                            Result
     ==============================  ===================================================================================
     first observation               no bound: That is its own largest element; its norm becomes 1
-    zero leaf, or nothing finite    zero, and no observation (faithful: zeros are one)
+    zero leaf, or nothing finite    zero, and no observation
     lasting rise x100               That follows in about 520 steps (ln 100 / 0.009); the norm of the leaf is normalised
                                     meanwhile all the same
     first norm above 1e18           counts as 1e18 in m and n
@@ -252,11 +174,10 @@ def stable_spam(
       gamma3: decay of the largest element's, in [0, 1).
       restart_every: steps between restarts (>= 2), or None for none.
       eps: added to the root, >= 0.
-      faithful: the published method, for comparison.
 
     Returns:
-      A transformation; its `update` forwards extra arguments. Under `optax.inject_hyperparams` list `inner`,
-      `restart_every` and `faithful` in `static_args`.
+      A transformation; its `update` forwards extra arguments. Under `optax.inject_hyperparams` list `inner`
+      and `restart_every` in `static_args`.
 
     Raises:
       ValueError: wrong static arguments.
@@ -270,90 +191,29 @@ def stable_spam(
 
     References:
       Huang et al., "Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam", 2025, arXiv 2502.17055,
-      algorithm 1, and the authors' code, which `faithful=True` follows. T takes M as it comes (one spike of 1e6 raises
-      That by 1e3), and a zero leaf is an observation. At a restart the step is still taken, with the old moments under
-      a count of 1 (around Adam a tenth to two fifths as long as after zeroing them first, as the default does); then
-      the moments are zeroed, so that this gradient is forgotten, and the count goes on with 2. The averages share that
-      count and do not restart: with the defaults That is 316 times too large after the first restart, 500 times after
-      late ones. Deviation: a leaf that is not finite is left out, where theirs is NaN from then on; no state of this
-      library holds one.
+      algorithm 1. Deviations: M counts for at most 10 T' in T; a zero leaf is no observation; at a restart the moments
+      are zeroed before the step and not after it; the averages have a count of their own, which does not restart; NaN
+      and Inf are replaced.
 
       Their usage example also decays gamma1 and Adam's b1 over the whole run of `steps`, by a cosine from 1 to
-      eta_min = 0.5, which changes much. In both forms that is
+      eta_min = 0.5, which changes much. Here, and with `published.stable_spam`, that is
 
           scale = lambda step: 0.75 + 0.25 * jnp.cos(jnp.pi * (step + 1) / (steps + 1))
           adam = optax.inject_hyperparams(optax.adam)(1e-3, b1=lambda step: 0.9 * scale(step))
           stable_spam(adam, gamma1=lambda step: 0.7 * scale(step))
 
     See Also:
-      `spam_clip`; `optax.normalize_by_update_norm`, without a history.
+      `published.stable_spam`, the authors' own; `spam_clip`; `optax.normalize_by_update_norm`, without a history.
     """
     name = "stable_spam"
-    inner = as_transformation(name, inner)
-    below_one = {"low": 0, "high": 1, "open_high": True}
-    gamma1 = validate.scalar_or_schedule(name, "gamma1", gamma1, **below_one)
-    gamma2 = validate.scalar(name, "gamma2", gamma2, **below_one)
-    gamma3 = validate.scalar(name, "gamma3", gamma3, **below_one)
-    eps = validate.scalar(name, "eps", eps, low=0)
-    faithful = validate.boolean(name, "faithful", faithful)
-    if restart_every is not None:
-        restart_every = validate.integer(name, "restart_every", restart_every, low=2)
-    update_inner = inner.update
 
-    def init(params: optax.Params) -> StableSpamState:
-        params = as_params(name, params)
-        leaves, inner_state = len(leaves_with_none(params)), inner.init(params)
-        refuse_inside(name, "inner", inner_state, HOLDING)
-        return StableSpamState(
-            stable_spam_inner_state=inner_state,
-            stable_spam_step=jnp.zeros((), jnp.int32),
-            largest_average=jnp.zeros(leaves, jnp.float32),
-            norm_average=jnp.zeros(leaves, jnp.float32),
-            squared_norm_average=jnp.zeros(leaves, jnp.float32),
-            leaf_steps=jnp.zeros(leaves, jnp.int32),
-        )
+    def observe(most: jax.Array, usual: jax.Array, seen: jax.Array, finite: jax.Array) -> tuple[jax.Array, jax.Array]:
+        del finite
+        taken = jnp.where(seen > 0, jnp.minimum(most, _BURST * usual), jnp.minimum(most, LARGEST))
+        return taken, jnp.isfinite(most) & (most > 0)
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, StableSpamState]:
-        updates, params = checked(name, updates, params)
-
-        def step() -> tuple[optax.Updates, StableSpamState]:
-            return run(updates, state, params, extra)
-
-        return step() if params is not None else step_without_params(name, step, updates, state)
-
-    def run(
-        updates: optax.Updates, state: StableSpamState, params: optax.Params | None, extra: dict[str, Any]
-    ) -> tuple[optax.Updates, StableSpamState]:
-        check_state(state, params, updates)
-        check_leaf_count(name, state.leaf_steps.shape[0], len(leaves_with_none(updates)))
-        step = next_step(state.stable_spam_step)
-        restart = _restart(step, restart_every, 0)[0]
-        like = updates if params is None else params
-        before = _restarted(state.stable_spam_inner_state, like, restart, moments=not faithful)
-        settings = (value_at(gamma1, state.stable_spam_step), gamma2, gamma3, eps)
-        old = (state.largest_average, state.norm_average, state.squared_norm_average, state.leaf_steps)
-        results = [
-            _normalised(leaf, tuple(x[i] for x in old), settings, faithful)
-            for i, leaf in enumerate(leaves_with_none(updates))
-        ]
-        normal = jax.tree.unflatten(
-            jax.tree.structure(updates, is_leaf=lambda leaf: leaf is None), [leaf for leaf, _ in results]
-        )
-        averages = [jnp.stack(x) for x in zip(*(new for _, new in results), strict=True)] if results else list(old)
-        updates, after = update_inner(normal, before, params, **extra)
-        new = StableSpamState(cast_like(after, before), step, *averages)
-        if faithful:  # the step of a restart still had the old moments, under a count of 1, which stays
-            new = new._replace(
-                stable_spam_inner_state=_restarted(new.stable_spam_inner_state, like, restart, counts=False),
-                leaf_steps=jnp.where(restart, 1, new.leaf_steps),
-            )
-        return updates, new
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    gammas = (gamma1, gamma2, gamma3)
+    return normalise_leaves(name, inner, gammas, eps, observe, restarted, lambda state, *_: state, restart_every)
 
 
 def clip_by_update_rms(
@@ -431,7 +291,7 @@ def clip_by_update_rms(
         check_state(state, params, updates)
         gradients = updates
         updates, after = update_inner(updates, state, params, **extra)
-        roots = _roots(read, after, params)
+        roots = roots_of(read, after, params)
 
         def clip(moved: jax.Array, gradient: jax.Array, root: jax.Array) -> jax.Array:
             real = accumulator_dtype(gradient.dtype)
@@ -442,104 +302,7 @@ def clip_by_update_rms(
             scale = jnp.where(over, jnp.asarray(max_rms, real) * lax.rsqrt(jnp.where(over, square, 1)), 1)
             return jnp.where(over, multiplied(moved, scale), moved)
 
-        clipped = _map_positions(clip, updates, leaves_with_none(gradients), roots)
+        clipped = map_positions(clip, updates, leaves_with_none(gradients), roots)
         return clipped, after
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _roots(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]:
-    """Per position the root of the corrected second moment: Inf where it has only seen zeros, NaN before a step."""
-    chosen = jax.tree.map(is_gradient, params)
-    return [each.metric for each in responses(read, state, params, chosen, jnp.zeros((), jnp.int32))]
-
-
-def _map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
-    """Maps over the floating-point leaves of `tree` with the entries of lists that follow `leaves_with_none`."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
-    mapped = [
-        function(leaf, *others) if is_gradient(leaf) else leaf for leaf, *others in zip(leaves, *rest, strict=True)
-    ]
-    return jax.tree.unflatten(structure, mapped)
-
-
-def _at_size(leaf: jax.Array, size: jax.Array) -> jax.Array:
-    """The direction of every element at another size; Inf has the direction of its sign."""
-    return multiplied(direction(leaf), size)
-
-
-def _scaled(updates: PyTree, factor: jax.Array) -> PyTree:
-    return _map_positions(lambda leaf: jnp.where(factor == 1, leaf, multiplied(leaf, factor)), updates)
-
-
-def _restart(step: jax.Array, every: int | None, warmup: int) -> tuple[jax.Array, jax.Array]:
-    """Whether the moments restart at this call, and the factor of the warm-up after the last restart."""
-    if every is None:
-        return jnp.zeros((), bool), jnp.ones((), jnp.float32)
-    since = (step % every).astype(jnp.float32)
-    rate = 0.495 * (1 + jnp.cos(jnp.pi * since / (warmup + 1)))
-    return step % every == 0, jnp.where((step >= every) & (since < warmup), 1 - rate, 1)
-
-
-def _restarted(
-    state: PyTree, params: PyTree, restart: jax.Array, *, counts: bool = True, moments: bool = True
-) -> PyTree:
-    """The state with moments and their counts zero where `restart`. A select: fused into the read of the moments."""
-
-    def zero(leaf: jax.Array) -> jax.Array:
-        return jnp.where(restart, jnp.zeros_like(leaf), leaf)
-
-    def look(node: Any) -> Any:
-        if not isinstance(node, _MOMENTS) or is_like(node, params):
-            return node
-        fields = {
-            name: jax.tree.map(zero, field) if (counts if name == "count" else moments) else field
-            for name, field in node._asdict().items()
-        }
-        return type(node)(**fields)
-
-    return jax.tree.map(look, state, is_leaf=lambda node: isinstance(node, _MOMENTS) or is_like(node, params))
-
-
-def _normalised(
-    leaf: Any, old: tuple[jax.Array, ...], settings: tuple[Any, ...], faithful: bool
-) -> tuple[Any, tuple[jax.Array, ...]]:
-    """One leaf of `stable_spam` and its new averages."""
-    if not is_gradient(leaf) or leaf.size == 0:
-        return leaf, old
-    largest, norms, squares, steps = old
-    gamma1, gamma2, gamma3, eps = (jnp.asarray(x, jnp.float32) for x in settings)
-    real = accumulator_dtype(leaf.dtype)
-    sizes = lax.stop_gradient(jnp.abs(leaf).astype(real))
-    finite = jnp.isfinite(sizes)
-    most = jnp.max(jnp.where(finite, sizes, 0)).astype(jnp.float32)
-    t = steps + 1
-
-    def corrected(average: jax.Array, decay: jax.Array, count: jax.Array) -> jax.Array:
-        share = 1 - decay ** count.astype(jnp.float32)
-        return average / jnp.where(share > 0, share, 1)
-
-    usual = corrected(largest, gamma3, steps)
-    taken = most if faithful else jnp.where(steps > 0, jnp.minimum(most, _BURST * usual), jnp.minimum(most, _UNSEEN))
-    new_largest = gamma3 * largest + (1 - gamma3) * taken
-    bound = corrected(new_largest, gamma3, t)
-    seen = jnp.isfinite(most) & (jnp.all(finite) if faithful else most > 0)
-    one = jnp.where(most > 0, most, 1)
-    # Divided first: elements of 1e30 times a bound would overflow.
-    over = finite & (sizes > bound.astype(real))
-    shape = jnp.where(finite, sizes, 0) / one.astype(real)
-    shrunk = jnp.where(over, shape * bound.astype(real), jnp.where(finite, sizes, 0))
-    shrunk = jnp.where(jnp.isinf(sizes), bound.astype(real), shrunk)
-    top = jnp.max(shrunk)
-    top = jnp.where(top > 0, top, 1)
-    norm = (top * jnp.sqrt(jnp.sum(jnp.square(shrunk / top)))).astype(jnp.float32)
-    counted = jnp.minimum(norm, _UNSEEN)
-    new_norms = gamma1 * norms + (1 - gamma1) * counted
-    new_squares = gamma2 * squares + (1 - gamma2) * jnp.square(counted)
-    length = corrected(new_norms, gamma1, t) / (jnp.sqrt(corrected(new_squares, gamma2, t)) + eps)
-    factor = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1), 0).astype(real)
-    direction = jnp.where(jnp.isnan(leaf), jnp.zeros_like(leaf), leaf)
-    result = _at_size(direction, shrunk * factor)
-    result = jnp.where(seen, jnp.where(jnp.isfinite(result), result, jnp.zeros_like(result)), jnp.zeros_like(result))
-    new = (new_largest, new_norms, new_squares, jnp.minimum(t, 2**30))
-    return result, tuple(jnp.where(seen, n, o).astype(o.dtype) for n, o in zip(new, old, strict=True))

@@ -24,14 +24,24 @@ from optax_guard._common.axes import min_over, sharding_of
 from optax_guard._common.counters import count_if, next_step, value_at
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.numerics import accumulator_dtype, multiplied, safe_sqrt
-from optax_guard._common.series import Series, empty_series, published_threshold, push, push_published, threshold
+from optax_guard._common.series import Series, empty_series, push, threshold
 from optax_guard._common.state_check import state_check
 from optax_guard._common.tree import checked, checked_with_params, is_gradient, leaves_with_none
 from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule, Scope
 from optax_guard._step.judge import scale_leaves
 from optax_guard._step.observe import one_pass_statistics
 
-__all__ = ["ClippyState", "LimitStepState", "UpdateNormState", "clip_by_update_norm", "clippy", "limit_step"]
+__all__ = [
+    "ClippyState",
+    "LimitStepState",
+    "UpdateNormState",
+    "clip_by_update_norm",
+    "clippy",
+    "counted",
+    "limit_step",
+    "squares_of",
+    "uncounted",
+]
 
 _LEAST_LOG_NORM = 0.6931472  # an update within x2 of its level is never touched
 
@@ -53,9 +63,9 @@ class ClippyState(NamedTuple):
 
 
 class UpdateNormState(NamedTuple):
-    """What `clip_by_update_norm` remembers: norms of updates (their logarithms, unless it is the published rule)."""
+    """What `clip_by_update_norm` remembers: logarithms of the norms of updates."""
 
-    update_norms_kept: jax.Array  # f32[window]: after the clip (published: before it), a ring
+    update_norms_kept: jax.Array  # f32[window]: after the clip, a ring
     update_norms_recent: jax.Array  # f32[2 * accept_after - 1]: before the clip, a ring
     update_norms_kept_total: jax.Array  # i32[]: how many were kept; a place in the ring once it is full
     update_norms_recent_total: jax.Array  # i32[]
@@ -134,7 +144,7 @@ def limit_step(
 
     def init(params: optax.Params) -> LimitStepState:
         del params
-        return LimitStepState(*_uncounted())
+        return LimitStepState(*uncounted())
 
     check_state = state_check(name, init)
 
@@ -145,7 +155,7 @@ def limit_step(
         updates, params = checked_with_params(name, updates, params)
         check_state(state, params, updates)
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
-        moved = _squares(updates, axis_name)
+        moved = squares_of(updates, axis_name)
         weights = one_pass_statistics(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
         weights = jnp.where(jnp.isfinite(weights), weights, 0)
         sizes = _sizes(updates, params, axis_name).astype(moved.dtype)
@@ -155,7 +165,7 @@ def limit_step(
         smallest = jnp.asarray(floor, moved.dtype) * jnp.sqrt(sizes)
         bound = ratio.astype(moved.dtype) * jnp.maximum(safe_sqrt(weights), smallest)
         scale = _scale(bound, safe_sqrt(moved))
-        return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(*_counted(state, scale))
+        return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(*counted(state, scale))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -165,7 +175,6 @@ def clip_by_update_norm(
     deviations: float = 3.0,
     *,
     accept_after: int = 8,
-    faithful: bool = False,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale an update down to what its own history allows.
@@ -175,8 +184,7 @@ def clip_by_update_norm(
         log limit = q50 + max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), log 2)
 
     Once more than half of the last 2 * accept_after - 1 norms, before the clip, lie above it, that is a new level, and
-    the limit is measured from their median: see `skip_spikes`, which shares the equations. With `faithful`, limit =
-    mean + deviations * std of the last `window` norms before the clip.
+    the limit is measured from their median: see `skip_spikes`, which shares the equations.
 
     An optimizer can turn an ordinary gradient into a large update (Adam, when its second moment has fallen behind), so
     this sees what a clip of the gradient does not.
@@ -205,7 +213,6 @@ def clip_by_update_norm(
       window: how many norms are remembered (>= 2).
       deviations: width of the limit above the history, > 0, a number or a 0-d array.
       accept_after: after how many steps in a row a rise is taken for a new level (>= 1).
-      faithful: the published rule, for comparison.
       axis_name: as in `gradient_statistics`.
 
     Returns:
@@ -224,23 +231,22 @@ def clip_by_update_norm(
       Array([2.], dtype=float32)
 
     References:
-      Levanter, `clip_update_norm`, 2025; used in Marin's 32B run with 2 deviations. Deviations of `faithful=True`: a
-      norm that is not finite is kept as a code, with which nothing is clipped for `window` steps, as published.
-      Deviations of the default: those of `skip_spikes`; it remembers clipped norms.
+      Levanter, `clip_update_norm`, 2025; used in Marin's 32B run with 2 deviations. Deviations: those of `skip_spikes`;
+      it remembers clipped norms.
 
     See Also:
-      `skip_spikes`, which holds the step, and judges the gradient.
+      `published.clip_by_update_norm`, the rule as published; `skip_spikes`, which holds the step, and judges the
+      gradient.
     """
     name = "clip_by_update_norm"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
     accept_after = validate.integer(name, "accept_after", accept_after, low=1, high=validate.MILLION)
     deviations = validate.scalar(name, "deviations", deviations, low=0, open_low=True)
-    faithful = validate.boolean(name, "faithful", faithful)
     validate.axis_name(name, axis_name)
 
     def init(params: optax.Params) -> UpdateNormState:
         del params
-        return UpdateNormState(*empty_series(window, accept_after), *_uncounted()[1:])
+        return UpdateNormState(*empty_series(window, accept_after), *uncounted()[1:])
 
     check_state = state_check(name, init)
 
@@ -250,21 +256,15 @@ def clip_by_update_norm(
         del extra
         updates, params = checked(name, updates, params)
         check_state(state, params, updates)
-        squares = _squares(updates, axis_name)
+        squares = squares_of(updates, axis_name)
         norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
         finite = jnp.all(jnp.isfinite(squares))
         series = Series(*state[:4])
-        if faithful:
-            seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
-            limit, judged = published_threshold(series, deviations, unbiased=False, least=1e-6, counts_itself=False)
-            scale = jnp.where(judged & (seen > limit), limit / jnp.maximum(seen, 1e-6), 1).astype(norm.dtype)
-            after = push_published(series, lax.stop_gradient(seen))
-        else:
-            x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
-            limit = threshold(series, deviations, _LEAST_LOG_NORM, relative=False)
-            scale = _scale(jnp.exp(limit).astype(norm.dtype), norm)
-            after = push(series, x, jnp.minimum(x, limit), jnp.ones((), bool), finite & (norm > 0))
-        new = UpdateNormState(*after, *_counted((0, *state[4:]), scale)[1:])
+        x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
+        limit = threshold(series, deviations, _LEAST_LOG_NORM, relative=False)
+        scale = _scale(jnp.exp(limit).astype(norm.dtype), norm)
+        after = push(series, x, jnp.minimum(x, limit), jnp.ones((), bool), finite & (norm > 0))
+        new = UpdateNormState(*after, *counted((0, *state[4:]), scale)[1:])
         return scale_leaves(updates, scale, jnp.zeros((), bool)), new
 
     return optax.GradientTransformationExtraArgs(init, compiled_once(update))
@@ -325,7 +325,7 @@ def clippy(
 
     def init(params: optax.Params) -> ClippyState:
         del params
-        return ClippyState(*_uncounted())
+        return ClippyState(*uncounted())
 
     check_state = state_check(name, init)
 
@@ -358,17 +358,17 @@ def clippy(
         shares = min_over(shares, sharding_of(updates, axis_name).names)
         clipped = structure.unflatten(clip(*pair) for pair in zip(leaves, shares, strict=True))
         least = jnp.array([share.astype(jnp.float32) for share in shares], jnp.float32)
-        return clipped, ClippyState(*_counted(state, least))
+        return clipped, ClippyState(*counted(state, least))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _uncounted() -> tuple[jax.Array, jax.Array, jax.Array]:
+def uncounted() -> tuple[jax.Array, jax.Array, jax.Array]:
     """Updates seen, those that were scaled down, the smallest factor of the last one."""
     return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
 
 
-def _counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same after one more, of one factor or one a leaf."""
     step, total, _ = counts
     least = lax.stop_gradient(jnp.min(scale.astype(jnp.float32), initial=1))
@@ -376,7 +376,7 @@ def _counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return next_step(step), count_if(least < 1, total), least
 
 
-def _squares(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
+def squares_of(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
     """Per leaf the sum of squares, without a second look: a finite update whose squares overflow is scaled to 0."""
     return one_pass_statistics(updates, axis_name).sum_squares
 

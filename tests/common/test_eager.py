@@ -148,7 +148,7 @@ def test_a_healthy_step_outside_of_jit_passes_where_jax_looks_for_bad_numbers(en
 
 
 def test_what_is_published_passes_there_too_and_so_does_a_gradient_of_zeros() -> None:
-    published = (og.clip_by_update_norm(window=8, faithful=True), og.spam_clip(optax.adam(0.1), faithful=True))
+    published = (og.published.clip_by_update_norm(window=8), og.published.spam_clip(optax.adam(0.1)))
     with jax.debug_nans(True), jax.debug_infs(True):
         for tx in published:
             step = stepped(tx, by_update=True)

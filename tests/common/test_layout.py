@@ -18,7 +18,7 @@ FLOORS = (
     {"_guard"},
     {"_halt"},
     {"transforms"},
-    {"state", "_stabilize"},
+    {"state", "_stabilize", "published"},
     {"__init__"},
     {"_host", "models"},
     {"preflight", "diagnose", "report", "smoothing", "flax"},

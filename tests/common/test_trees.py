@@ -323,6 +323,7 @@ def test_beside_lookahead_a_transformation_works_or_says_where_it_belongs(entry:
         assert_raises(step, "optax.lookahead( inside")
     elif entry.variant == "leaf" or entry.name in (
         "adagc",
+        "published.adagc",
         "masked_rule",
         "record_leaves",
     ):  # one number a leaf, of both of the pair

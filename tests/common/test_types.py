@@ -15,7 +15,11 @@ import optax_guard as og
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = ROOT / "tests/programs"
-MODULES = [og, *(importlib.import_module(f"optax_guard.{name}") for name in ("models", "preflight", "smoothing"))]
+MODULES = [
+    og,
+    og.published,
+    *(importlib.import_module(f"optax_guard.{name}") for name in ("models", "preflight", "smoothing")),
+]
 MODULES += [importlib.import_module(f"optax_guard.{name}") for name in ("diagnose", "flax", "report")]
 # Words of the user, and what JAX calls a dtype.
 FREE_WORDS = {"axis_name", "path", "dtype", "param_dtype", "accumulator_dtype"}

@@ -50,7 +50,7 @@ WRAPPERS = [entry for entry in ENTRIES if entry.wraps]
 STATEFUL = [entry for entry in ENTRIES if jax.tree.leaves(jax.eval_shape(entry.make().init, PARAMS))]
 
 
-ROOMS = (og.rules, og.recovery, og.accumulation, og.transforms, og.state)
+ROOMS = (og.rules, og.recovery, og.accumulation, og.transforms, og.published, og.state)
 
 
 STATES = [x for room in ROOMS for name in room.__all__ if "State" in name and (x := getattr(room, name))]

@@ -107,6 +107,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "stabilize": {"inner": SGD},
     "stable_spam": {"inner": SGD},
     "add_guard_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
+    "published.spam_clip": {"inner": ADAM},
+    "published.stable_spam": {"inner": SGD},
     "smoothing.augment_with_noise": {"inputs": BATCH, "sigma": 0.1, "key": 0},
     "smoothing.certified_accuracy": {
         "certificate": smoothing.Certificate(np.array([1, 0]), np.array([0.5, 0.2])),
@@ -152,6 +154,7 @@ FILES = {"smoothing.plot_certified_accuracy", "preflight.plot", "report.load", "
 }
 MODULES = {
     "": og,
+    "published.": og.published,
     "smoothing.": smoothing,
     "preflight.": preflight,
     "diagnose.": diagnose,

@@ -316,17 +316,16 @@ HISTORY = {
     "zclip": og.zclip(),
     "zclip, mean": og.zclip(mode="mean"),
     "zclip, percentile": og.zclip(mode="percentile"),
-    "zclip, faithful": og.zclip(faithful=True, warmup=2),
+    "published.zclip": og.published.zclip(warmup=2),
     "autoclip": og.autoclip(window=12),
-    "autoclip, faithful": og.autoclip(faithful=True, window=12),
+    "published.autoclip": og.published.autoclip(window=12),
     "adagc": og.adagc(),
     "adagc, tree": og.adagc(scope="tree"),
-    "adagc, faithful": og.adagc(faithful=True, warmup=2),
+    "published.adagc": og.published.adagc(warmup=2),
     "skip_spikes": og.skip_spikes(on="norm", window=8),
-    "skip_spikes, faithful": og.skip_spikes(on="norm", window=8, faithful=True),
+    "published.skip_spikes": og.published.skip_spikes(on="norm", window=8),
 }
-FAITHFUL = [name for name in HISTORY if "faithful" in name]
-LEAF = [name for name in HISTORY if "leaf" in name or name in ("adagc", "adagc, faithful")]
+LEAF = [name for name in HISTORY if "leaf" in name or name in ("adagc", "published.adagc")]
 BAD_STEPS = {"NaN": np.nan, "Inf": np.inf}
 
 
@@ -363,13 +362,13 @@ NOISE = np.exp(np.random.default_rng(0).normal(0, 0.1, 40)).astype(np.float32)
 def test_zeros_and_steps_that_are_not_finite_are_no_history(history: np.ndarray) -> None:
     for name, (before, got, new, _) in after(history, [0.0, -0.0, 0, 0], [-0.0]).items():
         assert bits(got) == bits([np.float32([0.0, -0.0, 0, 0]), np.float32([-0.0])]), name
-        if name != "skip_spikes, faithful":  # remembers what was, as published
+        if name != "published.skip_spikes":  # remembers what was, as published
             assert bits(new) == bits(before), name
     for leaves in (([np.nan, 1, 1, 1], [1.0]), ([1, 1, 1, 1], [-np.inf]), ([0, 0, 0, 0], [np.nan])):
         for name, (before, got, new, _) in after(history, *leaves).items():
             assert not any(np.asarray(leaf).any() for leaf in got), name
             assert all_are_finite(new), name
-            if name != "skip_spikes, faithful":
+            if name != "published.skip_spikes":
                 assert bits(new) == bits(before), name
 
 
@@ -389,9 +388,9 @@ def test_constant_norms_are_never_touched(size: float) -> None:
     for name, (_, _, new, passed) in after(np.full(40, size), [size / 2] * 4, [size]).items():
         assert all_are_finite(new), name
         norm = np.sqrt(2) * size
-        if name == "autoclip, faithful":
+        if name == "published.autoclip":
             np.testing.assert_allclose(passed, bare * (norm / (norm + 1e-6)), rtol=1e-5, atol=2e-38)
-        elif name in ("zclip, faithful", "adagc, faithful") and norm > 1:
+        elif name in ("published.zclip", "published.adagc") and norm > 1:
             assert np.all(np.abs(passed) < bare), name  # the authors' fixed bound
             np.testing.assert_allclose(np.linalg.norm(np.asarray(passed)[:2], axis=1), 1.0, rtol=1e-5)  # the warm-up
         else:
@@ -408,7 +407,7 @@ def test_a_spike_of_any_size_passes_as_what_the_history_allows(unit: float) -> N
                 assert np.hypot(norms[0], norms[1]) <= np.exp(float(before.log_threshold)) * (1 + 1e-5) + 1e-38
             if size / unit > 1e60 and name.startswith("clip_by_norm_history"):
                 assert norms == [0.0, 0.0]  # the factor is below the smallest number
-            if name != "zclip, faithful" or unit == 1:  # there 1e-6 is added to a deviation of 1e-31
+            if name != "published.zclip" or unit == 1:  # there 1e-6 is added to a deviation of 1e-31
                 assert max(norms) <= 30 * unit, name
 
 

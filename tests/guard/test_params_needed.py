@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from registry import ENTRIES, Entry, adamw
+from registry import ENTRIES, PUBLIC, Entry, adamw
 
 import optax_guard as og
 
@@ -52,6 +52,6 @@ def test_stabilize_names_its_own_option() -> None:
 def test_the_page_lists_all_that_needs_them() -> None:
     section = PAGE.read_text().split("## Libraries that pass no parameters\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    functions = {name for name in og.__all__ if callable(getattr(og, name))}  # `recovery` is also a folder
-    listed = {name for row in rows for name in re.findall(r"\w+", row)} & functions
+    functions = {name for name, thing in PUBLIC.items() if callable(thing)}  # `recovery` is also a folder
+    listed = {name for row in rows for name in re.findall(r"[\w.]*\w", row)} & functions
     assert listed == {entry.name for entry in OURS} | set(RUNGS) | {"guard"}

@@ -30,9 +30,9 @@ RULES: dict[str, Callable[[], og.Rule]] = {
 FACTORIES = {
     **RULES,
     "adagc": og.adagc,
-    "zclip_faithful": functools.partial(og.zclip, faithful=True),
-    "autoclip_faithful": functools.partial(og.autoclip, faithful=True),
-    "adagc_faithful": functools.partial(og.adagc, faithful=True),
+    "published.zclip": og.published.zclip,
+    "published.autoclip": og.published.autoclip,
+    "published.adagc": og.published.adagc,
     "clip_by_norm_history_leaf": functools.partial(og.clip_by_norm_history, scope="leaf"),
     "clip_by_median_norm_leaf": functools.partial(og.clip_by_median_norm, scope="leaf"),
 }
@@ -292,7 +292,7 @@ def test_a_finite_gradient_never_overflows(name: str) -> None:
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("name", [n for n in FACTORIES if n != "adagc_faithful"])
+@pytest.mark.parametrize("name", [n for n in FACTORIES if n not in ("published.autoclip", "published.adagc")])
 def test_max_norm_bounds_every_step_the_first_included(name: str) -> None:
     rule = FACTORIES[name](max_norm=2.0)
     state, update = rule.init(jnp.zeros(2)), quick_jit(rule.update)
@@ -349,9 +349,12 @@ def test_under_a_guard_held_steps_teach_nothing() -> None:
         (lambda: og.zclip(mode="zscore"), "`mode` must be one of"),
         (lambda: og.zclip(decay=1.0), "`decay` must be a number in"),
         (lambda: og.zclip(clip_factor=1.5), "`clip_factor` must be a number in"),
-        (lambda: og.zclip(skip_update_on_spike=True), "`skip_update_on_spike` must be False unless `faithful` is True"),
+        (lambda: og.published.zclip(skip_update_on_spike=1), "`skip_update_on_spike` must be True or False"),
+        (lambda: og.published.zclip(max_norm=None), "published.zclip: `max_norm` must be a number in"),
+        (lambda: og.published.zclip(warmup=1), "`warmup` must be a whole number"),
         (lambda: og.adagc(1.0), "`ratio` must be a number in"),
-        (lambda: og.adagc(faithful=1), "`faithful` must be True or False"),
+        (lambda: og.published.adagc(warmup=0), "published.adagc: `warmup` must be a whole number"),
+        (lambda: og.published.adagc(scope="layer"), "`scope` must be one of 'tree', 'leaf'"),
     ],
 )
 def test_wrong_arguments_are_named(make: Callable[[], Any], message: str) -> None:
