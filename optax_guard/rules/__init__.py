@@ -1,21 +1,21 @@
-"""Rules of a guard: clip by a number, clip by the run's own history, skip, or write down every leaf.
+"""Rules of a guard: clip by a number, clip by the run's own history, skip, or record every leaf.
 
-A rule answers the statistics of a gradient with a factor for each leaf and whether to hold the step. All rules of a
-guard share one read of the gradient, and each is an Optax transformation by itself.
+A rule maps the statistics of a gradient to a factor for each leaf and a decision whether to hold the step. All rules of
+a guard share one read of the gradient, and each is also an Optax transformation.
 
 ===================================================  ==================================================================
-You want                                             Take
+You want                                             Use
 ===================================================  ==================================================================
 a bound that you choose                              `clip_by_global_norm`, `clip_by_leaf_norm`
-a bound that the run finds by itself                 `clip_by_norm_history`, `clip_by_median_norm`
-an adaptive clip of the literature, repaired         `zclip`, `autoclip`, `adagc`
-a step left out                                      `skip_nonfinite`, `skip_large`, `skip_spikes`
-one rule for one group of leaves                     `masked_rule`
-the norm of every leaf, step by step                 `record_leaves`
+a bound learned from the run                         `clip_by_norm_history`, `clip_by_median_norm`
+a published adaptive clip, improved                  `zclip`, `autoclip`, `adagc`
+to skip bad steps                                    `skip_nonfinite`, `skip_large`, `skip_spikes`
+a rule for one group of leaves                       `masked_rule`
+a record of the norm of every leaf                   `record_leaves`
 a rule of your own                                   `rule`
 ===================================================  ==================================================================
 
-The functions are in `optax_guard` itself; here are the types of their states too.
+The functions are also in `optax_guard` itself; the types of their states are only here.
 """
 
 from optax_guard._common.bounds import ClipState

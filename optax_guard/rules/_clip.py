@@ -1,16 +1,16 @@
-"""Clipping: bounds on the gradient by a number you choose.
+"""Clipping by a number you choose.
 
 ===========================  =====================================================  ==========================
 Function                     Bounds                                                 Place
 ===========================  =====================================================  ==========================
 `clip_by_global_norm`        the norm of the whole gradient; keeps its direction    a rule of `guard`, or first
-`clip_by_leaf_norm`          the norm of every leaf; one bad layer spares the rest  a rule of `guard`, or first
+`clip_by_leaf_norm`          the norm of each leaf, so a bad layer spares the rest  a rule of `guard`, or first
 `clip_by_value`              every element                                          first inside `guard`
 `adaptive_grad_clip`         every unit's gradient relative to its weights          first inside `guard`
 ===========================  =====================================================  ==========================
 
-The first two are rules: they share one read of the gradient. The others treat elements and units differently and are
-ordinary transformations: `guard(optax.chain(adaptive_grad_clip(0.01), optax.sgd(0.1)))`.
+The first two are rules, which share one read of the gradient. The others treat single elements or units differently and
+are ordinary transformations: `guard(optax.chain(adaptive_grad_clip(0.01), optax.sgd(0.1)))`.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ __all__ = ["clip_by_global_norm", "clip_by_leaf_norm"]
 
 
 def clip_by_global_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None) -> Rule:
-    """Scale the whole gradient down to norm `max_norm` if it exceeds it.
+    """Scale the whole gradient down to norm `max_norm` if its norm is larger.
 
     g <- g * min(1, max_norm / ||g||_2)
 
@@ -35,24 +35,24 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | Non
       - The norm of the result is at most `max_norm` (1 + 4 eps of the gradient's dtype).
       - A gradient within the bound is returned bit for bit.
       - The norm is taken in float32 or wider and does not overflow: float16 [300, 1] and float32 [1e30] are clipped
-        correctly, not to zero.
-      - Alone in a chain, a NaN or Inf stays in its leaf: the norm is taken over the finite leaves. Under `guard` the
+        correctly and not to zero.
+      - Outside a guard, NaN and Inf stay in their leaf, and the norm is taken over the finite leaves. Under `guard` the
         step is held.
 
     ==================================  =================================================================
     Case                                Result
     ==================================  =================================================================
     zero gradient, empty tree           unchanged
-    `max_norm` = 0                      zero (also for a zero gradient: no 0/0)
+    `max_norm` = 0                      zero, even for a zero gradient
     `max_norm` = inf                    unchanged
     schedule or array below 0           as 0
-    schedule or array NaN               NaN, which `guard` holds and counts
+    schedule or array NaN               NaN; `guard` holds and counts such a step
     NaN or Inf in a leaf                that leaf keeps it; the others are clipped by the norm of the finite ones
     norm above 8e37 * `max_norm`        zero: the factor is below the smallest normal float32
     ==================================  =================================================================
 
     Args:
-      max_norm: bound on the L2 norm, in the gradient's units, >= 0: a number, a 0-d array (traced or not), or a
+      max_norm: the bound on the L2 norm, in the gradient's units, >= 0: a number, a 0-d array (traced or not), or a
         schedule of this rule's own step count.
       axis_name: as in `gradient_statistics`.
 
@@ -75,8 +75,8 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | Non
       algorithm 1.
 
     See Also:
-      `optax.clip_by_global_norm`: the same for ordinary float32 gradients; it takes the norm in the gradient's dtype,
-      spreads one NaN over all leaves, gives NaN for 0/0 and flips the sign for a negative bound.
+      `optax.clip_by_global_norm`, which is the same for ordinary float32 gradients. It takes the norm in the gradient's
+      dtype, spreads one NaN over all leaves, gives NaN for 0/0 and flips the sign if the bound is negative.
     """
     max_norm = validate.scalar_or_schedule("clip_by_global_norm", "max_norm", max_norm, low=0, infinite=True)
     validate.axis_name("clip_by_global_norm", axis_name)
@@ -84,7 +84,7 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | Non
 
 
 def clip_by_leaf_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None) -> Rule:
-    """Scale every leaf whose L2 norm exceeds `max_norm` down to it.
+    """Scale every leaf whose L2 norm exceeds `max_norm` down to that norm.
 
     g_i <- g_i * min(1, max_norm / ||g_i||_2)
 
@@ -104,8 +104,8 @@ def clip_by_leaf_norm(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None 
     ==============================  ========================================================
 
     Args:
-      max_norm: bound on the L2 norm of a leaf, in the gradient's units, >= 0: a number, a 0-d array (traced or not), or
-        a schedule of this rule's own step count.
+      max_norm: the bound on the L2 norm of a leaf, in the gradient's units, >= 0: a number, a 0-d array (traced or
+        not), or a schedule of this rule's own step count.
       axis_name: as in `gradient_statistics`.
 
     Returns:

@@ -1,13 +1,13 @@
-"""Some leaves and not others: what a guard judges, and a rule for one group of leaves.
+"""Rules for some of the leaves: which leaves a guard judges, and a rule for one group of leaves.
 
 ==========================================  ===================================================================
-You want                                    Take
+You want                                    Use
 ==========================================  ===================================================================
 frozen leaves neither judged nor stepped    `guard(optimizer, ..., mask=trained)`
-a bound of its own for the embeddings       `guard(optimizer, masked_rule(clip_by_global_norm(0.1), "*embed*"))`
+a separate bound for the embeddings         `guard(optimizer, masked_rule(clip_by_global_norm(0.1), "*embed*"))`
 ==========================================  ===================================================================
 
-True means "trained" for a guard, and "this rule applies" for `masked_rule`, as in `optax.masked`.
+In a mask, True means "trained" for a guard and "this rule applies" for `masked_rule`, as in `optax.masked`.
 """
 
 from typing import Any, NamedTuple
@@ -28,44 +28,45 @@ __all__ = ["MaskedRuleState", "masked_rule"]
 
 
 class MaskedRuleState(NamedTuple):
-    """What `masked_rule` carries."""
+    """The state of `masked_rule`."""
 
-    masked_rule_state: Any  # the rule's own
+    masked_rule_state: Any  # the state of the inner rule
     masked_rule_leaves: jax.Array  # bool[n_leaves]: the leaves that it sees
 
 
 def masked_rule(inner: Rule, mask: Mask) -> Rule:
-    """A rule for one group of leaves: it judges these alone, and scales these alone.
+    """Makes a rule that judges and scales only one group of leaves.
 
     g_i <- g_i * scale_i   where mask_i,   else g_i            with scale, skip judged from (g_i where mask_i, else 0)
 
-    Rules bound the whole gradient. Where one group has another size than the rest (embeddings, a new head, adapters),
-    it takes a rule of its own, and the group's norm costs no second read: under `guard`, all rules judge from one.
+    Rules bound the whole gradient. If one group of leaves differs in scale from the rest (embeddings, a new head,
+    adapters), give it a rule of its own. The group's norm costs no second read, since all rules of a guard share one.
 
     Guarantees:
-      - The rule sees the other leaves as zeros, whatever they hold, NaN included: its norm is that of the group.
-      - The other leaves are scaled by 1: alone in a chain they keep their bits.
-      - A mask of True alone is the rule itself.
+      - The rule sees zeros in place of the other leaves, whatever they hold, including NaN: its norm is that of the
+        group.
+      - The other leaves are scaled by 1. Outside a guard they are returned bit for bit.
+      - With a mask that is True everywhere, the result is that of `inner`.
 
     ========================================  =======================================================================
     Case                                      Result
     ========================================  =======================================================================
-    the rule skips                            the whole step is held, not the group's part of it
-    NaN or Inf in a leaf outside the mask     nothing, alone in a chain; a `guard` around it holds the step
-    two rules with masks that overlap         both act, in order: the second judges what the first left
-    `update` without `params`                 works: the mask is resolved in `init` and held in the state
+    the rule skips                            the whole step is held, not only the group's part of it
+    NaN or Inf in a leaf outside the mask     no effect on the rule; a `guard` around it holds the step
+    two rules with overlapping masks          both act in order: the second judges the result of the first
+    `update` without `params`                 works: the mask is resolved in `init` and stored in the state
     ========================================  =======================================================================
 
     Args:
-      inner: what `rule` or a function that makes one (as `clip_by_norm_history()`) returned.
-      mask: the group: booleans in the structure of (a prefix of) the parameters, a function from the parameters to
-        these, or a pattern of paths such as `"*embed*"` (`leaf_names` shows the paths).
+      inner: a rule, from `rule` or a function such as `clip_by_norm_history()`.
+      mask: the group, as booleans in the structure of (a prefix of) the parameters, a function from the parameters to
+        such a tree, or a pattern of paths such as `"*embed*"` (`leaf_names` shows the paths).
 
     Returns:
-      A rule for `guard`, and alone an ordinary transformation.
+      A rule for `guard`, which is also an ordinary transformation.
 
     Raises:
-      ValueError: `inner` is no rule; in `init`, a mask that does not match the parameters.
+      ValueError: `inner` is not a rule or, in `init`, the mask does not match the parameters.
 
     Example:
       >>> import optax_guard as og
@@ -78,15 +79,15 @@ def masked_rule(inner: Rule, mask: Mask) -> Rule:
       1.0 [-7.]
 
     See Also:
-      `optax.masked`, which hands a transformation a smaller tree: around a rule inside a chain it does the same, but
-      `guard` could not share its read.
+      `optax.masked`, which passes a smaller tree to a transformation. Around a rule in a chain it does the same, but
+      `guard` could not share its read of the gradient.
     """
     name = "masked_rule"
     judgement = part_of(inner, Judgement)
     if judgement is None:
         raise ValueError(
             f"{name}: `inner` must be made by `rule` (as `clip_by_global_norm` is); got {validate.shown(inner)}. "
-            "For other transformations take `optax.masked`."
+            "For other transformations, use `optax.masked`."
         )
 
     def init(params: optax.Params) -> MaskedRuleState:

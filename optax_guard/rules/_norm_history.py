@@ -1,20 +1,20 @@
-"""Clipping by history: bounds on the gradient that are learnt from the run itself.
+"""Clipping by history: bounds on the gradient that are learned from the run itself.
 
 ==========================  =========================================================================================
-Function                    Take it
+Function                    Use it
 ==========================  =========================================================================================
 `clip_by_norm_history`      by default: as tight as the noise allows, never jumps, five numbers of state
-`clip_by_median_norm`       where faults come in bursts, or the level of the norm jumps, and x8 may pass: two numbers
-                            to understand, hardly moved by a burst, follows a jump in half a window
-`zclip` `autoclip` `adagc`  to compare with their papers (`_published.py`)
+`clip_by_median_norm`       if faults come in bursts or the norm jumps to new levels, and x8 may pass: two arguments,
+                            hardly moved by a burst, follows a jump in half a window
+`zclip` `autoclip` `adagc`  to compare with their papers
 ==========================  =========================================================================================
 
-All are rules of `guard`, first or after a skip. They bound a step by the steps before it, so they need no number in the
-gradient's units, and multiplying every gradient by a constant changes nothing. For the same reason they cannot cure a
-learning rate that is too large: then the whole history is large.
+All are rules of `guard`, to be placed first or after a skip. They bound a step by the steps before it, so they need no
+number in the gradient's units, and multiplying every gradient by a constant changes nothing. For the same reason they
+cannot correct a learning rate that is too large, since then the whole history is large.
 
-History is kept in logarithms. Every rule here obeys four laws, which its docstring states with numbers: a non-finite
-step changes no history; a burst of spikes of any size moves the threshold by a bounded factor; a lasting change is
+The history is kept in logarithms. Each rule obeys four laws, which its docstring states with numbers: a non-finite step
+does not change the history; a burst of spikes of any size moves the threshold by a bounded factor; a lasting change is
 followed; steady noise is left alone.
 """
 
@@ -44,24 +44,24 @@ from optax_guard.rules._window import (
 __all__ = ["MedianNormState", "NormHistoryState", "clip_by_median_norm", "clip_by_norm_history"]
 
 
-_FIRST_FACTOR = 8.0  # what the second step may be, relative to the first
-_FAR_WEIGHT = 0.1  # what a norm beyond the margin counts for the spread: 1 left it x2 too wide for 200 steps
+_FIRST_FACTOR = 8.0  # the limit of the second norm, relative to the first
+_FAR_WEIGHT = 0.1  # the weight of a norm beyond the margin in the spread; 1 left it x2 too wide for 200 steps
 
 
 class NormHistoryState(NamedTuple):
-    """What `clip_by_norm_history` remembers: five numbers, or five per leaf with `scope="leaf"`."""
+    """The history of `clip_by_norm_history`: five numbers, or five for each leaf with `scope="leaf"`."""
 
-    log_level: jax.Array  # f32[] or f32[n_leaves]: logarithm of the usual norm
-    log_spread: jax.Array  # f32[] or f32[n_leaves]: mean absolute deviation of the log norm from the level
-    log_threshold: jax.Array  # f32[] or f32[n_leaves]: logarithm of what the next step may have
+    log_level: jax.Array  # f32[] or f32[n_leaves]: the logarithm of the usual norm
+    log_spread: jax.Array  # f32[] or f32[n_leaves]: the mean absolute deviation of the log norm from the level
+    log_threshold: jax.Array  # f32[] or f32[n_leaves]: the logarithm of the largest norm that the next step may have
     norms_seen: jax.Array  # i32[] or i32[n_leaves]: finite norms above 0 so far; while 0, nothing is judged
     touched_in_row: jax.Array  # i32[] or i32[n_leaves]: steps scaled in a row; long runs mean a rise or an explosion
 
 
 class MedianNormState(NamedTuple):
-    """What `clip_by_median_norm` remembers."""
+    """The history of `clip_by_median_norm`."""
 
-    log_window: jax.Array  # f32[window] or f32[n_leaves, window]: the last log norms, a ring
+    log_window: jax.Array  # f32[window] or f32[n_leaves, window]: the last log norms, as a ring buffer
     window_seen: jax.Array  # i32[] or i32[n_leaves]: finite norms above 0 so far
 
 
@@ -82,54 +82,58 @@ def clip_by_norm_history(
     level  <- level + 6/horizon * clip(r, -1, 1)
     spread <- spread + w * (min(|r|, 1) - spread),   w = 0.5/horizon, a tenth of it where |r| > margin
 
-    The start-up, n norms so far: while 3/(n + 3) exceeds 6/horizon, level <- level + 3/(n + 3) * clip(r, -3, 2/3); w is
-    at least 1/(n + 10); the margin begins at log 8; the first norm is the first level.
+    Start-up, after n norms: while 3/(n + 3) exceeds 6/horizon, level <- level + 3/(n + 3) * clip(r, -3, 2/3); w is at
+    least 1/(n + 10); the margin starts at log 8; the first norm is the first level.
 
     Guarantees:
-      - Law 1: a non-finite step changes no field. Alone in a chain it gives zeros; under `guard` it is held.
-      - Law 2: k settled steps in a row, of any size, raise the threshold by at most exp(8.5 k / horizon) (five: x1.53).
-      - Law 3: a lasting change by x100 is followed (threshold within x2 of where it will stay) in about `horizon`
-        steps: up 64 at the median and 94 in the worst of 600 histories, down 78 and 130.
-      - Law 4: of steady noise up to a log deviation of 0.7, at most 1.2 % of the first 500 steps are touched, as the
-        mean of the noisiest kind (0.2 % over all kinds; of the first 20 steps 2 to 5 % and 0.3 to 0.6 %).
-      - What passes has at most the norm exp(level + margin), to 1e-5; an untouched gradient keeps its bits.
+      - Law 1: a non-finite step changes no field. Outside a guard it gives zeros; under `guard` it is held.
+      - Law 2: once settled, k steps in a row of any size raise the threshold by at most exp(8.5 k / horizon) (five:
+        x1.53).
+      - Law 3: a lasting change by x100 is followed (threshold within x2 of its final value) in about `horizon` steps:
+        upwards in 64 at the median and 94 in the worst of 600 histories, downwards in 78 and 130.
+      - Law 4: with steady noise up to a log deviation of 0.7, at most 1.2 % of the first 500 steps are scaled, as the
+        mean of the noisiest kind (0.2 % over all kinds; of the first 20 steps, 2 to 5 % and 0.3 to 0.6 %).
+      - The result has at most the norm exp(level + margin), up to 1e-5; a gradient that is not scaled is returned bit
+        for bit.
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
 
     ==================================  ==============================================================================
     Case                                Result
     ==================================  ==============================================================================
-    first step                          passes: there is nothing to judge it by. `max_norm` bounds it
+    first step                          passes, since there is nothing to judge it by; `max_norm` bounds it
     steps 2 to 20                       looser: up to five spikes raise the threshold by x17 in 2 % of the histories
-    first 1 to 5 norms spikes           threshold within x2 after 30 steps (worst 141)
+    first 1 to 5 norms are spikes       threshold within x2 after 30 steps (worst 141)
     first norm too low                  scaled down for 9 steps (worst 13) if x0.01, for 68 (worst 75) if x1e-4
-    zero gradient, empty tree           unchanged, changes no field; with `scope="leaf"` so does a zero leaf
-    constant norms                      never touched
-    NaN or Inf in any leaf              zeros alone in a chain, held under `guard`; no leaf's history changes
+    zero gradient, empty tree           unchanged, and no field changes; the same for a zero leaf with `scope="leaf"`
+    constant norms                      never scaled
+    NaN or Inf in any leaf              zeros outside a guard, held under `guard`; no leaf's history changes
     norm above 8e37 * threshold         zero: the factor is below the smallest normal float32
-    explosion                           slower than x1.06 a step (horizon = 100) it is followed and barely touched;
-                                        faster, it is held to that rate: `touched_in_row` in `metrics` is the alarm
-    1 batch in 10 is rightly x10        touched for ever: a recurring fault looks the same
+    explosion                           slower than x1.06 a step (horizon = 100): followed and barely scaled;
+                                        faster: limited to that rate, and `touched_in_row` in `metrics` shows it
+    1 batch in 10 is rightly x10        always scaled down, since a recurring fault looks the same
     ==================================  ==============================================================================
 
     Args:
-      horizon: steps in which the threshold may rise or fall by x100, >= 10: the one trade-off. Half of it follows twice
-        as fast and lets twice as much of an explosion through (five spikes: x1.9; 200: x1.2).
-      deviations: margin in mean absolute deviations of the log norm, > 0: 5 are four Gaussian standard deviations. With
-        4, 1.7 % of the steps of the noisiest kind are touched; with 6, 0.5 %, but more passes.
-      floor: nothing below `floor` times the usual norm is touched, > 1.
-      scope: "tree" judges the norm of the whole gradient, "leaf" every leaf against its own history. Leaves should then
-        live alike: one that starts near zero and grows x1000 in 20 steps is held back for tens of steps.
-      max_norm: None, or a bound on the norm at every step, >= 0, on top of the history: the only protection of the
-        first step. The history learns the norm as it came. `horizon`, `deviations`, `floor` and `max_norm` may be 0-d
-        arrays.
+      horizon: the number of steps in which the threshold may rise or fall by x100, >= 10. This is the one trade-off:
+        half the horizon follows twice as fast and lets twice as much of an explosion through (five spikes raise the
+        threshold by x1.9 with 50 and by x1.2 with 200).
+      deviations: the margin in mean absolute deviations of the log norm, > 0; 5 are four Gaussian standard deviations.
+        With 4, 1.7 % of the steps of the noisiest kind are scaled; with 6, 0.5 %, but larger norms pass.
+      floor: no norm below `floor` times the usual norm is scaled, > 1.
+      scope: "tree" judges the norm of the whole gradient, "leaf" every leaf against its own history. With "leaf", the
+        norms should develop alike: a leaf that starts near zero and grows x1000 in 20 steps is scaled down for tens of
+        steps.
+      max_norm: an additional bound on the norm at every step, >= 0, or None. It is the only protection at the first
+        step. The history is updated with the norm before it is bounded. `horizon`, `deviations`, `floor` and `max_norm`
+        may be 0-d arrays.
       axis_name: as in `gradient_statistics`.
 
     Returns:
       A `Rule`.
 
     Raises:
-      ValueError: an argument outside its range; with `scope="leaf"`, gradients with another number of leaves than the
-        parameters given to `init`.
+      ValueError: an argument is outside its range or, with `scope="leaf"`, the gradient and the parameters given to
+        `init` differ in their number of leaves.
 
     Example:
       >>> clip = clip_by_norm_history()
@@ -140,12 +144,12 @@ def clip_by_norm_history(
       1.00 1.10 0.90 6.12 1.00
 
     References:
-      Ours. The clipped residual is Huber's estimator of location as a moving average (Huber, "Robust estimation of a
-      location parameter", 1964).
+      The rule is this library's own. The clipped residual is Huber's estimator of location as a moving average (Huber,
+      "Robust estimation of a location parameter", 1964).
 
     See Also:
-      `clip_by_median_norm`: two parameters, hardly moved by a burst, lets x8 through. `clip_by_global_norm`: a bound
-      you choose.
+      `clip_by_median_norm`, which has two parameters, is hardly moved by a burst and lets x8 through;
+      `clip_by_global_norm`, for a bound that you choose.
     """
     name = "clip_by_norm_history"
     horizon = validate.scalar(name, "horizon", horizon, low=10)
@@ -178,8 +182,8 @@ def clip_by_norm_history(
         young = 3 / (n + 3)
         residual = seen.log_norm - state.log_level
         far = jnp.abs(residual) > threshold - state.log_level
-        # Falls count more than rises in the start-up: with a plain mean one very low norm among the first few
-        # throttled a run for hundreds of steps, and a first spike was not forgotten.
+        # Falls count more than rises during start-up: with a plain mean, one very low norm among the first few
+        # throttled a run for hundreds of steps, and an initial spike was not forgotten.
         move = jnp.where(
             young > speed,
             young * jnp.clip(residual, -3, 2 / 3),
@@ -214,43 +218,46 @@ def clip_by_median_norm(
 
     g <- g * min(1, factor * median(||g_1||, ..., ||g_n||) / ||g||)      of the last n <= window steps before
 
-    The norms go into the window as they came. The median is the lower one, and never one of the five largest norms, so
-    that a burst cannot become the median of a young window (from the eleventh norm on, it is simply the median).
+    Norms enter the window before they are bounded. The median is the lower median and never one of the five largest
+    norms, so that a burst cannot become the median of a young window. From the eleventh norm on, it is simply the
+    median.
 
     Guarantees:
-      - Law 1: a non-finite step changes no field. Alone in a chain it gives zeros; under `guard` it is held.
-      - Law 2: up to window / 2 spikes of any size are outvoted, up to five from the second step on. Five in a row raise
-        the threshold by x1.05 at the median, x1.8 in the worst of 200 histories.
+      - Law 1: a non-finite step changes no field. Outside a guard it gives zeros; under `guard` it is held.
+      - Law 2: up to window / 2 spikes of any size are outvoted, and up to five from the second step on. Five in a row
+        raise the threshold by x1.05 at the median and x1.8 in the worst of 200 histories.
       - Law 3: a lasting change of any size is followed exactly after window / 2 + 1 steps.
-      - Law 4: of steady noise up to a log deviation of 0.7, 1 % of the first 500 steps are touched (factor 8), of
-        the first 20 4 %.
+      - Law 4: with steady noise up to a log deviation of 0.7, 1 % of the first 500 steps and 4 % of the first 20 are
+        scaled (factor 8).
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
 
     =================================  =================================================================
     Case                               Result
     =================================  =================================================================
-    first step                         passes: there is nothing to judge it by. `max_norm` bounds it
-    first 1 to 5 norms spikes          forgotten as soon as one usual norm is seen; of more, as many usual ones
+    first step                         passes, since there is nothing to judge it by; `max_norm` bounds it
+    first 1 to 5 norms are spikes      forgotten after one usual norm
+    first 6 or more norms are spikes   forgotten after as many usual norms
     first norm too low, by any factor  scaled down for 6 steps (worst 9)
-    zero gradient, empty tree          unchanged, changes no field; with `scope="leaf"` so does a zero leaf
-    constant norms                     never touched
-    NaN or Inf in any leaf             zeros alone in a chain, held under `guard`; no history changes
-    explosion                          held for half a window, then released at once
+    zero gradient, empty tree          unchanged, and no field changes; the same for a zero leaf with
+                                       `scope="leaf"`
+    constant norms                     never scaled
+    NaN or Inf in any leaf             zeros outside a guard, held under `guard`; no history changes
+    explosion                          held back for half a window, then released at once
     =================================  =================================================================
 
     Args:
-      factor: what passes, in medians, > 1. With 4, 3 % of the steps of noisy runs are touched, and a fifth of the steps
-        of nets that memorise their data. A number or a 0-d array.
-      window: norms to remember, >= 12; static.
+      factor: the limit in medians, > 1: a number or a 0-d array. With 4, 3 % of the steps of noisy runs are scaled, and
+        a fifth of the steps of networks that memorise their data.
+      window: the number of norms to remember, >= 12; static.
       scope: "tree" judges the norm of the whole gradient, "leaf" every leaf against its own window (one batched sort).
-      max_norm: None, or a bound on the norm at every step, >= 0, on top of the median.
+      max_norm: an additional bound on the norm at every step, >= 0, or None.
       axis_name: as in `gradient_statistics`.
 
     Returns:
       A `Rule`.
 
     Raises:
-      ValueError: as `clip_by_norm_history`.
+      ValueError: as for `clip_by_norm_history`.
 
     Example:
       >>> clip = clip_by_median_norm()
@@ -261,11 +268,11 @@ def clip_by_median_norm(
       1.00 1.10 0.90 7.20 1.00
 
     References:
-      Ours; the median of a window is the oldest robust level there is.
+      The rule is this library's own.
 
     See Also:
-      `clip_by_norm_history`: as tight as the noise allows, and never releases an explosion at once. `autoclip`: a
-      percentile of the history.
+      `clip_by_norm_history`, which is as tight as the noise allows and never releases an explosion at once; `autoclip`,
+      which uses a percentile of the history.
     """
     name = "clip_by_median_norm"
     factor = validate.scalar(name, "factor", factor, low=1, open_low=True)

@@ -1,15 +1,15 @@
-"""The norm of every leaf, step by step: which layer went first?
+"""Records the norm of every leaf at each step, to find which layer went first.
 
 =========================  ========================================================================
-Function                   Take it for
+Function                   Use it for
 =========================  ========================================================================
-`record_leaves(window)`    a rule of `guard` that never acts: keeps the last `window` steps
-`leaf_log(state)`          reading it, on the host
+`record_leaves(window)`    a rule of `guard` that never acts and keeps the last `window` steps
+`leaf_log(state)`          reading the record on the host
 =========================  ========================================================================
 
-The flight recorder names one leaf a step. This keeps all of them, so that the leaf whose norm left its usual range
-*before* the step that failed can be found: `optax_guard.report` does that. The guard has the norms already, so a row
-costs as many stores as there are leaves.
+The flight recorder names one leaf for each step. `record_leaves` keeps the norms of all leaves, so that
+`optax_guard.report` can find the leaf whose norm left its usual range *before* the step that failed. The guard has
+already computed the norms, so a row costs only one store for each leaf.
 """
 
 from typing import Any, NamedTuple
@@ -29,50 +29,50 @@ from optax_guard._step.reading import SeenLeaves, seen_names
 
 __all__ = ["LeafLog", "LeafRecordState", "decoded_leaf_log", "leaf_log", "record_leaves"]
 
-# A checkpoint must hold no NaN or Inf, and a norm is never negative: what was not a finite norm is stored as a code.
+# A checkpoint must hold no NaN or Inf, and a norm is never negative, so a norm that is not finite is stored as a code.
 _EMPTY, _NAN, _INF = -1.0, -2.0, -3.0
 
 
 class LeafRecordState(NamedTuple):
-    """A ring buffer. The row of call t is at t % window."""
+    """A ring buffer of norms. The row of call t is at t % window."""
 
-    recorded_norms: jax.Array  # f32[window, n_leaves]: -1 where nothing was written, -2 for NaN, -3 for Inf
-    recorded_steps: jax.Array  # i32[]: calls so far
+    recorded_norms: jax.Array  # f32[window, n_leaves]: -1 where nothing has been written, -2 for NaN, -3 for Inf
+    recorded_steps: jax.Array  # i32[]: the number of calls so far
 
 
 class LeafLog(NamedTuple):
     """The recorded norms on the host, oldest first."""
 
-    steps: np.ndarray  # i64[rows]; with the axes of the members in front, if there are many
-    norms: np.ndarray  # f32[rows, n_leaves], the same: NaN and Inf as they were
-    names: list[str]  # of the leaves; "leaf 0", ... if the parameters were not given
+    steps: np.ndarray  # i64[rows], preceded by the axes of the members in a state of many runs
+    norms: np.ndarray  # f32[rows, n_leaves], with the same axes; NaN and Inf included
+    names: list[str]  # the names of the leaves; "leaf 0", ... if the parameters were not given
 
 
 def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Rule:
-    """Keep the norm of every leaf of the last `window` gradients; never scale, never skip.
+    """Record the norm of every leaf of the last `window` gradients, without scaling or skipping.
 
     recorded[t % window, i] <- ||g_i||_2
 
-    As a rule of `guard` it sees the gradient as the rules before it left it: put it first. Non-finite steps are
-    recorded too, which is what it is for; they are stored as codes, so the state stays finite.
+    As a rule of `guard`, it sees the result of the rules before it, so put it first. Non-finite steps, which are its
+    purpose, are recorded as codes, so that the state stays finite.
 
     Guarantees:
       - The gradient is returned bit for bit.
-      - Under `guard` no number is read that the guard has not read already.
+      - Under `guard` it causes no further read of the gradient.
 
     ====================================  =====================================================
     Case                                  Result
     ====================================  =====================================================
     NaN in a leaf                         recorded as NaN
-    Inf, or squares that overflow         recorded as Inf (under `guard`; alone the norm is told)
+    Inf, or squares that overflow         recorded as Inf (outside a guard, as the norm)
     integer, `float0`, `None` leaf        recorded as 0
     a step that a guard holds             recorded
     empty tree                            rows of length 0
     ====================================  =====================================================
 
     Args:
-      window: steps to keep (>= 1); the memory is 4 bytes * window * leaves. Equal to the guard's `recorder_rows`, it
-        tells the same steps. Under `optax.inject_hyperparams` list it in `static_args`.
+      window: the number of steps to keep (>= 1), in 4 bytes * window * leaves of memory. Set it to the guard's
+        `recorder_rows` to cover the same steps. Under `optax.inject_hyperparams`, list it in `static_args`.
       axis_name: as in `gradient_statistics`.
 
     Returns:
@@ -93,8 +93,8 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
              [ 5., nan]], dtype=float32)
 
     See Also:
-      `flight_log`, one row a step; `optax_guard.report`, which draws both. `optax.monitor` keeps what a function says
-      of the last step alone.
+      `flight_log`, which has one row for each step; `optax_guard.report`, which draws both. `optax.monitor` keeps the
+      result of a function for the last step only.
     """
     name = "record_leaves"
     window = validate.integer(name, "window", window, low=1, high=validate.MILLION)
@@ -125,19 +125,19 @@ def record_leaves(window: int = 256, *, axis_name: AxisName | None = None) -> Ru
 
 
 def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
-    """The recorded norms on the host, oldest first.
+    """Reads the recorded norms on the host, oldest first.
 
     Args:
       state: an optimizer state that holds one `record_leaves`.
-      params: the parameters (or `jax.ShapeDtypeStruct`s), for the names of the leaves. Of a guard that sees only some
-        of them (inside `masked`, `partition`, nnx's `wrt`) pass a state with the guard in it, which knows which.
+      params: the parameters (or `jax.ShapeDtypeStruct`s), for the names of the leaves. If the guard sees only some of
+        them (inside `masked`, `partition` or nnx's `wrt`), pass a state that contains the guard, which knows which.
 
     Returns:
-      A `LeafLog`; at most `window` rows. Of a state of many runs at once (`jax.vmap`, `jax.pmap`) `steps` and `norms`
-      have the axes of the members in front.
+      A `LeafLog` with at most `window` rows. For a state of many runs at once (`jax.vmap`, `jax.pmap`), the axes of the
+      members come first in `steps` and `norms`.
 
     Raises:
-      ValueError: there is no `record_leaves` in `state`, or more than one; `params` has another number of leaves.
+      ValueError: `state` holds no `record_leaves` or more than one, or `params` has another number of leaves.
 
     Example:
       >>> import optax_guard as og
@@ -151,7 +151,7 @@ def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
     states = find_states(state, LeafRecordState)
     if len(states) != 1:
         raise ValueError(
-            f"leaf_log: expected one `record_leaves` in this state, found {len(states)}. Give it to the guard as a "
+            f"leaf_log: expected one `record_leaves` in this state, found {len(states)}. Pass it to the guard as a "
             "rule: og.guard(optimizer, og.record_leaves(256), ...)."
         )
     coded, calls = (np.asarray(x) for x in jax.device_get(tuple(map(field_array, states[0]))))
@@ -174,13 +174,13 @@ def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
 
 
 def decoded_leaf_log(coded: np.ndarray, calls: int, names: list[str] | None) -> LeafLog:
-    """A `LeafLog` from the ring buffer."""
+    """Makes a `LeafLog` from the ring buffer."""
     window, leaves = coded.shape
     if names is None:
         names = [f"leaf {i}" for i in range(leaves)]
     if len(names) != leaves:
         raise ValueError(
-            f"leaf_log: the state has {leaves} leaves, `params` has {len(names)}: they do not belong together."
+            f"leaf_log: the state has {leaves} leaves but `params` has {len(names)}: they do not belong together."
         )
     steps = np.arange(max(calls - window, 0), calls)
     rows = coded[steps % window]

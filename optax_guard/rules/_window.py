@@ -1,4 +1,4 @@
-"""What the rules that remember norms share: what they look at, when they learn, and the window of past norms."""
+"""Shared by the rules that remember norms: what they observe, when they learn, and the window of past norms."""
 
 from typing import Any, NamedTuple
 
@@ -24,11 +24,11 @@ __all__ = [
     "validate_scope_and_cap",
 ]
 
-DISTRUSTED = 5  # a percentile of a window is never one of this many largest norms: they may be one burst
+DISTRUSTED = 5  # a percentile of a window is never one of this many largest norms, which may be one burst
 
 
 class Observation(NamedTuple):
-    """The norm of one step, of the tree or of every leaf, as size * root: the product may overflow."""
+    """The norm of a step, of the tree or of each leaf, kept as size * root because the product may overflow."""
 
     size: jax.Array  # f32[] or f32[n_leaves]; 1 where not `usable`
     root: jax.Array  # the same
@@ -38,7 +38,7 @@ class Observation(NamedTuple):
 
 
 def observe(name: str, statistics: GradientStatistics, scope: Scope, counted: jax.Array) -> Observation:
-    """The norm in the rule's scope; `counted` is any array of its state, for the shape."""
+    """The norm in the rule's scope; `counted` is any array of its state and gives the shape."""
     size, root = statistics.leaf_norm_parts if scope == "leaf" else statistics.finite_norm_parts
     if size.shape != counted.shape:
         raise ValueError(
@@ -57,17 +57,17 @@ def observe(name: str, statistics: GradientStatistics, scope: Scope, counted: ja
 
 
 def bounded_scale(seen: Observation, log_scale: jax.Array, max_norm: Any) -> jax.Array:
-    """exp(min(0, log_scale)), and never more than `max_norm` allows; 1 for what could not be observed."""
+    """exp(min(0, log_scale)), and at most what `max_norm` allows; 1 if the norm is not usable."""
     scale = jnp.exp(jnp.minimum(log_scale, 0))
     if max_norm is not None:
         bound = jnp.maximum(number(max_norm), 0).astype(seen.size.dtype)
-        # Divided one after the other: the product, the norm itself, may overflow.
+        # Two divisions in turn, since the product, which is the norm itself, may overflow.
         scale = jnp.minimum(scale, (bound / seen.size / seen.root).astype(jnp.float32))
     return jnp.where(seen.usable, scale, 1)
 
 
 def keep_unless(usable: jax.Array, new: Any, old: Any) -> Any:
-    """The new state where there was a norm to learn from; rows of a window go with their leaf."""
+    """The new state where the norm is usable, else the old one; rows of a window belong to their leaf."""
 
     def choose(after: jax.Array, before: jax.Array) -> jax.Array:
         use = usable if after.ndim == usable.ndim else jnp.broadcast_to(usable[..., None], after.shape)
@@ -77,7 +77,7 @@ def keep_unless(usable: jax.Array, new: Any, old: Any) -> Any:
 
 
 def sorted_window(ring: jax.Array, held: jax.Array) -> jax.Array:
-    """The window sorted along its last axis, places not yet filled last."""
+    """The window sorted along its last axis, with empty places last."""
     places = jnp.arange(ring.shape[-1], dtype=jnp.int32)
     filled = jnp.broadcast_to(places, ring.shape) < held[..., None]
     return jnp.sort(jnp.where(filled, ring, jnp.inf), axis=-1)
@@ -92,23 +92,23 @@ def at_rank(ordered: jax.Array, rank: jax.Array) -> jax.Array:
 
 
 def push(ring: jax.Array, index: jax.Array, number: jax.Array) -> jax.Array:
-    """The window with `number` at its place; the oldest one leaves it."""
+    """The window with `number` in place of its oldest norm."""
     places = jnp.arange(ring.shape[-1], dtype=jnp.int32)
     here = jnp.broadcast_to(places, ring.shape) == (index % ring.shape[-1])[..., None]
     return jnp.where(here, number[..., None], ring)
 
 
 def scope_shape(params: PyTree, scope: Scope) -> tuple[int, ...]:
-    """The shape of one number per scope."""
+    """The shape of one number for each scope."""
     return (len(leaves_with_none(params)),) if scope == "leaf" else ()
 
 
 def validate_scope_and_cap(name: str, scope: Any, max_norm: Any) -> Any:
-    """Checks both, and gives `max_norm` back as a float, an array or None."""
+    """Checks both and returns `max_norm` as a float, an array or None."""
     validate.one_of(name, "scope", scope, Scope)
     return None if max_norm is None else validate.scalar(name, "max_norm", max_norm, low=0, infinite=True)
 
 
 def number(value: Any) -> jax.Array:
-    """A number or 0-d array in float32, with x64 on or off."""
+    """A number or 0-d array in float32, whether x64 is on or off."""
     return jnp.asarray(value, jnp.float32)

@@ -1,9 +1,9 @@
 """Transformations for the chain inside a guard: bounds on elements and updates, penalties, exact zeros, noise.
 
-They treat elements differently, or look at the parameters or the optimizer's state, so they are no rules.
+They are not rules, since they treat single elements differently or read the parameters or the optimizer's state.
 
 =======================================  ==============================================================================
-You want                                 Take
+You want                                 Use
 =======================================  ==============================================================================
 a bound on elements, or relative to      `clip_by_value`, `adaptive_grad_clip`
 weights
@@ -14,7 +14,7 @@ weights that are exactly zero            `proximal_l1`, `proximal_elastic_net`, 
 noise                                    `noise_injection`, `anticorrelated_noise`, `langevin_noise`, `perturb_weights`
 =======================================  ==============================================================================
 
-The functions are in `optax_guard` itself; here are the types of their states too.
+The functions are also in `optax_guard` itself; the types of their states are only here.
 """
 
 from optax_guard.transforms._elementwise import adaptive_grad_clip, clip_by_value

@@ -1,4 +1,4 @@
-"""Bounds by a number on single elements and on units of a layer: transformations, no rules."""
+"""Fixed bounds on single elements and on the units of a layer: transformations, not rules."""
 
 import functools
 from typing import Any
@@ -31,7 +31,7 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
     g_j <- clip(g_j, -max_value, max_value);   complex:  g_j * min(1, max_value / |g_j|)
 
     Guarantees:
-      - No element of the result exceeds `max_value` in absolute value (rounded to the gradient's dtype).
+      - No element of the result exceeds `max_value` (rounded to the gradient's dtype) in absolute value.
       - An element within the bound is returned bit for bit; NaN stays NaN.
 
     ============================  ==============================================
@@ -42,17 +42,17 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
     `max_value` = 0               zero
     schedule or array below 0     as 0
     schedule or array NaN         NaN
-    complex element               its direction is kept, also of an infinite part
-    `max_value` above the dtype   the largest number of the dtype: 65504 in float16
+    complex element               keeps its direction, even with an infinite part
+    `max_value` above the dtype   the dtype's largest number: 65504 in float16
     `max_value` = inf             unchanged
     ============================  ==============================================
 
     Args:
-      max_value: bound in the gradient's units, >= 0: a number, a 0-d array (traced or not), or a schedule of this
+      max_value: the bound in the gradient's units, >= 0: a number, a 0-d array (traced or not), or a schedule of this
         transformation's own step count.
 
     Returns:
-      A transformation. It changes the direction of the gradient; `clip_by_global_norm` does not.
+      A transformation. It changes the direction of the gradient, unlike `clip_by_global_norm`.
 
     Raises:
       ValueError: `max_value` is negative, NaN or not a scalar.
@@ -66,7 +66,7 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
       Mikolov, "Statistical language models based on neural networks", PhD thesis, 2012.
 
     See Also:
-      `optax.clip`: the same; refuses complex gradients.
+      `optax.clip`, which is the same but refuses complex gradients.
     """
     max_value = validate.scalar_or_schedule("clip_by_value", "max_value", max_value, low=0, infinite=True)
     init = init_for(max_value)
@@ -82,11 +82,11 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
 
         def clip(leaf: jax.Array) -> jax.Array:
             limit = bound.astype(accumulator_dtype(leaf.dtype))
-            # A finite bound beyond the dtype's range is its largest number, or Inf would be within it.
+            # A finite bound beyond the dtype's range becomes its largest number, or else Inf would be within it.
             limit = jnp.where(jnp.isfinite(limit), jnp.minimum(limit, float(jnp.finfo(leaf.dtype).max)), limit)
             if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 limit = limit.astype(leaf.dtype)
-            # Selected, since `jnp.clip` flushes subnormals on CPU; written so that a NaN stays.
+            # Selected, since `jnp.clip` flushes subnormals on CPU; written so that NaN stays.
             over = (jnp.abs(leaf) > limit) & ~jnp.isnan(leaf) | jnp.isnan(limit)
             return jnp.where(over, multiplied(direction(leaf), limit), leaf)
 
@@ -98,22 +98,22 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
 def adaptive_grad_clip(
     clipping: ScalarOrSchedule = 0.01, *, eps: float = 1e-3, axis: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adaptive gradient clipping: bound every unit's gradient relative to the unit's weights.
+    """Bound every unit's gradient relative to the unit's weights (adaptive gradient clipping).
 
     G_u <- G_u * min(1, clipping * max(||W_u||, eps) / ||G_u||)          for every unit u
 
-    A unit is the vector of weights that feed one output: of an array in Flax's layout (..., in, out) all axes but the
-    last, which is right for dense, convolutional (1-d to 3-d) and attention-output kernels. Arrays of rank 0 and 1 are
-    one unit. Where a kernel differs, say so with `axis`: a stack of layers (layers, in, out) has its units along
-    `axis=-2`, an attention query kernel (in, heads, head_dim) along `axis=0`.
+    A unit is the vector of weights that feeds one output. In Flax's layout (..., in, out) it spans all axes but the
+    last, which is right for dense, convolutional (1-d to 3-d) and attention-output kernels. An array of rank 0 or 1 is
+    one unit. If a kernel has another layout, set `axis`: the units of a stack of layers (layers, in, out) span
+    `axis=-2`, and those of an attention query kernel (in, heads, head_dim) span `axis=0`.
 
-    It is no rule of `guard`, since rules scale whole leaves: it goes inside, in front of the optimizer,
+    It is not a rule of `guard`, since rules scale whole leaves. It goes inside, before the optimizer:
     `guard(optax.chain(adaptive_grad_clip(0.01), optimizer))`.
 
     Guarantees:
       - ||G_u|| <= clipping * max(||W_u||, eps) (1 + 4 eps of the dtype) for every unit.
       - A unit within its bound is returned bit for bit.
-      - Norms are taken in float32 or wider, scaled by the largest element: no overflow.
+      - Norms are taken in float32 or wider and scaled by the largest element, so they do not overflow.
 
     ===============================  ===========================================================
     Case                             Result
@@ -123,24 +123,25 @@ def adaptive_grad_clip(
     gradient zero                    zero
     norm above 8e37 times the bound  zero: the factor is below the smallest normal float32
     NaN or Inf in a unit             that unit is NaN; the other units are unaffected
-    NaN in the weights of a unit     that unit is NaN; with Inf there it is not bounded
+    NaN in the weights of a unit     that unit is NaN
+    Inf in the weights of a unit     that unit is not bounded
     schedule or array below 0        as 0
     ===============================  ===========================================================
 
     Args:
-      clipping: bound on ||G_u|| / ||W_u||, >= 0: a number, a 0-d array or a schedule. The paper uses 0.01 for batches
-        of 4096 and leaves the final linear layer out (`optax.masked`).
-      eps: the smallest weight norm assumed, > 0.
+      clipping: the bound on ||G_u|| / ||W_u||, >= 0: a number, a 0-d array or a schedule. The paper uses 0.01 for
+        batches of 4096 and leaves out the final linear layer (`optax.masked`).
+      eps: the smallest weight norm that is assumed, > 0.
       axis: the axes to reduce over in all leaves (an int or a tuple of ints), or a tree with the structure of the
-        parameters that holds an int, a tuple or None (the default) for each, or a function from parameters to such a
-        tree. Under `optax.inject_hyperparams` list it in `static_args`.
+        parameters that holds an int, a tuple or None (the default) for each leaf, or a function from the parameters to
+        such a tree. Under `optax.inject_hyperparams`, list it in `static_args`.
 
     Returns:
       A transformation; its `update` needs `params`.
 
     Raises:
-      ValueError: `clipping` negative, `eps` not positive, an axis a leaf does not have (with its path), `params`
-        missing in `update`.
+      ValueError: `clipping` is negative, `eps` is not positive, a leaf does not have one of its axes (the message names
+        the leaf), or `update` is called without `params`.
 
     Example:
       >>> agc = adaptive_grad_clip(0.1)
@@ -151,13 +152,13 @@ def adaptive_grad_clip(
 
     References:
       Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization", 2021, arXiv
-      2102.06171, equation 3. Deviation: no 1e-6 under ||G_u||, since a zero gradient needs no clip. The units are those
-      of the paper's text and of timm. The authors' code, and Optax's after it, has other ones in two cases: an array of
-      rank 3 is reduced over its first axis alone (`axis=0`), and one with a single axis longer than 1, such as (1, n),
-      is one unit there (`axis=(0, 1)`) and n units here.
+      2102.06171, equation 3. Deviation: ||G_u|| has no lower bound of 1e-6, since a zero gradient needs no clip. The
+      units are those of the paper's text and of timm. Those of the authors' code, and of Optax, differ in two cases: an
+      array of rank 3 is reduced over its first axis alone (`axis=0`), and an array with a single axis longer than 1,
+      such as (1, n), is one unit (`axis=(0, 1)`) and not n units.
 
     See Also:
-      `optax.adaptive_grad_clip`: one `axis` for all leaves, and the units of the authors' code.
+      `optax.adaptive_grad_clip`, which has one `axis` for all leaves and the units of the authors' code.
     """
     name = "adaptive_grad_clip"
     clipping = validate.scalar_or_schedule(name, "clipping", clipping, low=0)
@@ -194,12 +195,12 @@ def adaptive_grad_clip(
 
 
 def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """(size, root) with size * root the L2 norm over `axes`, kept as axes of size 1, in float32 or wider."""
+    """Returns (size, root), whose product is the L2 norm over `axes`, kept as axes of size 1, in float32 or wider."""
     parts = (jnp.real(x), jnp.imag(x)) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,)
     sizes = [jnp.max(jnp.abs(part), axis=axes, keepdims=True) for part in parts]
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, sizes))
     wide = largest.astype(accumulator_dtype(x.dtype))
-    most = 2.0 ** (jnp.finfo(wide.dtype).maxexp - 2)  # XLA may multiply by the inverse, which is 0 beyond
+    most = 2.0 ** (jnp.finfo(wide.dtype).maxexp - 2)  # XLA may multiply by the inverse, which is 0 beyond this
     size = jnp.where((wide > 0) & jnp.isfinite(wide), jnp.minimum(wide, most), 1)
     complex_or_wide = wider_dtype(x.dtype, size.dtype)
     squares = absolute_square(x.astype(complex_or_wide) / size.astype(complex_or_wide))
@@ -211,7 +212,7 @@ def _is_axes(node: Any) -> bool:
 
 
 def _axes_by_path(name: str, axis: Any, params: PyTree) -> dict[Any, Any]:
-    """The axes asked for, by the path of a leaf or of a subtree; {(): axis} for one answer for all."""
+    """The requested axes by the path of a leaf or a subtree; {(): axis} if all leaves have the same."""
     axes = axis(params) if is_function(axis) else axis
     asked = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes))
     leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -226,7 +227,7 @@ def _axes_by_path(name: str, axis: Any, params: PyTree) -> dict[Any, Any]:
 
 
 def _unit_axes(name: str, path: Any, ndim: int, asked: dict[Any, Any]) -> tuple[int, ...]:
-    """The axes that one unit of a leaf spans."""
+    """The axes that a unit of a leaf spans."""
     axes = next((asked[path[:n]] for n in range(len(path), -1, -1) if path[:n] in asked), None)
     if axes is None:
         return tuple(range(ndim)) if ndim <= 1 else tuple(range(ndim - 1))

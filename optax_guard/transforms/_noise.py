@@ -1,18 +1,18 @@
-"""Noise in training: on the gradient, on the update, or on the weights that the loss sees.
+"""Noise in training: on the gradient, on the update, or on the weights in the forward pass.
 
 ============================================  =====================================================  ===================
-Function                                      Adds                                                   Optimizer
+Function                                      Adds                                                   Place
 ============================================  =====================================================  ===================
-`noise_injection(eta, gamma, key=seed)`       noise to the gradient, its variance falling with time  ahead of it
-`anticorrelated_noise(sigma, key=seed)`       the difference of two draws to the update              behind it
-`langevin_noise(learning_rate, temperature)`  the noise of Langevin dynamics to the update           behind it
-`perturb_weights(loss_fn, sigma)`             noise to the weights that the loss sees                (around the loss)
+`noise_injection(eta, gamma, key=seed)`       noise of decreasing variance to the gradient           before optimizer
+`anticorrelated_noise(sigma, key=seed)`       the difference of two draws to the update              after optimizer
+`langevin_noise(learning_rate, temperature)`  the noise of Langevin dynamics to the update           after optimizer
+`perturb_weights(loss_fn, sigma)`             noise to the weights in the forward pass               around the loss
 ============================================  =====================================================  ===================
 
-Noise on the gradient goes after the clip: its norm is sigma * sqrt(number of weights), so a clip behind it would throw
-the gradient away. In `guard` that order comes by itself, and nothing is sampled on a held step or between the emissions
-of `accumulate`. None of this is differential privacy: for that the gradient of each example must be clipped and the
-noise calibrated to it, which `jax-privacy` does.
+Noise on the gradient goes after the clip: its norm is sigma * sqrt(number of weights), so a later clip would discard
+most of the gradient. `guard` always has that order, and samples nothing on a held step or between the emissions of
+`accumulate`. None of this is differential privacy, which requires that the gradient of each example be clipped and the
+noise calibrated to that bound, as in `jax-privacy`.
 """
 
 import functools
@@ -69,18 +69,18 @@ Kind: TypeAlias = Literal["gaussian", "uniform_ball"]
 NoiseScale: TypeAlias = Literal["none", "gradient"]
 WeightScale: TypeAlias = Literal["none", "weights"]
 
-_LARGEST = 1e36  # standard deviation: six of them, and the difference of two draws, are finite in float32
+_LARGEST = 1e36  # the largest standard deviation: six of them and the difference of two draws are finite in float32
 
 
 class NoiseState(NamedTuple):
-    """What the noise transformations carry."""
+    """The state of the noise transformations."""
 
-    noise_key: jax.Array  # u32[2]: raw key data (length by generator); never changes
-    noise_step: jax.Array  # i32[]: calls, t in the equations
+    noise_key: jax.Array  # u32[2]: raw key data (its length depends on the generator); never changes
+    noise_step: jax.Array  # i32[]: the number of calls, t in the equations
 
 
 class _Draw(NamedTuple):
-    """Per position: standard normals, and bits to round into 16 bits with; None where nothing is drawn."""
+    """For each position, standard normals and bits for rounding to 16 bits; None where nothing is drawn."""
 
     normals: list[Any]
     rounding: list[Any]
@@ -100,53 +100,55 @@ def noise_injection(
 
     g <- g + n,   sigma_t^2 = eta / (1 + t)^gamma,   t = 0, 1, ...
     "gaussian":      n_j ~ N(0, sigma_t^2), independent
-    "uniform_ball":  n ~ uniform in the ball of radius sigma_t (the whole tree is one vector)
+    "uniform_ball":  n ~ uniform in the ball of radius sigma_t (the whole tree as one vector)
     with a bound:    n <- n * min(1, max_norm * r / ||n||_2),   r = 1, or ||g||_2 for relative_to="gradient"
 
     Guarantees:
-      - The noise of a leaf at step t is a function of (key, t, path of the leaf) alone: the same after a restart,
-        for any sharding, and when leaves are added elsewhere in the tree. With the same key the other kinds of noise in
-        this module draw other numbers.
-      - Sampled in float32 or wider (float16 and bfloat16 normals are not Gaussian: 128 distinct values). Into 16-bit
-        gradients the sum is rounded stochastically, so that noise below their resolution still acts on average.
+      - The noise of a leaf at step t is a function of (key, t, path of the leaf) alone. It is the same after a restart,
+        under any sharding, and when leaves are added elsewhere in the tree. The other kinds of noise in this module
+        draw different numbers from the same key.
+      - Noise is sampled in float32 or wider (float16 and bfloat16 normals have 128 distinct values and are not
+        Gaussian). The sum is rounded stochastically to a 16-bit gradient, so noise below its resolution still acts on
+        average.
       - A gradient that is not perturbed (masked out, integer) is returned bit for bit.
-      - A key passed in survives the donation of the state.
+      - The key that you pass survives donation of the state.
 
     =========================================  ===========================================================
     Case                                       Result
     =========================================  ===========================================================
     `eta` = 0                                  unchanged
-    `eta` or `gamma` from a schedule negative  `eta` below 0 counts as 0; `gamma` below 0 grows the noise
-    `eta`, `gamma` or `max_norm` NaN           NaN: a wrong schedule stays visible
-    gradient zero                              noise alone; with relative_to="gradient" and a bound: zero
-    NaN or Inf in a leaf                       stays in its leaf (a relative bound then takes the finite leaves)
-    float16 at the end of its range            stays finite: at most 65504 in size
+    a schedule makes `eta` negative            counts as 0
+    a schedule makes `gamma` negative          the noise grows
+    `eta`, `gamma` or `max_norm` NaN           NaN, so that a faulty schedule is noticed
+    gradient zero                              noise alone; with relative_to="gradient" and a bound, zero
+    NaN or Inf in a leaf                       stays in its leaf (a relative bound then uses the finite leaves)
+    float16 at the end of its range            stays finite: at most 65504 in magnitude
     integer, `float0`, `None` leaf             unchanged
     complex leaf                               variance sigma^2 / 2 in each of the two parts
     two instances with the same key            the same numbers twice: give each its own key
-    inside `shard_map`                         every device draws the same numbers for its own shard, and `max_norm`
-                                               bounds each shard: put it outside, under `jit`
+    inside `shard_map`                         every device draws the same numbers for its shard, and `max_norm`
+                                               bounds each shard: use it outside, under `jit`
     =========================================  ===========================================================
 
     Args:
-      eta: variance at step 0 (squared radius for the ball), in squared units of the gradient, >= 0: a number, a 0-d
+      eta: the variance at step 0 (squared radius for the ball), in squared units of the gradient, >= 0: a number, a 0-d
         array or a schedule. The paper tried 0.01, 0.3 and 1.0.
-      gamma: exponent of the decay, >= 0: a number, a 0-d array or a schedule. 0 for constant noise, or for an `eta`
-        that is a schedule itself.
-      key: an int, a PRNG key or raw uint32 key data. Under `optax.inject_hyperparams` list it in `static_args`, with
-        `distribution`, `relative_to` and `mask`.
+      gamma: the exponent of the decay, >= 0: a number, a 0-d array or a schedule. Use 0 for constant noise, or if `eta`
+        is itself a schedule.
+      key: an int, a PRNG key or raw uint32 key data. Under `optax.inject_hyperparams`, list it in `static_args`
+        together with `distribution`, `relative_to` and `mask`.
       distribution: "gaussian", or "uniform_ball" for perturbed gradient descent.
-      max_norm: bound on the norm of the noise over the whole tree, >= 0; None for none. In high dimension ||n|| hardly
-        varies around sigma * sqrt(size), so an absolute bound is either always or never active: the relative one is the
-        useful one.
-      relative_to: "none": `max_norm` is in the gradient's units. "gradient": it is a multiple of the gradient's norm.
+      max_norm: a bound on the norm of the noise over the whole tree, >= 0, or None. In high dimensions ||n|| hardly
+        deviates from sigma * sqrt(size), so an absolute bound is active either always or never, and the relative one is
+        more useful.
+      relative_to: "none" for a `max_norm` in the gradient's units, "gradient" for a multiple of the gradient's norm.
       mask: which leaves to perturb, as in `l1_penalty`. Default: all.
 
     Returns:
       A transformation.
 
     Raises:
-      ValueError: wrong static arguments; a mask that does not match.
+      ValueError: a static argument is invalid, or the mask does not match.
 
     Example:
       >>> noise = noise_injection(eta=1.0, key=7)
@@ -161,8 +163,7 @@ def noise_injection(
       which perturbs only near saddle points; here every step is perturbed.
 
     See Also:
-      `optax.add_noise`: samples in the gradient's dtype, splits its key at every step, refuses raw keys, and takes
-      three times as long to draw on a CPU.
+      `optax.add_noise`, which samples in the gradient's dtype, splits its key at every step and refuses raw keys.
     """
     name = "noise_injection"
     eta = validate.scalar_or_schedule(name, "eta", eta, low=0)
@@ -177,7 +178,7 @@ def noise_injection(
         step = state.noise_step
         start = jnp.maximum(value_at(eta, step), 0)
         power = value_at(gamma, step).astype(start.dtype)
-        # Selected, since 1 ** NaN is 1 and would hide a wrong schedule at the first step.
+        # Selected, since 1 ** NaN is 1 and would hide a faulty schedule at the first step.
         variance = jnp.where(jnp.isnan(power), jnp.nan, start / (1 + step.astype(start.dtype)) ** power)
         sigma = jnp.sqrt(variance)
         stream = step_words(state.noise_key, step, salted)
@@ -201,36 +202,37 @@ def noise_injection(
 def anticorrelated_noise(
     sigma: ScalarOrSchedule, *, key: PRNGKeyLike = 0, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Add to the update the difference of two draws, so that the noise in the parameters never adds up.
+    """Add the difference of two draws to the update, so that noise does not accumulate in the parameters.
 
     u <- u + (xi_{t+1} - xi_t),   xi_t ~ N(0, sigma^2), independent,   t = 0, 1, ...
 
     Guarantees:
-      - After t steps the noise in the parameters is xi_t - xi_0: its variance stays 2 sigma^2, whatever t.
-      - Nothing but a key and a counter is stored: the earlier draw is made again.
-      - As in `noise_injection`: a function of (key, step, path) alone, sampled in float32 or wider, stochastic rounding
-        into 16 bits (each rounded by itself, so there the differences cancel only on average).
+      - After t steps the noise in the parameters is xi_t - xi_0, whose variance is 2 sigma^2 for every t.
+      - The state holds only a key and a counter: the previous draw is repeated and not stored.
+      - As in `noise_injection`, the noise is a function of (key, step, path) alone, is sampled in float32 or wider and
+        is rounded stochastically to 16 bits. Each draw is rounded separately, so in 16 bits the differences cancel only
+        on average.
 
     ======================================  ==================================================
     Case                                    Result
     ======================================  ==================================================
     `sigma` = 0                             unchanged
-    `sigma` a schedule                      sigma_{t+1} xi_{t+1} - sigma_t xi_t: still cancels
+    `sigma` is a schedule                   sigma_{t+1} xi_{t+1} - sigma_t xi_t, which still cancels
     NaN or Inf in a leaf                    stays in its leaf
-    a step held by a guard around the       not drawn: the next step goes on from the same xi
-    optimizer
+    a step held by a guard around the       nothing is drawn: the next step continues from the
+    optimizer                               same xi
     ======================================  ==================================================
 
     Args:
-      sigma: standard deviation of one draw, in units of the parameters, >= 0: a number, a 0-d array or a schedule.
-      key: as in `noise_injection`; under `optax.inject_hyperparams` in `static_args`, with `mask`.
+      sigma: the standard deviation of one draw in units of the parameters, >= 0: a number, a 0-d array or a schedule.
+      key: as in `noise_injection`. Under `optax.inject_hyperparams`, list it in `static_args` together with `mask`.
       mask: which leaves to perturb, as in `l1_penalty`. Default: all.
 
     Returns:
       A transformation that goes last in the chain, after the learning rate.
 
     Raises:
-      ValueError: wrong static arguments; a mask that does not match.
+      ValueError: a static argument is invalid, or the mask does not match.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), anticorrelated_noise(0.01, key=3))
@@ -245,7 +247,7 @@ def anticorrelated_noise(
       Orvieto et al., "Anticorrelated noise injection for improved generalization", 2022, arXiv 2202.02831 (Anti-PGD).
 
     See Also:
-      `noise_injection`, whose noise adds up. Optax has neither a noise of this kind nor one after the learning rate.
+      `noise_injection`, whose noise accumulates. Optax has no noise of this kind.
     """
     name = "anticorrelated_noise"
     sigma = validate.scalar_or_schedule(name, "sigma", sigma, low=0, high=_LARGEST)
@@ -272,15 +274,15 @@ def langevin_noise(
     key: PRNGKeyLike = 0,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Add to the update the noise that turns gradient descent into Langevin dynamics.
+    """Add the noise that turns gradient descent into Langevin dynamics to the update.
 
     u <- u + sqrt(2 * learning_rate * temperature) * z,   z_j ~ N(0, 1)
 
-    With `optax.sgd(learning_rate)` in front and small steps, parameters are distributed as exp(-loss / temperature).
+    After `optax.sgd(learning_rate)` and with small steps, the parameters are distributed as exp(-loss / temperature).
 
     Guarantees:
-      - As in `noise_injection`: a function of (key, step, path) alone, sampled in float32 or wider, stochastic rounding
-        into 16 bits.
+      - As in `noise_injection`, the noise is a function of (key, step, path) alone, is sampled in float32 or wider and
+        is rounded stochastically to 16 bits.
 
     ==========================================  ================================
     Case                                        Result
@@ -288,20 +290,20 @@ def langevin_noise(
     `learning_rate` or `temperature` zero       unchanged
     either negative, from a schedule or array   counts as zero
     NaN or Inf in a leaf                        stays in its leaf
-    after Adam                                  noise of this size; not the stationary distribution above
+    after Adam                                  noise of this size, but not the distribution above
     ==========================================  ================================
 
     Args:
-      learning_rate: the one of the optimizer in front, >= 0: a number, a 0-d array or the same schedule.
-      temperature: in units of the loss, >= 0: a number, a 0-d array or a schedule.
-      key: as in `noise_injection`; under `optax.inject_hyperparams` in `static_args`, with `mask`.
+      learning_rate: the learning rate of the optimizer before it, >= 0: a number, a 0-d array or the same schedule.
+      temperature: the temperature in units of the loss, >= 0: a number, a 0-d array or a schedule.
+      key: as in `noise_injection`. Under `optax.inject_hyperparams`, list it in `static_args` together with `mask`.
       mask: which leaves to perturb, as in `l1_penalty`. Default: all.
 
     Returns:
       A transformation that goes last in the chain, after the learning rate.
 
     Raises:
-      ValueError: wrong static arguments; a mask that does not match.
+      ValueError: a static argument is invalid, or the mask does not match.
 
     Example:
       >>> tx = optax.chain(optax.sgd(0.1), langevin_noise(0.1, temperature=0.5))
@@ -314,7 +316,7 @@ def langevin_noise(
       epsilon = 2 * learning_rate and a temperature.
 
     See Also:
-      `optax.noisy_sgd`, which multiplies its noise with the learning rate and is no Langevin dynamics.
+      `optax.noisy_sgd`, which multiplies its noise by the learning rate and so is not Langevin dynamics.
     """
     name = "langevin_noise"
     learning_rate = validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
@@ -335,18 +337,18 @@ def langevin_noise(
 def perturb_weights(
     loss_fn: Callable[..., Any], sigma: float, *, relative_to: WeightScale = "none", mask: Mask | None = None
 ) -> Callable[..., Any]:
-    """A loss whose weights are perturbed anew at every call, for `jax.grad` or `jax.value_and_grad`.
+    """Makes a loss whose weights are perturbed anew at every call, for `jax.grad` or `jax.value_and_grad`.
 
     noisy_loss(w, ...) = loss_fn(w + n, ...),   n_j ~ N(0, (sigma * r)^2),   r = 1, or the leaf's root mean square
 
-    It wraps the loss and is no transformation, because the noise must be there in the forward pass while the step is
-    taken from the clean weights.
+    It wraps the loss instead of being a transformation, because the noise must be present in the forward pass while the
+    step starts from the clean weights.
 
     Guarantees:
-      - The gradient is that of `loss_fn` at w + n: n counts as a constant, also where its size depends on w.
-      - The noise is a function of (`noise_key`, path) alone; sampled in float32 or wider, rounded stochastically into
-        16-bit weights.
-      - Masked-out and integer leaves reach `loss_fn` as they are.
+      - The gradient is that of `loss_fn` at w + n. n counts as a constant, even if its size depends on w.
+      - The noise is a function of (`noise_key`, path) alone. It is sampled in float32 or wider and rounded
+        stochastically to 16-bit weights.
+      - Masked-out and integer leaves reach `loss_fn` unchanged.
 
     ============================  ====================================
     Case                          Result
@@ -357,18 +359,18 @@ def perturb_weights(
     ============================  ====================================
 
     Args:
-      loss_fn: its first argument is the parameters.
-      sigma: standard deviation, >= 0, a number or 0-d array: in units of the weights, or as a share of each leaf's root
-        mean square. AWP and variational-noise papers use 0.005 to 0.075 of it.
-      relative_to: "none" or "weights".
+      loss_fn: a function whose first argument is the parameters.
+      sigma: the standard deviation, >= 0, a number or a 0-d array: in units of the weights, or as a fraction of each
+        leaf's root mean square. Papers on AWP and variational noise use 0.005 to 0.075 of it.
+      relative_to: "none" for a `sigma` in units of the weights, "weights" for a fraction of the root mean square.
       mask: which leaves to perturb, as in `l1_penalty`. Default: all.
 
     Returns:
-      A function with the signature of `loss_fn` plus the keyword `noise_key`, a PRNG key: pass a new one each step, for
-      instance `jax.random.fold_in(key, step)`.
+      A function with the signature of `loss_fn` and an additional keyword `noise_key`, a PRNG key: pass a new one at
+      each step, for instance `jax.random.fold_in(key, step)`.
 
     Raises:
-      ValueError: wrong static arguments; a mask that does not match; a `noise_key` that is no key.
+      ValueError: a static argument is invalid, the mask does not match, or `noise_key` is not a key.
 
     Example:
       >>> def loss_fn(w, x):
@@ -379,8 +381,8 @@ def perturb_weights(
       (True, True)
 
     References:
-      Graves, "Practical variational inference for neural networks", 2011 (fixed weight noise); the relative form:
-      Wu et al., "Adversarial weight perturbation helps robust generalization", 2020, arXiv 2004.05884, with a random
+      Graves, "Practical variational inference for neural networks", 2011 (fixed weight noise). Wu et al., "Adversarial
+      weight perturbation helps robust generalization", 2020, arXiv 2004.05884 (the relative form). Deviation: a random
       direction instead of the adversarial one.
     """
     name = "perturb_weights"
@@ -417,7 +419,7 @@ def perturb_weights(
 def _noise(
     name: str, key: PRNGKeyLike, mask: Mask | None, perturb: Callable[[PyTree, NoiseState], PyTree]
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation from what it does to the updates at a step."""
+    """Makes a transformation from the function that perturbs the updates at a step."""
     data = raw_key(name, key)
 
     def init(params: optax.Params) -> NoiseState:
@@ -440,11 +442,11 @@ def _noise(
 
 
 def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: jax.Array) -> _Draw:
-    """Standard normals for every chosen leaf; zeros, for a tenth of the time, where `sigma` is 0.
+    """Standard normals for every chosen leaf, or zeros, at a tenth of the cost, if `sigma` is 0.
 
-    The branch also cuts the samples off from what reads them: XLA would hash every index again in each of Adam's three
-    fusions (16 ns a number instead of 9), and on a CPU it ignores optimization barriers. `| 1` is always true, which
-    XLA does not find out: with a constant sigma it would take the branch away.
+    The branch also separates the samples from the operations that read them. Otherwise XLA would hash every index again
+    in each of Adam's three fusions, and on a CPU it ignores optimization barriers. `| 1` makes the condition always
+    true in a way that XLA does not detect: with a constant sigma it would remove the branch.
     """
     on = (sigma != 0) & ((stream.first | np.uint32(1)) != 0)
     chosen = leaves_with_none(updates) if mask is None else leaves_with_none(resolve_mask(name, mask, updates))
@@ -494,11 +496,11 @@ def _add_leaf(leaf: jax.Array, noise: jax.Array, spare: jax.Array | None) -> jax
         largest = float(jnp.finfo(leaf.dtype).max)  # finite noise on a finite number stays finite
         wide = jnp.where(jnp.isinf(leaf), wide, jnp.clip(wide, -largest, largest))
         wide = _round_stochastically(wide, leaf.dtype, spare)
-    return jnp.where(noise == 0, leaf, wide.astype(leaf.dtype))  # a sum with 0 flushes subnormals, and -0.0 is lost
+    return jnp.where(noise == 0, leaf, wide.astype(leaf.dtype))  # adding 0 would flush subnormals and lose -0.0
 
 
 def _round_stochastically(wide: jax.Array, dtype: jnp.dtype, spare: jax.Array) -> jax.Array:
-    """One of the two neighbours of each number in `dtype`, so that the mean over keys is the number itself."""
+    """One of each number's two neighbours in `dtype`, such that the mean over keys is the number itself."""
     near = wide.astype(dtype)
     towards = jnp.where(wide > near.astype(wide.dtype), jnp.inf, -jnp.inf).astype(dtype)
     other = jnp.nextafter(near, towards)

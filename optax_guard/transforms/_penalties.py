@@ -3,16 +3,16 @@
 =================================  ===================================================================================
 Function                           Adds the gradient of
 =================================  ===================================================================================
-`l1_penalty(strength)`             strength * sum |w|: pulls weights towards zero, all with the same force
-`dense_penalty(strength)`          strength / 2 * sum w^2, or a Huber-like cross of both: smooth everywhere
-`elastic_net_penalty(l1, l2)`      both
+`l1_penalty(strength)`             strength * sum |w|: pulls all weights towards zero with the same force
+`dense_penalty(strength)`          strength / 2 * sum w^2, or the pseudo-Huber function: smooth everywhere
+`elastic_net_penalty(l1, l2)`      an L1 and an L2 penalty together
 `shrink_gradients(threshold)`      nothing: it shrinks the elements of the gradient itself
 =================================  ===================================================================================
 
-They go after the clip and before the optimizer: ||strength * sign(w)|| is strength * sqrt(number of weights), which in
-front of a global clip would spend the clip's budget. In `guard` that order comes by itself: rules judge the gradient,
-penalties are inside. Under Adam a penalty in the gradient is divided by the second moment like everything else, and no
-penalty in the gradient makes weights exactly zero: `proximal_l1` does.
+They go after the clip and before the optimizer: ||strength * sign(w)|| is strength * sqrt(number of weights), which
+would use up the budget of a later global clip. `guard` always has that order: its rules judge the gradient, and the
+penalties are inside. Adam divides a penalty in the gradient by the second moment, like the rest of the gradient. No
+penalty in the gradient makes weights exactly zero; `proximal_l1` does.
 """
 
 from collections.abc import Callable
@@ -53,9 +53,9 @@ Shrinkage: TypeAlias = Literal["soft", "dense"]
 
 
 class PenaltyState(NamedTuple):
-    """Carried by a penalty whose strength is a schedule; with a fixed one the state is `optax.EmptyState`."""
+    """The state of a penalty whose strength is a schedule; with a fixed strength it is `optax.EmptyState`."""
 
-    penalty_step: jax.Array  # i32[]: calls, the argument of the schedule
+    penalty_step: jax.Array  # i32[]: the number of calls, which is the argument of the schedule
 
 
 def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax.GradientTransformationExtraArgs:
@@ -64,35 +64,36 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
     g <- g + strength * sign(w),   sign(0) = 0;   complex: w / |w|
 
     Guarantees:
-      - A weight that is exactly zero is not moved: written as a loss term, `jnp.abs` has slope 1 there and moves it.
-      - Only masked-in leaves change; all others are returned bit for bit.
-      - Added in float32 or wider and rounded once to the gradient's dtype.
+      - A weight that is exactly zero does not move. Written as a loss term, `jnp.abs` has slope 1 there and moves it.
+      - Only the leaves in the mask change; all others are returned bit for bit.
+      - The penalty is added in float32 or wider and rounded once to the gradient's dtype.
 
     =========================  =================================================
     Case                       Result
     =========================  =================================================
-    `strength` = 0             unchanged, bit for bit (-0.0 and subnormals, too)
+    `strength` = 0             unchanged, bit for bit (-0.0 and subnormals too)
     weight 0                   unchanged, bit for bit
     weight subnormal           as 0 where XLA flushes it (CPU, TPU)
     weight NaN                 NaN, unless `strength` is 0
     weight Inf                 pulled like any other
     gradient NaN or Inf        stays
-    schedule or array below 0  used as it is: pushes weights away from zero
+    schedule or array below 0  used as is: pushes weights away from zero
     =========================  =================================================
 
     Args:
-      strength: weight of the penalty, >= 0, in units of loss per unit of weight: a number, a 0-d array (traced or not),
-        or a schedule of this transformation's own step count.
-      mask: which leaves to penalise: booleans in the structure of (a prefix of) the parameters, a function from
-        parameters to such a tree, or a pattern of paths such as "encoder/*/kernel" (`fnmatch` over `leaf_names`).
-        Default: arrays of rank 2 and more, so biases and norm scales are left alone. Under `optax.inject_hyperparams`
+      strength: the weight of the penalty, >= 0, in units of loss per unit of weight: a number, a 0-d array (traced or
+        not), or a schedule of this transformation's own step count.
+      mask: which leaves to penalise: booleans in the structure of (a prefix of) the parameters, a function from the
+        parameters to such a tree, or a pattern of paths such as "encoder/*/kernel" (`fnmatch` over `leaf_names`). The
+        default is arrays of rank 2 or more, which leaves out biases and norm scales. Under `optax.inject_hyperparams`,
         list it in `static_args`.
 
     Returns:
       A transformation; its `update` needs `params`.
 
     Raises:
-      ValueError: `strength` is negative, NaN or not a scalar; a mask that does not match; `params` missing in `update`.
+      ValueError: `strength` is negative, NaN or not a scalar, the mask does not match, or `update` is called without
+        `params`.
 
     Example:
       >>> penalty = l1_penalty(0.1)
@@ -106,7 +107,7 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
       Tibshirani, "Regression shrinkage and selection via the lasso", 1996.
 
     See Also:
-      `optax.add_decayed_weights`, the same for squared weights. Optax has no L1.
+      `optax.add_decayed_weights`, the equivalent for an L2 penalty. Optax has no L1 penalty.
     """
     name = "l1_penalty"
     strength = validate.scalar_or_schedule(name, "strength", strength, low=0)
@@ -120,23 +121,24 @@ def l1_penalty(strength: ScalarOrSchedule, *, mask: Mask | None = None) -> optax
 def dense_penalty(
     strength: ScalarOrSchedule, penalty: Dense = "l2", *, delta: float = 1.0, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Add the gradient of a penalty that is smooth everywhere: all weights shrink, none becomes zero.
+    """Add the gradient of a penalty that is smooth everywhere: all weights shrink, but none becomes zero.
 
     "l2":            g <- g + strength * w,                                of strength / 2 * sum w^2
     "pseudo_huber":  g <- g + strength * w / sqrt(1 + (|w| / delta)^2),    of the sum of
                      strength * delta^2 * (sqrt(1 + (w / delta)^2) - 1)
 
-    The pseudo-Huber penalty is L2 for |w| << delta and L1 with strength * delta for |w| >> delta, without L1's corner.
+    The pseudo-Huber penalty is L2 for |w| << delta, and L1 with strength * delta for |w| >> delta, without the corner
+    of L1.
 
     Guarantees:
-      - The pull is continuous in the weight, zero at zero, and for "pseudo_huber" less than strength * delta.
-      - Only masked-in leaves change; all others are returned bit for bit.
-      - Added in float32 or wider and rounded once to the gradient's dtype.
+      - The pull is continuous in the weight, zero at zero, and less than strength * delta for "pseudo_huber".
+      - Only the leaves in the mask change; all others are returned bit for bit.
+      - The penalty is added in float32 or wider and rounded once to the gradient's dtype.
 
     =========================  =================================================
     Case                       Result
     =========================  =================================================
-    `strength` = 0             unchanged, bit for bit (-0.0 and subnormals, too)
+    `strength` = 0             unchanged, bit for bit (-0.0 and subnormals too)
     weight 0                   unchanged, bit for bit
     weight NaN                 NaN, unless `strength` is 0
     weight 1e38                no overflow: (w / delta)^2 is never formed
@@ -145,16 +147,16 @@ def dense_penalty(
     =========================  =================================================
 
     Args:
-      strength: weight of the penalty, >= 0, as in `l1_penalty`.
+      strength: the weight of the penalty, >= 0, as in `l1_penalty`.
       penalty: "l2" or "pseudo_huber".
-      delta: where "pseudo_huber" turns from square to linear, > 0, in units of the weights; unused by "l2".
-      mask: as in `l1_penalty`. Under `optax.inject_hyperparams` list it in `static_args`, with `penalty`.
+      delta: the weight at which "pseudo_huber" changes from quadratic to linear, > 0; not used by "l2".
+      mask: as in `l1_penalty`. Under `optax.inject_hyperparams`, list it in `static_args` together with `penalty`.
 
     Returns:
       A transformation; its `update` needs `params`.
 
     Raises:
-      ValueError: wrong static arguments; a mask that does not match; `params` missing in `update`.
+      ValueError: a static argument is invalid, the mask does not match, or `update` is called without `params`.
 
     Example:
       >>> params = {"kernel": jnp.array([[3.0, 0.0, -0.001]])}
@@ -169,7 +171,7 @@ def dense_penalty(
       computed imaging", 1997, for the pseudo-Huber function.
 
     See Also:
-      `optax.add_decayed_weights`: "l2" for all leaves, and after Adam the decoupled decay of AdamW.
+      `optax.add_decayed_weights`, which is "l2" for all leaves and, after Adam, the decoupled decay of AdamW.
     """
     name = "dense_penalty"
     strength = validate.scalar_or_schedule(name, "strength", strength, low=0)
@@ -190,13 +192,13 @@ def dense_penalty(
 def elastic_net_penalty(
     l1: ScalarOrSchedule, l2: ScalarOrSchedule, *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Add the (sub)gradient of an L1 and an L2 penalty at once.
+    """Add the (sub)gradients of an L1 and an L2 penalty together.
 
     g <- g + l1 * sign(w) + l2 * w,   sign(0) = 0;   of l1 * sum |w| + l2 / 2 * sum w^2
 
     Guarantees:
-      - Equals `optax.chain(l1_penalty(l1), dense_penalty(l2))` with one rounding instead of two.
-      - Those of `l1_penalty`.
+      - The result equals that of `optax.chain(l1_penalty(l1), dense_penalty(l2))`, with one rounding instead of two.
+      - The guarantees of `l1_penalty` hold.
 
     ==================  =============================
     Case                Result
@@ -209,15 +211,15 @@ def elastic_net_penalty(
     ==================  =============================
 
     Args:
-      l1: weight of sum |w|, >= 0, as `strength` in `l1_penalty`.
-      l2: weight of sum w^2 / 2, >= 0, likewise.
+      l1: the weight of sum |w|, >= 0, as `strength` in `l1_penalty`.
+      l2: the weight of sum w^2 / 2, >= 0, likewise.
       mask: as in `l1_penalty`.
 
     Returns:
       A transformation; its `update` needs `params`.
 
     Raises:
-      ValueError: wrong static arguments; a mask that does not match; `params` missing in `update`.
+      ValueError: a static argument is invalid, the mask does not match, or `update` is called without `params`.
 
     Example:
       >>> params = {"kernel": jnp.array([[2.0, 0.0]])}
@@ -244,18 +246,18 @@ def elastic_net_penalty(
 def shrink_gradients(
     threshold: ScalarOrSchedule, shrinkage: Shrinkage = "soft"
 ) -> optax.GradientTransformationExtraArgs:
-    """Shrink every element of the gradient itself, the small ones most.
+    """Shrink every element of the gradient, the small ones most.
 
     "soft":   g <- sign(g) * max(|g| - threshold, 0)           exact zeros below the threshold
-    "dense":  g <- g * |g| / (|g| + threshold)                 smooth, never zero, at most `threshold` less
+    "dense":  g <- g * |g| / (|g| + threshold)                 smooth, never zero, smaller by at most `threshold`
 
-    The regularised gradients of the article this project started from: a gradient filter and not a penalty, since the
-    weights have no part in it. "soft" also stops all learning from gradients below the threshold.
+    This is a gradient filter and not a penalty, since it does not depend on the weights. "soft" also stops all learning
+    from gradients below the threshold.
 
     Guarantees:
-      - No element changes its sign or grows, and none changes by more than the threshold and half a unit in its last
-        place ("dense": two units), to which the result is rounded.
-      - Computed in float32 or wider.
+      - No element changes its sign or grows. None changes by more than the threshold and half a unit in the last place
+        ("dense": two units), to which the result is rounded.
+      - The result is computed in float32 or wider.
 
     ===================  ============================
     Case                 Result
@@ -268,14 +270,14 @@ def shrink_gradients(
     ===================  ============================
 
     Args:
-      threshold: in units of the gradient, >= 0: a number, a 0-d array or a schedule.
-      shrinkage: "soft" or "dense"; under `optax.inject_hyperparams` in `static_args`.
+      threshold: the threshold in units of the gradient, >= 0: a number, a 0-d array or a schedule.
+      shrinkage: "soft" or "dense". Under `optax.inject_hyperparams`, list it in `static_args`.
 
     Returns:
       A transformation. It needs no parameters and goes where a clip goes.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> tx = shrink_gradients(0.5)
@@ -310,7 +312,7 @@ def shrink_gradients(
             wide = gradient.astype(wider_dtype(gradient.dtype, accumulator_dtype(gradient.dtype)))
             size = jnp.abs(wide)
             limit = jnp.maximum(bound, 0).astype(size.dtype)
-            # |g| is taken out of the sum first: Inf / Inf is not 1. By how much it shrinks is never above the limit.
+            # Divided by |g| first, since Inf / Inf is not 1. The change never exceeds the limit.
             share = 1 / (1 + limit / jnp.where(size > 0, size, 1))
             less = limit if shrinkage == "soft" else limit * share
             small = jnp.zeros_like(size) if shrinkage == "soft" else size * share
@@ -323,7 +325,7 @@ def shrink_gradients(
 
 
 def _product(factor: jax.Array, weight: jax.Array) -> jax.Array:
-    """Factor * weight, and 0 for a factor of 0: also of an infinite weight."""
+    """Factor * weight, and 0 for a factor of 0, even if the weight is infinite."""
     return jnp.where(factor == 0, jnp.zeros_like(weight), multiplied(weight, jnp.real(factor)))
 
 
@@ -352,7 +354,7 @@ def _penalty(
                 return gradient
             wide = wider_dtype(gradient.dtype, accumulator_dtype(gradient.dtype))
             push = force(weight.astype(wide), *(value.astype(wide) for value in values))
-            # Selected: a sum with 0 turns -0.0 into 0.0 and flushes subnormals.
+            # Selected, since adding 0 turns -0.0 into 0.0 and flushes subnormals.
             return jnp.where(push == 0, gradient, (gradient.astype(wide) + push).astype(gradient.dtype))
 
         return map_gradients(add, updates, params, penalised(name, mask, params)), state
@@ -373,7 +375,7 @@ def _values_and_next(values: tuple[ScalarOrSchedule, ...], state: Any) -> tuple[
 
 
 def penalised(name: str, mask: Mask | None, params: PyTree) -> PyTree:
-    """Which leaves to penalise, as Python bools in the structure of the parameters."""
+    """The leaves to penalise, as Python bools in the structure of the parameters."""
     if mask is None:
         return jax.tree.map(lambda weight: is_gradient(weight) and weight.ndim >= 2, params)
     return resolve_mask(name, mask, params)
