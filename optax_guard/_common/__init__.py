@@ -1,1 +1,1 @@
-"""What every other room uses: trees, numbers, counters, checks of arguments. Imports nothing from above."""
+"""Used by every other folder: trees, numbers, counters, checks of arguments. Imports nothing from above."""

@@ -1,8 +1,8 @@
-"""Numbers that all devices of a `shard_map` agree on, from trees in which some leaves are sharded and some are not.
+"""Reductions on which all devices of a `shard_map` agree, over trees in which only some leaves are sharded.
 
-A sharded leaf has to be summed over the axes that split it, and a leaf that is the same on all devices must count once.
-Which is which, JAX's types say (`shard_map` with `check_vma=True`, its default). Without types (`check_vma=False`,
-`pmap`) every leaf counts as sharded over all of `axis_name`, unless `leaf_axes` says otherwise.
+A sharded leaf must be summed over the axes that split it, and a leaf that is the same on all devices must count once.
+JAX's types tell them apart (`shard_map` with `check_vma=True`, its default). Without types (`check_vma=False`, `pmap`)
+every leaf counts as sharded over all of `axis_name`, unless `leaf_axes` says otherwise.
 """
 
 import functools
@@ -35,49 +35,50 @@ __all__ = [
 
 
 class LeafAxes(NamedTuple):
-    """Made by `leaf_axes`: an `axis_name` that knows which axes split which leaf."""
+    """An `axis_name` that knows which axes split which leaf, from `leaf_axes`."""
 
     names: tuple[Hashable, ...]  # all axes that split some leaf
-    leaves: tuple[tuple[tuple[Any, ...], tuple[Hashable, ...]], ...]  # (key path, the axes that split what is below it)
+    leaves: tuple[tuple[tuple[Any, ...], tuple[Hashable, ...]], ...]  # (key path, the axes that split the leaves below)
 
 
 class Sharding(NamedTuple):
-    """How the leaves of one tree lie on the devices."""
+    """How the leaves of one tree are distributed over the devices."""
 
-    names: tuple[Hashable, ...]  # the axes between whose devices some leaf may differ
-    copies: tuple[int, ...]  # for every position: on how many devices along `names` the same part of it lies
+    names: tuple[Hashable, ...]  # the axes along which some leaf may differ
+    copies: tuple[int, ...]  # for every position: the number of devices along `names` that hold the same part of it
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """For every position: over how many devices along `names` it is split."""
+        """For every position, the number of devices along `names` over which it is split."""
         devices = math.prod(lax.axis_size(name) for name in self.names)
         return tuple(devices // copies for copies in self.copies)
 
 
 def leaf_axes(specs: PyTree) -> LeafAxes:
-    """An `axis_name` for trees in which some leaves are sharded and others are not, where JAX has no types to tell.
+    """Makes an `axis_name` for trees in which only some leaves are sharded, if JAX has no types to tell which.
 
     ||g||^2 = sum_i sum over the axes in specs_i of ||g_i||^2            instead of over all axes for every leaf
 
-    `axis_name="x"` alone says that *every* leaf is sharded over x. Inside `jax.shard_map` with `check_vma=True`, JAX's
-    default, the types of the arrays correct that by themselves, leaf by leaf, and nothing has to be done. With
-    `check_vma=False` and in `jax.pmap` there are no types: a replicated bias would be counted once per device.
+    `axis_name="x"` says that *every* leaf is sharded over x. Inside `jax.shard_map` with `check_vma=True`, JAX's
+    default, the types of the arrays correct this automatically for each leaf. With `check_vma=False` and in `jax.pmap`
+    there are no types, and a replicated bias would be counted once for each device.
 
     Guarantees:
-      - A leaf counts once, however many devices hold a copy of it. (To rounding, if the number of copies is no power
-        of two.)
-      - Still one all-reduce, and all devices reach the same verdict, also if a copy differs on one of them.
-      - It can be hashed and compared: guard and rules must be given equal ones.
+      - A leaf counts once, however many devices hold a copy of it (up to rounding, if the number of copies is not a
+        power of two).
+      - There is still only one all-reduce, and all devices reach the same verdict, even if a copy differs on one of
+        them.
+      - The result can be hashed and compared: pass equal ones to the guard and its rules.
 
     ==========================================  ===================================================================
     Case                                        Result
     ==========================================  ===================================================================
     `P()`                                       the leaf is replicated; it counts once
     `P("x", "y")`, `P(("x", "y"))`              summed over both axes
-    a spec above several leaves                 holds for all of them, as in `in_specs`
+    a spec above several leaves                 applies to all of them, as in `in_specs`
     an axis that no spec names                  nothing is summed over it, and losses are not averaged over it
     types and spec disagree                     an axis counts if both say that the leaf differs along it
-    a leaf of the gradient without a spec       an error that names it
+    a leaf of the gradient without a spec       an error that names the leaf
     ==========================================  ===================================================================
 
     Args:
@@ -85,7 +86,7 @@ def leaf_axes(specs: PyTree) -> LeafAxes:
         prefix of) the parameters.
 
     Returns:
-      A `LeafAxes`, to be passed as `axis_name=` wherever that is taken but in `accumulate_gradients`.
+      A `LeafAxes`, to be passed as `axis_name=` to any function except `accumulate_gradients`.
 
     Raises:
       ValueError: a leaf of `specs` is neither a `PartitionSpec` nor a `NamedSharding`.
@@ -112,7 +113,7 @@ def leaf_axes(specs: PyTree) -> LeafAxes:
 
 
 def axis_names(axis_name: AxisName | None) -> tuple[Hashable, ...]:
-    """All axes of an `axis_name=` argument."""
+    """The axes of an `axis_name=` argument."""
     if axis_name is None:
         return ()
     if isinstance(axis_name, LeafAxes):
@@ -121,13 +122,13 @@ def axis_names(axis_name: AxisName | None) -> tuple[Hashable, ...]:
 
 
 def axes_of(x: Any, axis_name: AxisName | None) -> tuple[Hashable, ...]:
-    """Those of the axes along which an array may differ: what has to be reduced over them, and nothing else."""
+    """The axes along which an array may differ, over which alone it must be reduced."""
     known = varying_axes(x)
     return tuple(name for name in axis_names(axis_name) if name in known or not _typed(name, axis_name))
 
 
 def sharding_of(tree: PyTree, axis_name: AxisName | None) -> Sharding:
-    """How the leaves lie along `axis_name`, by their types and by `leaf_axes`."""
+    """How the leaves are distributed along `axis_name`, according to their types and `leaf_axes`."""
     if axis_name is None:
         return Sharding((), (1,) * len(leaves_with_none(tree)))
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
@@ -143,10 +144,10 @@ def sharding_of(tree: PyTree, axis_name: AxisName | None) -> Sharding:
 
 
 def sum_over(numbers: jax.Array, where: Sharding) -> jax.Array:
-    """The sums over all devices of one number (or row of numbers) per position, in one all-reduce.
+    """Sums one number (or row of numbers) per position over all devices, in one all-reduce.
 
-    Copies are divided out and not left out: a copy that is not finite on one device alone is seen by all, so that they
-    agree.
+    Copies are divided out instead of left out, so that all devices see a copy that is not finite on one device alone,
+    and agree.
     """
     if not where.names or numbers.size == 0:
         return numbers
@@ -157,7 +158,7 @@ def sum_over(numbers: jax.Array, where: Sharding) -> jax.Array:
 
 
 def on_any_device(condition: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Whether a condition holds on one device at least."""
+    """Whether a condition holds on at least one device."""
     names = axes_of(condition, axis_name)
     return lax.psum(condition.astype(jnp.int32), names) > 0 if names else condition
 
@@ -169,17 +170,17 @@ def mean_over(loss: jax.Array, axis_name: AxisName | None) -> jax.Array:
 
 
 def max_over(numbers: list[jax.Array], names: tuple[Hashable, ...]) -> list[jax.Array]:
-    """The largest on any device of every number, in one all-reduce."""
+    """The maximum of each number over all devices, in one all-reduce."""
     return numbers if not names or not numbers else _together(lambda x: lax.pmax(x, names), numbers)
 
 
 def min_over(numbers: list[jax.Array], names: tuple[Hashable, ...]) -> list[jax.Array]:
-    """The smallest on any device of every number, in one all-reduce."""
+    """The minimum of each number over all devices, in one all-reduce."""
     return numbers if not names or not numbers else _together(lambda x: lax.pmin(x, names), numbers)
 
 
 def _together(reduce: Callable[[jax.Array], jax.Array], numbers: list[jax.Array]) -> list[jax.Array]:
-    """Numbers of any dtypes, reduced as one vector."""
+    """Reduces numbers of any dtypes as one vector."""
     wide = functools.reduce(wider_dtype, [x.dtype for x in numbers])
     reduced = reduce(jnp.stack([x.astype(wide) for x in numbers]))
     return [x.astype(alone.dtype) for x, alone in zip(reduced, numbers, strict=True)]
@@ -203,7 +204,7 @@ def _declared(axes: LeafAxes, path: tuple[Any, ...]) -> tuple[Hashable, ...]:
 
 
 def _typed(name: Hashable, axis_name: AxisName | None) -> bool:
-    """Whether types tell what differs along this axis: `shard_map` with `check_vma=True`."""
+    """Whether types tell which arrays differ along this axis: `shard_map` with `check_vma=True`."""
     try:
         return name in varying_axes(lax.axis_index(name))
     except NameError as error:

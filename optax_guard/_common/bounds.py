@@ -1,4 +1,4 @@
-"""A bound that is a number, an array or a schedule, and the state that a schedule needs."""
+"""Bounds that are numbers, arrays or schedules, and the state that a schedule needs."""
 
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ __all__ = ["ClipState", "bound_and_state", "bound_over_norm", "init_for"]
 
 
 class ClipState(NamedTuple):
-    """Carried by a clip whose bound is a schedule; with a fixed bound the state is `optax.EmptyState`."""
+    """The state of a clip whose bound is a schedule; with a fixed bound it is `optax.EmptyState`."""
 
-    clip_step: jax.Array  # i32[]: calls, the argument of the schedule
+    clip_step: jax.Array  # i32[]: the number of calls, which is the argument of the schedule
 
 
 def init_for(bound: ScalarOrSchedule) -> optax.TransformInitFn:
-    """An `init` that makes the state `bound_and_state` reads: a step count for a schedule, nothing for a number."""
+    """An `init` for the state that `bound_and_state` reads: a step count for a schedule, nothing for a number."""
 
     def init(params: optax.Params) -> optax.OptState:
         del params
@@ -36,9 +36,9 @@ def bound_and_state(bound: ScalarOrSchedule, state: Any) -> tuple[jax.Array, Any
 
 
 def bound_over_norm(bound: jax.Array, size: jax.Array, root: jax.Array) -> jax.Array:
-    """The bound over size * root, where that product, the norm itself, may overflow.
+    """The bound divided by size * root, if that product, which is the norm itself, may overflow.
 
-    One division after the other would not do: XLA makes one of the two.
+    Two divisions in turn are not enough, since XLA merges them into one.
     """
     smaller = jnp.where(size > 2.0**64, 2.0**-32, 1.0).astype(size.dtype)
     return bound * smaller / (size * smaller * root)

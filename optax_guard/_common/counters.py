@@ -1,4 +1,4 @@
-"""Step counters, and what a number, array or schedule is worth at a step."""
+"""Step counters, and the value of a number, array or schedule at a step."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ __all__ = ["count_if", "next_step", "value_at"]
 
 
 def next_step(step: jax.Array) -> jax.Array:
-    """Step + 1, and never past the largest integer."""
+    """Step + 1, but never beyond the largest integer."""
     return jnp.asarray(optax.safe_increment(step))
 
 
 def count_if(event: jax.Array, total: jax.Array) -> jax.Array:
-    """Total + 1 if `event`, else as it was."""
+    """Total + 1 if `event`, else the total unchanged."""
     return jnp.where(event, next_step(total), total)
 
 
 def value_at(value: ScalarOrSchedule, step: Any) -> jax.Array:
-    """A number, 0-d array or schedule at a step, in float32 or wider: a bfloat16 bound of 0.999 would be 1."""
+    """A number, 0-d array or schedule at a step, in float32 or wider, since 0.999 would be 1 in bfloat16."""
     array = jnp.asarray(value(step) if callable(value) else value)
     return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)

@@ -1,8 +1,8 @@
-"""Outside of `jit`: a step is compiled once, not at every call.
+"""Compiles a step outside `jit` once instead of at every call.
 
-JAX compiles a `lax.cond` that is called outside of `jit` as a program of its own, under the identity of its branches.
-Those of a step close over the gradient, so they are new at every call: 0.2 to 2 seconds of compiling each time, and
-2 MiB that are never freed.
+Outside `jit`, JAX compiles each `lax.cond` as a program of its own and caches it by the identity of its branches. The
+branches of a step close over the gradient, so they are new at every call, which would cost 0.2 to 2 seconds of
+compilation and 2 MiB that are never freed.
 """
 
 import functools
@@ -17,17 +17,17 @@ __all__ = ["compiled_once"]
 
 
 class _Static(NamedTuple):
-    """What a compiled program is made for: the structure of the arguments, and those leaves that are not numbers."""
+    """The key of a compiled program: the structure of the arguments, and the leaves that are not numbers."""
 
     structure: Any
-    leaves: tuple[Any, ...]  # (type, leaf), since True equals Decimal(1); `None` where there is a number
+    leaves: tuple[Any, ...]  # (type, leaf), since True equals Decimal(1); `None` in place of a number
 
 
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`; where its arguments are no tracers, as one compiled program for each of their structures.
+    """Wraps `function` so that, without tracers among its arguments, it runs as one compiled program per structure.
 
     Arrays and Python numbers are arguments of that program. All other leaves (functions, flags, text) are constants in
-    it, compared by their hash; if one cannot be hashed, the function runs as it is.
+    it and must be hashable; if one is not, the function runs uncompiled.
     """
 
     @functools.wraps(function)
@@ -48,7 +48,7 @@ def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(*arguments: Any) -> Any:
-    """A plain function between `call` and the compiled one: a pickle of `call` names it, and holds no program."""
+    """A plain function between `call` and the compiled one, so that a pickle of `call` holds a name and no program."""
     return _program(*arguments)
 
 
@@ -64,5 +64,5 @@ def _is_number(leaf: Any) -> bool:
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return leaf.dtype != object and not isinstance(leaf, np.ma.MaskedArray)
     if isinstance(leaf, int):
-        return not isinstance(leaf, bool) and abs(leaf) < 2**31  # JAX has no integer for a larger one
+        return not isinstance(leaf, bool) and abs(leaf) < 2**31  # JAX has no larger integer by default
     return isinstance(leaf, (float, complex))

@@ -1,7 +1,7 @@
-"""The loss among the extra arguments of an update, and keywords that look like a misspelling of one that is read.
+"""Finds the loss among the extra arguments of an update, and warns of keywords that look misspelt.
 
-Optax hands extra arguments on by name and ignores those that nobody knows. The loss is called `value` there; training
-programs also call it `loss`, which is taken for `value` where that is not given.
+Optax passes extra arguments on by name and ignores unknown ones. It calls the loss `value`; training programs also call
+it `loss`, which is used if `value` is not given.
 """
 
 import functools
@@ -20,17 +20,17 @@ from optax_guard._common.typing import AxisName
 __all__ = ["is_number", "loss_in", "named_by", "warn_of_misspellings", "with_value"]
 
 _READ = ("value", "weight", "loss")
-_NEAR = 2  # letters changed, added or left out
+_NEAR = 2  # the number of letters that may be changed, added or left out
 
 
 def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = None) -> jax.Array | None:
-    """The loss as a real scalar, f32[] or wider, that all devices agree on; None if none was given."""
+    """The loss as a real scalar, f32[] or wider, on which all devices agree; None if none was given."""
     loss = with_value(extra).get("value")
     if loss is None:
         return None
     if not is_number(loss) or np.shape(loss) != ():
         got = f"an array of shape {np.shape(loss)}" if is_number(loss) else f"{loss!r}"
-        raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is taken for the `value`).")
+        raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is used as `value`).")
     if not hasattr(loss, "dtype"):  # a Python number has no dtype of its own
         if isinstance(loss, int) and abs(loss) > 2**1023:  # beyond every float
             loss = math.inf if loss > 0 else -math.inf
@@ -44,16 +44,16 @@ def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = N
 
 
 def with_value(extra: dict[str, Any]) -> dict[str, Any]:
-    """The extra arguments with a loss that came as `loss` (a number or an array of them) also as `value`."""
+    """The extra arguments, in which a loss passed as `loss` (a number or an array of numbers) is also `value`."""
     if extra.get("value") is None and is_number(extra.get("loss")):
         return {**extra, "value": extra["loss"]}
     return extra
 
 
 def warn_of_misspellings(extra: dict[str, Any], receiver: Any = None) -> None:
-    """Warns, once a name, of a keyword two letters or fewer away from one that is read.
+    """Warns, once for each name, of a keyword that is at most two letters away from one that is read.
 
-    Not of one that the `update` of `receiver`, to which it goes, has among its parameters.
+    There is no warning for a parameter of the `update` of `receiver`, to which the keywords are passed.
     """
     near = {name: word for name in extra for word in _READ if name not in _READ and _distance(name, word) <= _NEAR}
     if not near:
@@ -71,18 +71,18 @@ def _warn(name: str, word: str) -> None:
 
 
 def named_by(receiver: Any) -> set[str]:
-    """The parameters that an `update` has by name."""
+    """The named parameters of the `update` of `receiver`."""
     try:
         return set(inspect.signature(receiver.update).parameters)
-    except (AttributeError, TypeError, ValueError):  # no receiver, or a function that tells no signature
+    except (AttributeError, TypeError, ValueError):  # no receiver, or a function without a signature
         return set()
 
 
 def is_number(loss: Any) -> bool:
-    """Whether this is a number or an array of numbers; a text, a function or a key is not."""
+    """Whether this is a number or an array of numbers, and not a string, a function or a key."""
     if isinstance(loss, (bool, int, float, complex)):
         return True
-    if isinstance(loss, np.ma.MaskedArray):  # JAX takes none
+    if isinstance(loss, np.ma.MaskedArray):  # JAX does not accept masked arrays
         return False
     dtype = getattr(loss, "dtype", None)
     return (
@@ -93,7 +93,7 @@ def is_number(loss: Any) -> bool:
 
 
 def _distance(one: str, other: str) -> int:
-    """How many letters must be changed, added or left out (Levenshtein)."""
+    """The number of letters that must be changed, added or left out (the Levenshtein distance)."""
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         diagonal, row[0] = row[0], i

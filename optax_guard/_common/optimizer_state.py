@@ -1,8 +1,8 @@
-"""What an optimizer makes of a constant gradient: its second moment, momentum and learning rate, found in its state.
+"""Finds an optimizer's second moment, momentum and learning rate in its state.
 
-An optimizer that answers a constant gradient g with the step -learning_rate * gain / C * g has the metric C (1, or
-the root of a second moment) and the gain (1, or 1 / (1 - momentum) for a momentum that sums). A proximal step needs
-both. Optax keeps the moments in the state, but not the constants (decay, eps), unless `optax.inject_hyperparams` does.
+For a constant gradient g, an optimizer takes the step -learning_rate * gain / C * g, with the metric C (1, or the root
+of a second moment) and the gain (1, or 1 / (1 - momentum) for a momentum that sums gradients). A proximal step needs
+both. Optax keeps the moments in the state, but not the constants (decay, eps), except under `optax.inject_hyperparams`.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src.transform import (  # states that Optax makes but does not export
+from optax._src.transform import (  # states that Optax does not export
     ScaleByRmsWithCountState,
     ScaleByRStdDevWithCountState,
 )
@@ -33,12 +33,12 @@ __all__ = ["ANY", "Metric", "MetricName", "Path", "Reader", "Response", "injecte
 
 MetricName: TypeAlias = Literal["auto", "second_moment", "identity"]
 Metric: TypeAlias = MetricName | Callable[[Any], PyTree]
-Path: TypeAlias = tuple[Any, ...]  # of keys, since two leaves may have one name
-ANY: Path = ("*",)  # the path of an array that fits no parameter
+Path: TypeAlias = tuple[Any, ...]  # keys and not a name, since two leaves may have the same name
+ANY: Path = ("*",)  # the path of an array that matches no parameter
 
 
 class Reader(NamedTuple):
-    """How to read an optimizer's state: what the user said about it."""
+    """How to read an optimizer's state, from the user's arguments."""
 
     function: str  # for messages
     metric: Metric
@@ -48,20 +48,20 @@ class Reader(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What a leaf's step is multiplied by, beside the learning rate."""
+    """The factors of a leaf's step besides the learning rate."""
 
-    metric: jax.Array | None  # C, Inf where the optimizer has only seen zeros; None for 1
+    metric: jax.Array | None  # C; Inf where the optimizer has only seen zeros; None for 1
     gain: jax.Array | None  # None for 1
 
 
 class _Moment(NamedTuple):
-    """How a kind of state keeps its second moment; the numbers are the defaults of the Optax function that makes it."""
+    """How a type of state keeps its second moment; the numbers are the defaults of its Optax function."""
 
     field: str
-    b2: float | None  # of the correction for a start at zero; None where there is none
+    b2: float | None  # the constant of the bias correction; None if there is none
     eps: float
     eps_in_sqrt: bool
-    use_of_mean: str = ""  # "subtracted"; "seen": zero where no gradient was seen, as the second moment is not
+    use_of_mean: str = ""  # "subtracted"; "seen": zero where no gradient was seen, unlike the second moment
 
 
 _MOMENTS = {
@@ -77,7 +77,7 @@ _MOMENTS = {
 
 
 def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Reader:
-    """A `Reader` of checked arguments."""
+    """Checks the arguments and makes a `Reader`."""
     if not validate.is_callable(metric):
         validate.one_of(function, "metric", metric, MetricName)
     below_one = {"low": 0, "high": 1, "open_high": True}
@@ -88,7 +88,7 @@ def reader(function: str, metric: Any, momentum: Any, b2: Any, eps: Any) -> Read
 
 
 def responses(read: Reader, state: Any, params: PyTree, chosen: PyTree, step: jax.Array) -> list[Response]:
-    """One per position; `step` counts the steps before this one. Raises where the metric cannot be had."""
+    """One `Response` per position; `step` counts the previous steps. Raises if the metric cannot be found."""
     leaves = dict(jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None))
     shapes = {path: leaf.shape for path, leaf in leaves.items() if is_gradient(leaf)}
     roots: dict[Path, jax.Array] = {}
@@ -128,13 +128,13 @@ def _name(path: Path) -> str:
 
 
 def injected_learning_rate(function: str, state: Any, params: PyTree) -> jax.Array:
-    """The `learning_rate` that `optax.inject_hyperparams` keeps in a state."""
+    """The `learning_rate` that `optax.inject_hyperparams` keeps in its state."""
     injected = [_hyperparams(node) for node in find_states(state, tuple, params)]
     rates = [jnp.asarray(each["learning_rate"]) for each in injected if "learning_rate" in each]
     if len(rates) != 1:
         raise ValueError(
             f"{function}: `learning_rate` must be given, as a number or the schedule of `inner`: it is read from "
-            f"`optax.inject_hyperparams` only where the state holds exactly one; found {len(rates)}."
+            f"`optax.inject_hyperparams` only if the state holds exactly one; found {len(rates)}."
         )
     return rates[0]
 
@@ -149,19 +149,19 @@ def _hyperparams(node: Any) -> dict[str, Any]:
 
 
 def _states(node: Any, params: PyTree, constants: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every state inside a state, in any nesting, with the hyperparameters that were injected around it."""
+    """Every state inside a state, in any nesting, with the hyperparameters injected around it."""
     injected = _hyperparams(node)
     constants = {**constants, **injected}
     if not injected:
         yield node, constants
         if type(node) in _MOMENTS or isinstance(node, (optax.TraceState, optax.EmaState)):
-            return  # inside are only arrays
+            return  # only arrays inside
     for child in _parts(node, params)[0]:
         yield from _states(child, params, constants)
 
 
 def _parts(node: Any, params: PyTree) -> tuple[list[Any], list[Any]]:
-    """The states directly inside a node; what else is in it: trees like the parameters (of any NamedTuple), arrays."""
+    """The states directly inside a node, and its other contents: trees like the parameters, and arrays."""
     fields = node if _is_state(node) else (node,)
     parts = jax.tree.leaves(list(fields), is_leaf=lambda part: _is_state(part) or is_like(part, params))
     states = [part for part in parts if _is_state(part) and not is_like(part, params)]
@@ -169,7 +169,7 @@ def _parts(node: Any, params: PyTree) -> tuple[list[Any], list[Any]]:
 
 
 def _arrays(tree: Any, shapes: dict[Path, Any]) -> Iterator[tuple[Path, Any]]:
-    """(path, array) of a tree in the structure of the parameters; the path is `ANY` where no parameter fits."""
+    """Yields (path, array) for a tree with the structure of the parameters; the path is `ANY` if none matches."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not hasattr(leaf, "ndim") or not is_gradient(leaf):
             continue
@@ -187,7 +187,7 @@ def _check(read: Reader, needed: list[Path], roots: dict[Path, Any], unknown: di
         if missing:
             raise ValueError(
                 f"{read.function}: metric='second_moment', but the state of `inner` has none for leaf `{missing[0]}`; "
-                "take metric='identity', or an optimizer that keeps one (Adam, AMSGrad, RMSProp, Adagrad, AdaBelief)."
+                "use metric='identity', or an optimizer that keeps one (Adam, AMSGrad, RMSProp, Adagrad, AdaBelief)."
             )
         return
     for path in needed:
@@ -195,15 +195,15 @@ def _check(read: Reader, needed: list[Path], roots: dict[Path, Any], unknown: di
         if kind is not None:
             raise ValueError(
                 f"{read.function}: metric='auto' does not know by what {kind} divides the step of leaf "
-                f"`{_name(path)}`. Give metric=, a function from the state of `inner` to that divisor, or "
-                "'second_moment' to take the one found beside it, or 'identity' to shrink by learning_rate * strength, "
-                "which under a sign or orthogonalised step (Lion, Muon) is a pull in proportion to the step and not a "
-                "penalty of the loss."
+                f"`{_name(path)}`. Pass metric= as a function from the state of `inner` to that divisor, as "
+                "'second_moment' to use the one found beside it, or as 'identity' to shrink by "
+                "learning_rate * strength, which under a sign or orthogonalised step (Lion, Muon) is a pull in "
+                "proportion to the step and not a penalty of the loss."
             )
 
 
 def _constant(given: Any, constants: dict[str, Any], names: tuple[str, ...], default: Any) -> jax.Array:
-    """What the user gave, else what was injected, else Optax's default."""
+    """The constant that the user gave, else the injected one, else Optax's default."""
     injected = [constants[name] for name in names if name in constants]
     return value_at(given if given is not None else injected[0] if injected else default, None)
 
@@ -213,14 +213,14 @@ def _gain(read: Reader, constants: dict[str, Any], step: jax.Array) -> jax.Array
     if read.momentum is None and "momentum" not in constants:
         raise ValueError(
             f"{read.function}: `inner` has momentum (TraceState), whose constant Optax does not keep in the state: "
-            "give `momentum=`, as to `optax.sgd`; steps are 1 / (1 - momentum) times longer, and so is the shrinkage."
+            "pass `momentum=`, as to `optax.sgd`. It makes steps and the shrinkage 1 / (1 - momentum) times larger."
         )
     momentum = _constant(read.momentum, constants, ("momentum",), None)
     return (1 - momentum ** (step + 1).astype(momentum.dtype)) / (1 - momentum)
 
 
 def _roots(read: Reader, node: Any, constants: dict[str, Any], shapes: dict[Path, Any]) -> Iterator[tuple[Path, Any]]:
-    """(path, what the step is divided by, Inf where every gradient was zero)."""
+    """Yields (path, the divisor of the step), which is Inf where every gradient was zero."""
     kind = _MOMENTS[type(node)]
     eps = _constant(read.eps, constants, ("eps",), kind.eps)
     fields = node._asdict()

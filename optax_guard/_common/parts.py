@@ -1,8 +1,8 @@
-"""What a transformation of this library is more than a pair `(init, update)`.
+"""The parts of a transformation that the pair `(init, update)` has no field for.
 
-Other people's code takes transformations apart and puts them together again: `jax.tree.map`, `copy`, `pickle`,
-`eqx.filter_jit`, `_replace`, a dataclass. All of them keep the two functions, so whatever else belongs to a
-transformation is kept on `update`, and found there however the pair was rebuilt.
+Other code takes transformations apart and rebuilds them: `jax.tree.map`, `copy`, `pickle`, `eqx.filter_jit`,
+`_replace`, a dataclass. All of these keep the two functions, so the other parts of a transformation are attached to
+`update` and found there however the pair was rebuilt.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Part = TypeVar("Part")
 
 
 def with_part(update: Callable[..., Any], part: Any) -> Callable[..., Any]:
-    """`update` with a part that `part_of` finds."""
+    """Attaches to `update` a part that `part_of` finds."""
     setattr(update, _NAME, (update, part))
     return update
 
@@ -23,8 +23,8 @@ def with_part(update: Callable[..., Any], part: Any) -> Callable[..., Any]:
 def part_of(tx: Any, kind: type[Part]) -> Part | None:
     """The part of this kind that belongs to `tx.update`, if there is one.
 
-    A function that wraps `update` and copied its attributes (`functools.wraps`) does something else, so a part that
-    names another function as its owner does not count.
+    A function that wraps `update` and copies its attributes (`functools.wraps`) does something else, so a part whose
+    owner is another function does not count.
     """
     update = getattr(tx, "update", None)
     owner, part = getattr(update, _NAME, (None, None))

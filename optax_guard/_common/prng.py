@@ -1,9 +1,9 @@
-"""Random numbers that are a function of (base key, step, leaf path, place in the leaf) and nothing else.
+"""Random numbers that are a function of (base key, step, leaf path, place in the leaf) alone.
 
 Every element hashes its own index with Threefry-2x32 (20 rounds, the generator behind `jax.random`), written as
-elementwise code: XLA fuses it, any sharding draws the same numbers, and on a CPU a normal costs 2.3 ns where
-`jax.random.normal` takes 9.4 (jax 0.10) or 16 (0.12), which draws two words and uses one. Base keys are stored as raw
-`uint32` data, since typed keys in an optimizer state break flax msgpack and Equinox serialisation.
+elementwise code. XLA fuses it, every sharding draws the same numbers, and on a CPU it is several times faster than
+`jax.random.normal`. Base keys are stored as raw `uint32` data, since typed keys in an optimizer state break the
+serialisation of Flax msgpack and Equinox.
 """
 
 import math
@@ -43,9 +43,9 @@ class Words(NamedTuple):
 
 
 def raw_key(function: str, key: PRNGKeyLike) -> jax.Array:
-    """Key data `u32[...]` from an int, a typed key or raw key data, in a buffer of its own.
+    """Key data `u32[...]` from an int, a typed key or raw key data, in a new buffer.
 
-    The copy matters: the state that holds it may be donated, and the caller's key must survive that.
+    The copy is needed because the state that holds it may be donated, and the caller's key must survive that.
     """
     if isinstance(key, (jax.Array, np.ndarray)):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -53,7 +53,9 @@ def raw_key(function: str, key: PRNGKeyLike) -> jax.Array:
                 return jnp.copy(jax.random.key_data(key))
         elif key.dtype == jnp.uint32 and key.ndim == 1 and key.size >= 2:
             return jnp.array(key, copy=True)
-        elif key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):  # a seed that inject_hyperparams made an array
+        elif key.ndim == 0 and jnp.issubdtype(
+            key.dtype, jnp.integer
+        ):  # a seed that inject_hyperparams turned into an array
             return jax.random.key_data(jax.random.key(key))
     elif isinstance(key, (int, np.integer)) and not isinstance(key, bool) and -(2**31) <= key < 2**32:
         return jax.random.key_data(jax.random.key(int(key)))
@@ -64,12 +66,12 @@ def raw_key(function: str, key: PRNGKeyLike) -> jax.Array:
 
 
 def salt(*parts: str) -> int:
-    """Tells kinds of noise apart that share a base key."""
+    """A number that separates kinds of noise with the same base key."""
     return zlib.crc32("/".join(parts).encode())
 
 
 def step_words(data: jax.Array, step: jax.Array, salted: int) -> Words:
-    """The key of one stream at one step, from raw key data of any generator."""
+    """The key of a stream at a step, from raw key data of any generator."""
     key = Words(data[0], data[1])
     for index in range(2, data.shape[0]):  # rbg keys have four words
         key = threefry(key, Words(data[index], jnp.uint32(index)))
@@ -77,29 +79,29 @@ def step_words(data: jax.Array, step: jax.Array, salted: int) -> Words:
 
 
 def leaf_words(key: Words, names: list[str]) -> Words:
-    """A key for every leaf, u32[n_leaves] twice, each a function of its path alone."""
+    """A key for every leaf, as two u32[n_leaves], each a function of the leaf's path alone."""
     paths = jnp.asarray(np.array([zlib.crc32(name.encode()) for name in names], np.uint32))
     return derive(key, Words(paths, jnp.zeros_like(paths)))
 
 
 def derive(key: Words, counter: Words) -> Words:
-    """New keys from one.
+    """Derives new keys from one.
 
-    Without the barrier XLA hashes the new key inside the fusion that hashes the elements under it, and jax 0.12 on a
-    CPU then compiles for minutes or for ever where a sum follows (YNN fusions on).
+    Without the barrier, XLA hashes the new key inside the fusion that hashes the elements under it. JAX 0.12 on a CPU
+    then compiles for minutes or hangs if a sum follows (with YNN fusions on).
     """
     return lax.optimization_barrier(threefry(key, counter))
 
 
 def bits(key: Words, like: jax.Array) -> Words:
-    """64 random bits for each element of an array shaped (and sharded) as `like`, from its index."""
+    """64 random bits for each element of an array with the shape and sharding of `like`, from its index."""
     return threefry(key, _indices(like))
 
 
 def normal(key: Words, like: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Standard normals of a real or complex dtype (variance 1 in all), and 32 bits for each, for rounding.
+    """Standard normals of a real or complex dtype (total variance 1), and 32 bits for each, for rounding.
 
-    The bits are independent of the normals where the dtype is float32, the only one that is ever rounded to 16 bits.
+    The bits are independent of the normals in float32, the only dtype that is ever rounded to 16 bits.
     """
     words = bits(key, like)
     if not jnp.issubdtype(dtype, jnp.complexfloating):
@@ -115,8 +117,8 @@ def normal(key: Words, like: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Arra
 def zeros_sharded_as(leaf: jax.Array, dtype: Any) -> jax.Array:
     """Zeros with the leaf's shape and sharding.
 
-    `jnp.zeros_like` loses an explicit sharding where no mesh is set (JAX 0.12); a comparison keeps it, and XLA folds it
-    away.
+    `jnp.zeros_like` loses an explicit sharding if no mesh is set (JAX 0.12); a comparison keeps it, and XLA folds the
+    comparison away.
     """
     return ((leaf != leaf) & False).astype(dtype)
 
@@ -141,9 +143,9 @@ def threefry(key: Words, counter: Words) -> Words:
 
 
 def _indices(like: jax.Array) -> Words:
-    """(index along the first axis, index in the rest): different for every element of fewer than 2^32 a row.
+    """(index along the first axis, index in the rest), unique if a row has fewer than 2^32 elements.
 
-    Built on zeros in the likeness of the leaf, so that under explicit sharding every device hashes only its own part.
+    Built on zeros with the leaf's sharding, so that under explicit sharding every device hashes only its own part.
     """
     first = rest = zeros_sharded_as(like, jnp.uint32)
     for axis in range(1, like.ndim):
@@ -154,7 +156,7 @@ def _indices(like: jax.Array) -> Words:
 
 
 def _to_normal(words: Words, dtype: Any) -> jax.Array:
-    """The normal quantile of a uniform number in (-1, 1), as `jax.random.normal` has it."""
+    """The normal quantile of a uniform number in (-1, 1), as in `jax.random.normal`."""
     if dtype == jnp.float64:
         mantissa = (words.first.astype(jnp.uint64) << np.uint64(32)) | words.second.astype(jnp.uint64)
         mantissa = (mantissa >> np.uint64(12)) | np.uint64(0x3FF0000000000000)

@@ -1,18 +1,17 @@
-"""Judging a number against its own history: when is it a spike, and when is the level a new one?
+"""Judges a number against its own history: when is it a spike, and when has the level changed?
 
-Two answers, each a threshold from the past alone. `threshold` of a `Series` reads two windows: the values that were
-accepted give the threshold, and the last 2 * accept_after - 1 values, accepted or not, can say that the level has
-changed:
+There are two thresholds, each from past values alone. `threshold` of a `Series` reads two windows. The accepted values
+give the threshold, and the last 2 * accept_after - 1 values, accepted or not, can show that the level has changed:
 
     margin = max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), least)     over the n <= window accepted values
     limit  = q50 + margin
     if the median of the recent values exceeds limit (so at least `accept_after` of them do):
         limit = that median + max(deviations * 1.48 * MAD of the recent values, margin)
 
-The upper decile and not the MAD measures the spread, since losses and norms have long upper tails: on lognormal values
-with a log-sd of 1.5, median + 6 MAD is exceeded by one healthy value in ten, this limit by one in eighty.
+The spread is measured by the upper decile and not by the MAD, since losses and norms have long upper tails. Of
+lognormal values with a log-sd of 1.5, one in ten exceeds median + 6 MAD, but only one in eighty exceeds this limit.
 
-`raw_threshold` of a `RawSeries` is what the published rules use: mean + deviations * standard deviation of the last
+`raw_threshold` of a `RawSeries` is the limit of the published rules: mean + deviations * standard deviation of the last
 `window` values, whatever they were.
 """
 
@@ -33,23 +32,23 @@ __all__ = [
     "threshold",
 ]
 
-_DECILE = 1.2815516  # (q90 - q50) of a standard normal distribution
+_DECILE = 1.2815516  # q90 - q50 of a standard normal distribution
 _MAD = 1.4826022  # 1 / median |x| of a standard normal distribution
-_YOUNG = 8.0  # widens the margin of a window of n values by 1 + 8 / n: a tenth of few values is a poor estimate
-_UNSEEN = 3.0e38  # fills unused places: sorts last
+_YOUNG = 8.0  # widens the margin of n values by 1 + 8 / n, since a decile of few values is a poor estimate
+_UNSEEN = 3.0e38  # fills unused places, since it sorts last
 
 
 class Series(NamedTuple):
     """The history of one number. No field ever holds a NaN or an Inf."""
 
-    accepted: jax.Array  # f32[window]: the last accepted values, a ring
-    recent: jax.Array  # f32[2 * accept_after - 1]: the last finite values, a ring
+    accepted: jax.Array  # f32[window]: the last accepted values, as a ring buffer
+    recent: jax.Array  # f32[2 * accept_after - 1]: the last finite values, as a ring buffer
     accepted_total: jax.Array  # i32[]: values ever written to `accepted`, up to 2^30
     recent_total: jax.Array  # i32[]: the same for `recent`
 
 
 def empty_series(window: int, accept_after: int) -> Series:
-    """A history without a value."""
+    """A history without values."""
     return Series(
         accepted=jnp.full(window, _UNSEEN, jnp.float32),
         recent=jnp.full(2 * accept_after - 1, _UNSEEN, jnp.float32),
@@ -59,14 +58,14 @@ def empty_series(window: int, accept_after: int) -> Series:
 
 
 def start_of(window: int, accept_after: int) -> int:
-    """The number of accepted values from which on `threshold` is finite."""
+    """The number of accepted values from which `threshold` is finite."""
     return min(window, 2 * accept_after - 1)
 
 
 def threshold(series: Series, deviations: float | jax.Array, least: float, relative: bool) -> jax.Array:
-    """The largest value that is no spike; Inf while too little is known.
+    """The largest value that is not a spike; Inf while there are too few values.
 
-    `least` is the smallest margin, times |median| if `relative`.
+    `least` is the smallest margin, multiplied by |median| if `relative`.
     """
     window, width = series.accepted.shape[0], series.recent.shape[0]
     n = jnp.minimum(series.accepted_total, window)
@@ -84,12 +83,12 @@ def threshold(series: Series, deviations: float | jax.Array, least: float, relat
     mad = jnp.sort(jnp.abs(series.recent - recent))[width // 2]
     changed = (series.recent_total >= width) & (recent > limit)
     limit = jnp.where(changed, recent + jnp.maximum(margin(recent, deviations * _MAD * mad), known), limit)
-    # A history of nothing but zeros has no scale to judge by.
+    # A history of zeros alone has no scale to judge by.
     return jnp.where((n >= min(window, width)) & (known > 0), limit, jnp.inf)
 
 
 def push(series: Series, x: jax.Array, kept: jax.Array, accept: jax.Array, seen: jax.Array) -> Series:
-    """The history after the value `x`, of which `kept` is remembered if `accept`; as it was unless `seen`."""
+    """The history after the value `x`: `kept` is stored if `accept`, and nothing changes unless `seen`."""
     accept = accept & seen
     place, spot = series.accepted_total % series.accepted.shape[0], series.recent_total % series.recent.shape[0]
     return Series(
@@ -115,9 +114,9 @@ def empty_raw_series(window: int) -> RawSeries:
 def raw_threshold(
     series: RawSeries, deviations: float | jax.Array, *, unbiased: bool, least: float, counts_itself: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean + deviations * std of the window, NaN while a non-finite value is in it; and whether to judge.
+    """The mean + deviations * std of the window, NaN if it holds a non-finite value, and whether to judge.
 
-    Judging begins at half a window of values, in which the value to be judged counts itself or not.
+    Judging starts at half a window of values, which may or may not count the value to be judged.
     """
     window = series.values.shape[0]
     n = jnp.minimum(series.values_total, window)
@@ -131,7 +130,7 @@ def raw_threshold(
 
 
 def push_raw(series: RawSeries, x: jax.Array) -> RawSeries:
-    """Every value enters the window as it is; one that is not finite as a code for NaN."""
+    """Every value enters the window unchanged, except that one that is not finite is stored as a code for NaN."""
     window = series.values.shape[0]
     code = jnp.where(jnp.isfinite(x), x, -_UNSEEN)
     return RawSeries(
@@ -141,5 +140,5 @@ def push_raw(series: RawSeries, x: jax.Array) -> RawSeries:
 
 
 def _counted(total: jax.Array, event: jax.Array, period: int) -> jax.Array:
-    """Total + 1, turned back by whole periods before it could overflow: only its place in the ring matters then."""
+    """Total + 1, reduced by whole periods before it can overflow, since only its place in the ring then matters."""
     return jnp.where(event, jnp.where(total < 2**30, total + 1, total - period * (2**30 // period - 1) + 1), total)

@@ -1,7 +1,8 @@
-"""Is this state one of this transformation? Asked once per structure, before anything is computed with it.
+"""Checks that a state belongs to a transformation, once for each structure and before it is used.
 
-A state may come from a checkpoint: of the bare optimizer, of a guard with other rules, restored without a target (lists
-and dicts for tuples and named tuples), of other parameters. What differs is said in words, with the way to mend it.
+A state may come from a checkpoint of the bare optimizer, of a guard with other rules or of other parameters, or may
+have been restored without a target (lists and dicts for tuples and named tuples). The error says what differs and how
+to fix it.
 """
 
 import functools
@@ -21,22 +22,22 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 
 def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = True) -> Callable[..., None]:
-    """A check that a state is of the kind that `init` makes: (state, params or None, gradients) -> None, or ValueError.
+    """Makes a check (state, params or None, gradients) that raises a ValueError unless `init` makes such states.
 
-    It compares structure and shapes with those of `init`, traced once for each structure and remembered, so that a step
-    outside of `jit` pays microseconds. With `whole=False` an optimizer inside may change the structure of its state, as
-    `optax.monitor` does: only shapes are compared, of the arrays that both have.
+    It compares structure and shapes with those of `init`, which is traced once for each structure and cached, so a step
+    outside `jit` pays only microseconds. With `whole=False`, an inner optimizer may change the structure of its state,
+    as `optax.monitor` does, and only the shapes of the arrays in both are compared.
     """
 
     def check(state: Any, params: PyTree | None, gradients: PyTree) -> None:
         like = gradients if params is None else params
         leaves, structure = jax.tree.flatten(like, is_leaf=(lambda leaf: leaf is None) if params is None else None)
         if params is None and not all(is_gradient(leaf) for leaf in leaves):
-            return  # gradients with holes do not tell what the parameters are
+            return  # gradients with holes do not show the structure of the parameters
         state_leaves, state_tree = jax.tree.flatten(state)
         state_shapes = tuple(np.shape(leaf) for leaf in state_leaves)
         types = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        # A gradient of another shape is no fault of the state, and is told where gradients are checked.
+        # A gradient of another shape is not a fault of the state, and is reported where gradients are checked.
         found = _difference(init, whole, params is not None, state_tree, state_shapes, structure, types)
         if found is not None:
             raise ValueError(f"{function}: `state` is not a state of this transformation: {found}")
@@ -58,10 +59,10 @@ def _difference(
     state = jax.tree.unflatten(state_tree, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in state_shapes])
     try:
         wanted = jax.eval_shape(init, params)
-    except jax.errors.JAXTypeError:  # an optimizer whose `init` looks at values: nothing to compare with
+    except jax.errors.JAXTypeError:  # an optimizer whose `init` reads values: nothing to compare with
         return None
     if not jax.tree.leaves(state) and not jax.tree.leaves(wanted):
-        return None  # one without numbers may be left out: `optax.clip(1.0).update(grads, None)`
+        return None  # a state without arrays may be left out: `optax.clip(1.0).update(grads, None)`
     if not whole:
         found = _other_shape(state, wanted, shapes) if type(state) is type(wanted) else _kinds("it", state, wanted)
     else:
@@ -70,36 +71,36 @@ def _difference(
 
 
 def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...], shapes: bool) -> str | None:
-    """What differs first, from the top down; None if nothing does."""
+    """The first difference from the top down; None if there is none."""
     name = f"`{path_name(path)}`" if path else "it"
     if any(getattr(key, "name", None) == "recorder" for key in path[:-1]):
-        return None  # a flight recorder of another length is read and written all the same
+        return None  # a flight recorder of another length can still be read and written
     leaves = is_single_leaf(got), is_single_leaf(wanted)
     if all(leaves):
         return None if not shapes or got.shape == wanted.shape else _shapes_of(name, got, wanted)
     if any(leaves) or type(got) is not type(wanted):
         return _kinds(name, got, wanted)
     if not shapes and not isinstance(wanted, tuple):
-        return None  # as the parameters have it, of which gradients alone tell nothing
+        return None  # follows the parameters, which are unknown from gradients alone
     children, others = _children(got), _children(wanted)
     if len(path) > 0 and getattr(path[-1], "name", None) == "rule_states" and len(children) != len(others):
-        return f"it has the states of {len(children)} rules, here are {len(others)}"
+        return f"it has the states of {len(children)} rules, here there are {len(others)}"
     for key in [*others, *children]:
         below = path_name((*path, key))
         if key not in children:
             return f"it lacks `{below}`"
         if key not in others:
-            return f"it has `{below}`, which is not there here"
+            return f"it has `{below}`, which does not exist here"
         found = _first_difference(children[key], others[key], (*path, key), shapes)
         if found is not None:
             return found
     if shapes and jax.tree.structure(got) != jax.tree.structure(wanted):
-        return f"{name} has another structure, {jax.tree.structure(got)}, here {jax.tree.structure(wanted)}"
+        return f"{name} has the structure {jax.tree.structure(got)}, here {jax.tree.structure(wanted)}"
     return None
 
 
 def _other_shape(got: PyTree, wanted: PyTree, shapes: bool) -> str | None:
-    """The first array that both have, in different shapes."""
+    """The first array whose shape differs between the two."""
     arrays = dict(jax.tree_util.tree_leaves_with_path(got)) if shapes else {}
     for path, array in jax.tree_util.tree_leaves_with_path(wanted):
         if path in arrays and arrays[path].shape != array.shape:
@@ -108,7 +109,7 @@ def _other_shape(got: PyTree, wanted: PyTree, shapes: bool) -> str | None:
 
 
 def _shapes_of(name: str, got: Any, wanted: Any) -> str:
-    return f"{name} has the shape {got.shape}, {wanted.shape} here, as for other parameters"
+    return f"{name} has the shape {got.shape}, here {wanted.shape}, so it belongs to other parameters"
 
 
 def _kinds(name: str, got: Any, wanted: Any) -> str:
@@ -127,13 +128,13 @@ def _cure(got: PyTree, wanted: PyTree) -> str:
     guarded, wants = _holds_guard(got), _holds_guard(wanted)
     if wants and guarded:
         return (
-            ". `add_guard_state(tx, params, state)` takes the optimizer's state over into a guard that begins anew; "
-            "`inner_state(state)` gives it without."
+            ". `add_guard_state(tx, params, state)` moves the optimizer's state into a fresh guard; "
+            "`remove_guard_state(state)` returns it without a guard."
         )
     if wants:
         return ". There is no guard in it: `add_guard_state(tx, params, state)` puts the optimizer's state into one."
     if guarded:
-        return ". There is a guard in it: `inner_state(state)` gives the optimizer's state without."
+        return ". There is a guard in it: `remove_guard_state(state)` returns the optimizer's state without it."
     return ". Restore a checkpoint into the structure of `tx.init(params)`."
 
 
@@ -144,12 +145,12 @@ def _holds_guard(tree: PyTree) -> bool:
 
 
 def _children(node: PyTree) -> dict[Any, PyTree]:
-    """One level of a tree by its keys."""
+    """The children of a node by their keys."""
     below = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)[0]
     return {path[0]: child for path, child in below}
 
 
 def is_single_leaf(node: Any) -> bool:
-    """Whether a tree is one array (or what else JAX takes for a leaf)."""
+    """Whether a tree is a single array (or another leaf of JAX)."""
     structure = jax.tree.structure(node)
     return structure.num_leaves == 1 and jax.tree_util.treedef_is_leaf(structure)

@@ -1,8 +1,8 @@
-"""Walking a parameter tree: which leaves carry a gradient, what they are called, and whether two trees agree.
+"""Walks a parameter tree: which leaves carry a gradient, what they are called, and whether two trees agree.
 
-A *position* is an array leaf or a `None`. `None` counts, so that a tree whose gradient is `None` somewhere (a frozen
-leaf, the static part of an Equinox module) has the same positions as its parameters. `optax.MaskedNode` has no leaves
-and so no position, on both sides.
+A *position* is an array leaf or a `None`. `None` counts, so that a gradient that is `None` somewhere (a frozen leaf or
+the static part of an Equinox module) has the same positions as the parameters. `optax.MaskedNode` has no leaves and
+hence no position in either tree.
 """
 
 import collections
@@ -46,16 +46,16 @@ __all__ = [
 ]
 
 
-# Leaves of one kind up to this size are worked on 32 at a time: a leaf of its own costs compilation, about 1.5 ms for a
-# sum of squares and 50 for a normal.
+# Leaves of one kind up to this size are processed 32 at a time, since each separate leaf costs compilation: about
+# 1.5 ms for a sum of squares and 50 ms for a normal.
 _SMALL_LEAF = 8192
 _STACK = 32
 
 _COUNTABLE = 2**31  # elements that an int32 can count
 _NUMBERS = (bool, int, float, complex)
 _INSIDE_LOOKAHEAD = (
-    "{function}: the parameters are a pair of `optax.lookahead`, and the gradients are not. Put it inside: "
-    "optax.lookahead({function}(optimizer), ...); `apply_gradients` takes that."
+    "{function}: the parameters are a pair of `optax.lookahead`, but the gradients are not. Put `{function}` inside: "
+    "optax.lookahead({function}(optimizer), ...); `apply_gradients` accepts that."
 )
 
 
@@ -69,11 +69,11 @@ def leaves_with_none(tree: PyTree) -> list[Any]:
 
 
 def small_leaves_together(leaves: list[Any]) -> list[list[int]]:
-    """The positions that carry a gradient, in groups that can be stacked: small leaves alike, or a single leaf."""
+    """The positions that carry a gradient, in groups that can be stacked: small equal leaves, or a single leaf."""
     kinds: dict[object, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if is_gradient(leaf) and leaf.size > 0:
-            # The type holds shape, dtype, sharding and varying axes: only leaves alike in all can be stacked for free.
+            # The type holds shape, dtype, sharding and varying axes: only leaves equal in all can be stacked for free.
             kinds.setdefault(jax.typeof(leaf) if leaf.size <= _SMALL_LEAF else i, []).append(i)
     return [kind[start : start + _STACK] for kind in kinds.values() for start in range(0, len(kind), _STACK)]
 
@@ -84,17 +84,17 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def leaf_names(params: PyTree) -> list[str]:
-    """The path of every leaf, in the order that `worst_leaf` and per-leaf statistics count in.
+    """Returns the path of every leaf, in the order used by `worst_leaf` and the statistics of leaves.
 
     >>> leaf_names({"dense": {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))}})
     ['dense/bias', 'dense/kernel']
 
     Args:
-      params: the parameters, or anything with their structure (gradients, `jax.ShapeDtypeStruct`s).
+      params: the parameters, or any tree with their structure (gradients, `jax.ShapeDtypeStruct`s).
 
     Returns:
-      One string per position, no two alike; a `None` in the tree has one too. Where two paths would read the same, as
-      those of {"a/b": x, "a": {"b": y}}, both are written with their brackets: "['a/b']" and "['a']['b']".
+      One string per position, all of them different; a `None` in the tree has one too. If two paths would read the
+      same, as in {"a/b": x, "a": {"b": y}}, both are written with brackets: "['a/b']" and "['a']['b']".
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_none)]
     names = [path_name(path) for path in paths]
@@ -103,12 +103,12 @@ def leaf_names(params: PyTree) -> list[str]:
 
 
 def is_gradient(leaf: Any) -> bool:
-    """Whether a leaf is a real or complex floating-point array: integers, `float0`, keys and `None` are not."""
+    """Whether a leaf is a real or complex floating-point array, which integers, `float0`, keys and `None` are not."""
     return leaf is not None and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def wider_dtype(one: Any, other: Any) -> jnp.dtype:
-    """The dtype that holds both, also where users run with strict promotion, and for float8, which promotes to none."""
+    """The dtype that holds both, even under strict promotion, and for float8, which is never promoted."""
     one, other = (jnp.dtype(dtype) for dtype in (one, other))
     if one == other:
         return one
@@ -123,7 +123,7 @@ def _is_tiny(dtype: jnp.dtype) -> bool:
 
 
 def count_true(flags: jax.Array) -> jax.Array:
-    """How many are True: i32[], or from 2^31 elements on, where that could overflow, f32[] to rounding."""
+    """The number of True elements: i32[], or a rounded f32[] from 2^31 elements on, where i32 could overflow."""
     if flags.size < _COUNTABLE:
         return jnp.sum(flags, dtype=jnp.int32)
     axis = int(np.argmax(flags.shape))
@@ -133,20 +133,20 @@ def count_true(flags: jax.Array) -> jax.Array:
 
 
 def is_function(given: Any) -> bool:
-    """Whether it is a function and no tree, by Optax's rule: all leaves are callable (an Equinox module is a tree)."""
+    """Whether it is a function and not a tree, by Optax's rule: all leaves are callable (Equinox modules are trees)."""
     leaves = jax.tree.leaves(given)
     return bool(leaves) and all(callable(leaf) and not isinstance(leaf, type) for leaf in leaves)
 
 
 def map_gradients(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """Maps over the floating-point leaves of `tree`; every other leaf is returned as it is."""
+    """Maps over the floating-point leaves of `tree`; all other leaves are returned unchanged."""
     return jax.tree.map(
         lambda leaf, *others: function(leaf, *others) if is_gradient(leaf) else leaf, tree, *rest, is_leaf=_is_none
     )
 
 
 def as_arrays(function: str, tree: PyTree) -> PyTree:
-    """The tree with Python numbers as 0-d arrays; a ValueError with the path of the first leaf that is no array."""
+    """The tree with Python numbers as 0-d arrays; a ValueError names the first leaf that is not an array."""
     leaves = jax.tree.leaves(tree)
     if all(_is_array(leaf) and _is_canonical(leaf) for leaf in leaves):
         return tree
@@ -157,46 +157,46 @@ def as_arrays(function: str, tree: PyTree) -> PyTree:
                 "Filter the tree first (for instance `eqx.filter(model, eqx.is_inexact_array)`)."
             )
         if isinstance(leaf, int) and abs(leaf) >= 2**63:
-            raise ValueError(f"{function}: leaf `{path_name(path)}` is {leaf}, a whole number that no array holds.")
-    # By way of NumPy, since `jnp.asarray(1.0)` would be weakly typed, and a state must keep its types.
+            raise ValueError(f"{function}: leaf `{path_name(path)}` is {leaf}, which is too large for an array.")
+    # Through NumPy, since `jnp.asarray(1.0)` would be weakly typed, and a state must keep its types.
     with np.errstate(over="ignore"):  # 1e300 is Inf in float32
         return jax.tree.map(lambda leaf: leaf if _is_canonical(leaf) else jnp.asarray(np.asarray(leaf)), tree)
 
 
 def _is_array(leaf: Any) -> bool:
-    """Whether it is an array of something that JAX knows, which NumPy's objects, texts, dates and masks are not."""
+    """Whether it is an array of a type that JAX knows, unlike NumPy's objects, strings, dates and masked arrays."""
     if isinstance(leaf, np.ma.MaskedArray):
         return False
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "V") not in "OUSmM"
 
 
 def _is_canonical(leaf: Any) -> bool:
-    """Whether it is an array that JAX need not convert: no Python number, no float64 of NumPy's without x64."""
+    """Whether JAX need not convert it, unlike a Python number, or a NumPy float64 without x64."""
     if isinstance(leaf, (np.ndarray, np.generic)):
         return leaf.dtype == jax.dtypes.float0 or leaf.dtype == jax.dtypes.canonicalize_dtype(leaf.dtype)
     return not isinstance(leaf, _NUMBERS)
 
 
 def check_has_params(function: str, params: PyTree | None, option: str = "") -> None:
-    """Raises a ValueError that names who needs the parameters, and the option for which."""
+    """Raises a ValueError that names the function, and the option, that need the parameters."""
     if params is None:
         raise ValueError(
             f"{function}: {option and option + ' '}needs the parameters: call `update(updates, state, params)`. A "
-            "library that calls it without them can only take what needs none (docs/sharp_edges.md)."
+            "library that calls it without them can only use transformations that need none (docs/sharp_edges.md)."
         )
 
 
 def as_params(function: str, params: PyTree) -> PyTree:
-    """What the `init` of a wrapper starts from: arrays in the structure that the gradients will have."""
+    """The parameters for the `init` of a wrapper: arrays in the structure that the gradients will have."""
     if isinstance(params, optax.LookaheadParams):
         raise ValueError(_INSIDE_LOOKAHEAD.format(function=function))
     return as_arrays(function, params)
 
 
 def checked(function: str, updates: PyTree, params: PyTree | None, called: str = "updates") -> tuple[PyTree, PyTree]:
-    """(updates, params) as arrays, or a ValueError that names the first leaf in which they differ.
+    """Returns (updates, params) as arrays, or raises a ValueError that names the first leaf in which they differ.
 
-    Structure and shapes, since a gradient of shape (1, 3) would be broadcast to (4, 3) without a word. Without
+    Structure and shapes are compared, since a gradient of shape (1, 3) would silently be broadcast to (4, 3). Without
     parameters nothing is compared.
     """
     updates = as_arrays(function, updates)
@@ -209,7 +209,7 @@ def checked(function: str, updates: PyTree, params: PyTree | None, called: str =
 
 
 def checked_with_params(function: str, updates: PyTree, params: PyTree | None) -> tuple[PyTree, PyTree]:
-    """As `checked`, for an `update` that needs the parameters."""
+    """Like `checked`, for an `update` that needs the parameters."""
     check_has_params(function, params)
     if isinstance(params, optax.LookaheadParams) and not isinstance(updates, optax.LookaheadParams):
         raise ValueError(_INSIDE_LOOKAHEAD.format(function=function))
@@ -217,7 +217,7 @@ def checked_with_params(function: str, updates: PyTree, params: PyTree | None) -
 
 
 def check_same_shapes(function: str, got_name: str, got: PyTree, expected_name: str, expected: PyTree) -> None:
-    """Raises a ValueError with the first path in which two trees of arrays differ, in structure or in shape.
+    """Raises a ValueError with the first path at which two trees of arrays differ, in structure or in shape.
 
     A `None` in `got` stands for any subtree.
     """
@@ -233,7 +233,7 @@ def check_same_shapes(function: str, got_name: str, got: PyTree, expected_name: 
 def check_same_structure(
     function: str, got_name: str, got: PyTree, expected_name: str, expected: PyTree, *, prefix: bool = False
 ) -> None:
-    """Raises a ValueError with the first path in which two trees differ; with `prefix`, `got` may end in leaves."""
+    """Raises a ValueError with the first path at which two trees differ; with `prefix`, `got` may end in leaves."""
     found = difference(got_name, got, expected_name, expected, prefix=prefix)
     if found is not None:
         raise ValueError(f"{function}: {found}")
@@ -250,7 +250,7 @@ def difference(
     holes: tuple[type, ...] = (type(None),),
     path: tuple[Any, ...] = (),
 ) -> str | None:
-    """Where two trees first differ, in words; None if they agree.
+    """Describes where two trees first differ; None if they agree.
 
     A node of a type in `holes` stands for any subtree; with `prefix`, so does a leaf of `got`.
     """
@@ -304,13 +304,13 @@ def difference(
 
 
 def _one_level(tree: PyTree) -> tuple[dict[tuple[Any, ...], Any], Any]:
-    """The children of a node by their key, and what kind of node it is; a leaf is its own child, by ()."""
+    """The children of a node by their key, and the kind of the node; a leaf is its own child, under ()."""
     children, kind = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
     return dict(children), kind
 
 
 def _same_shape(one: Any, other: Any) -> bool:
-    """`float0`, the gradient of an integer, holds no number, so that its shape is no matter."""
+    """Whether two shapes agree; that of `float0`, the gradient of an integer, does not matter."""
     return np.shape(one) == np.shape(other) or getattr(one, "dtype", None) == jax.dtypes.float0
 
 
@@ -334,22 +334,22 @@ def _described(node: Any) -> str:
 
 
 def is_like(node: Any, params: PyTree) -> bool:
-    """Whether a part of a state is a tree in the structure of the parameters, with or without masked parts.
+    """Whether a part of a state is a tree with the structure of the parameters, with or without masked parts.
 
-    That tells moments from states where the parameters are NamedTuples too, even of a state's own type: a state that
-    holds such a tree is larger than it.
+    This distinguishes moments from states even if the parameters are NamedTuples of a state's own type, since a state
+    that holds such a tree is larger.
     """
     return difference("", node, "", params, holes=(type(None), optax.MaskedNode)) is None
 
 
 def check_leaf_count(function: str, at_init: int, now: int) -> None:
-    """For a state with one number a leaf: raises unless the gradient has as many leaves as the parameters had."""
+    """For a state with one number per leaf, raises unless the gradient has as many leaves as the parameters had."""
     if at_init != now:
         raise ValueError(f"{function}: it was initialised for {at_init} leaves; the gradient has {now}.")
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """Casts each array to the dtype of its counterpart: a state must leave a step with the dtypes it entered with."""
+    """Casts each array to the dtype of its counterpart, since a state must keep its dtypes in a step."""
     return jax.tree.map(
         lambda new, old: new.astype(old.dtype) if hasattr(old, "dtype") and new.dtype != old.dtype else new, tree, like
     )
@@ -378,9 +378,9 @@ def _matching(function: str, pattern: str, params: PyTree) -> PyTree:
 
 
 def find_states(state: PyTree, kind: type | tuple[type, ...], params: PyTree = None) -> list[Any]:
-    """Every state of a kind, outer before inner, in any nesting (chains, dicts, `nnx.Optimizer`'s wrapped leaves).
+    """Every state of a type, outer before inner, in any nesting (chains, dicts, `nnx.Optimizer`'s wrapped leaves).
 
-    With `params`, trees in their structure are not looked into: they may be made of NamedTuples of any kind.
+    With `params`, trees with their structure are not searched, since they may consist of NamedTuples of any type.
     """
     found: list[Any] = []
 
@@ -396,12 +396,12 @@ def find_states(state: PyTree, kind: type | tuple[type, ...], params: PyTree = N
 
 
 def field_array(field: Any) -> jax.Array:
-    """The array in a state's field; flax.nnx wraps each in a Variable, which is a tree of one leaf."""
+    """The array in a state's field; flax.nnx wraps each array in a Variable, which is a tree of one leaf."""
     return jax.tree.leaves(field)[0]
 
 
 def varying_axes(x: Any) -> frozenset[Any]:
-    """The axes of a `shard_map` between whose devices an array is typed as differing."""
+    """The axes of a `shard_map` along which an array's type says that it differs."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)  # jax 0.10; `vma` before
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying

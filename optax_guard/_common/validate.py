@@ -1,12 +1,12 @@
-"""Checks of static arguments: every message names function, argument, value and valid range.
+"""Checks of static arguments: every message names the function, the argument, its value and the valid range.
 
-A number comes back as a Python float (or int), whatever kind of number it was: a NumPy scalar, a 0-d NumPy array or
-10**20 would be strictly promoted, or overflow, somewhere inside a step. It is looked at as float32 will hold it: 1e300
-is Inf there, 1e-40 is 0 and 1 - 1e-9 is 1.
+A number is returned as a Python float (or int), whatever kind of number it was, since a NumPy scalar, a 0-d NumPy array
+or 10**20 could fail under strict promotion, or overflow, inside a step. It is checked as float32 holds it: there, 1e300
+is Inf, 1e-40 is 0 and 1 - 1e-9 is 1.
 
-A JAX array may be a tracer or a hyperparameter that `optax.inject_hyperparams` feeds in at every step, and a value
-inside a step must never raise, so of arrays only the shape is checked. Where an argument decides what is traced (a
-count, a window, a choice), or `static=True` says so of a number, a tracer is refused.
+A JAX array may be a tracer or a hyperparameter that `optax.inject_hyperparams` passes in at every step, and a value
+inside a step must never raise, so only the shape of an array is checked. If an argument decides what is traced (a
+count, a window, a choice), or with `static=True`, a tracer is refused.
 """
 
 import math
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 INT32 = 2**31 - 1  # counters are int32
-MILLION = 2**20  # rows of a history: it is in every checkpoint, and some are sorted at every step
+MILLION = 2**20  # the most rows of a history, which is in every checkpoint and may be sorted at every step
 _FLOAT32 = jnp.finfo(jnp.float32)
 
 
@@ -55,12 +55,10 @@ def scalar(
     static: bool = False,
     reason: str = "",
 ) -> Any:
-    """The number as a float, or a 0-d JAX array in float32 or wider; raises unless it is real and in [low, high].
+    """Returns a float, or a 0-d JAX array in float32 or wider; raises unless it is real and in [low, high].
 
-    `reason` says where the ends come from.
-
-    `open_low` and `open_high` exclude an end; Inf is inside only if `infinite`. With `static`, a value that is known is
-    looked at and a traced one refused.
+    `open_low` and `open_high` exclude an end, and `reason` explains the ends. Inf is allowed only if `infinite`. With
+    `static`, the value of an array is checked too, and a traced array is refused.
     """
     left = "(" if open_low or low == -math.inf else "["
     right = ")" if open_high or (high == math.inf and not infinite) else "]"
@@ -72,7 +70,9 @@ def scalar(
                 "real scalar."
             )
         kept = value.dtype in (jnp.float32, jnp.float64)
-        return value if kept else value.astype(jnp.float32)  # strictly promoted, no other type meets a float32
+        return (
+            value if kept else value.astype(jnp.float32)
+        )  # under strict promotion, only float32 combines with float32
     number = _concrete(value)
     if number is None:
         raise ValueError(f"{function}: `{argument}` must be {expected}; got {shown(value)}.")
@@ -91,17 +91,17 @@ def scalar(
 
 
 def scalar_or_schedule(function: str, argument: str, value: Any, **limits: Any) -> Any:
-    """As `scalar`, and any function passes: what a schedule gives is known only inside the step."""
+    """Like `scalar`, but any function passes, since the value of a schedule is known only inside the step."""
     return value if is_callable(value) else scalar(function, argument, value, **limits)
 
 
 def integer(function: str, argument: str, value: Any, *, low: int, high: int = INT32, reason: str = "") -> int:
-    """Returns `value` as a Python int, or raises unless it is a whole number in [low, high]; `reason` is of `high`."""
+    """Returns `value` as a Python int; raises unless it is a whole number in [low, high]. `reason` explains `high`."""
     try:
         if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)):
             raise TypeError
         number = operator.index(value)
-    except TypeError:  # JAX's errors for tracers are TypeErrors, too
+    except TypeError:  # JAX's errors for tracers are TypeErrors too
         raise ValueError(f"{function}: `{argument}` must be a whole number >= {low}; got {shown(value)}.") from None
     if number < low:
         raise ValueError(f"{function}: `{argument}` must be a whole number >= {low}; got {shown(value)}.")
@@ -121,7 +121,7 @@ def boolean(function: str, argument: str, value: Any) -> bool:
 
 
 def one_of(function: str, argument: str, value: Any, literal: Any) -> None:
-    """Raises unless `value` is in the `Literal` that the signature names: what a type checker and a call are told."""
+    """Raises unless `value` is in the `Literal` of the signature, so that a type checker and a call agree."""
     choices = get_args(literal)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
@@ -130,18 +130,18 @@ def one_of(function: str, argument: str, value: Any, literal: Any) -> None:
 
 
 def function(function: str, argument: str, value: Any, expected: str) -> None:
-    """Raises unless `value` can be called; `expected` says with what."""
+    """Raises unless `value` can be called; `expected` describes its arguments."""
     if not is_callable(value):
         raise ValueError(f"{function}: `{argument}` must be a function {expected}; got {shown(value)}.")
 
 
 def is_callable(value: Any) -> bool:
-    """Whether it is a function, or an object that can be called; a class is neither, though Python calls it too."""
+    """Whether it is a function or a callable object, but not a class, although Python can call that too."""
     return callable(value) and not isinstance(value, type)
 
 
 def floating_dtype(function: str, argument: str, value: Any, choices: tuple[Any, ...] = ()) -> Any:
-    """Returns the dtype, or raises unless it is a real floating-point one (and among `choices`, if there are any)."""
+    """Returns the dtype; raises unless it is a real floating-point dtype (and among `choices`, if there are any)."""
     names = ", ".join(f"jnp.{jnp.dtype(choice).name}" for choice in choices)
     try:
         dtype = (
@@ -159,7 +159,7 @@ def floating_dtype(function: str, argument: str, value: Any, choices: tuple[Any,
 
 
 def axis_name(function: str, value: Any) -> AxisName | None:
-    """Returns `axis_name`, or raises unless it is one. Whether its axes are bound, JAX says."""
+    """Returns `axis_name`; raises unless it is one. JAX checks whether its axes are bound."""
     names = value if isinstance(value, tuple) else (value,)
     known = value is None or isinstance(value, LeafAxes)
     if not known and not (names and all(isinstance(name, str) for name in names)):
@@ -171,9 +171,9 @@ def axis_name(function: str, value: Any) -> AxisName | None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, and telling where it is traced."""
+    """A short form of a value for a message, which says if it is traced."""
     if isinstance(value, Tracer):
-        return f"a traced {value.dtype}{list(value.shape)}, where it must be known when the function is called"
+        return f"a traced {value.dtype}{list(value.shape)}, although it must be known when the function is called"
     if getattr(value, "ndim", 0) and value.size > 8:
         return f"an array {value.dtype}{list(value.shape)}"
     text = repr(value)
@@ -185,7 +185,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _concrete(value: Any) -> float | None:
-    """The number that a value is, or None if it is none, or is not known."""
+    """The value as a number, or None if it is not a number or not known."""
     if isinstance(value, (Tracer, bool, np.bool_, np.ma.MaskedArray)):
         return None
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
@@ -201,7 +201,7 @@ def _concrete(value: Any) -> float | None:
 
 
 def _as_float32(number: float) -> float:
-    """What XLA makes of a number in float32: subnormals are 0."""
+    """A number as XLA holds it in float32, where subnormals are 0."""
     with np.errstate(over="ignore", under="ignore"):
         kept = float(np.float32(number))
     return 0.0 if abs(kept) < float(_FLOAT32.tiny) else kept

@@ -1,16 +1,16 @@
-"""Reading an optimizer state that holds a guard, and moving guards in and out of one.
+"""Reads optimizer states that hold a guard, and adds guards to states or removes them.
 
 =====================================================  ================================================================
-You want                                               Take
+You want                                               Use
 =====================================================  ================================================================
 counters, the last norm and scale, for a logger        `metrics`
 the last rows of the flight recorder                   `flight_log`
-the norm of every leaf, where `record_leaves` is       `leaf_log`
-a guard around a run in flight, or without it again    `add_guard_state`, `inner_state`, `find_inner_state`
-what lives beside the optimizer kept with a held step  `keep_if_held`
+the norm of every leaf, with `record_leaves`           `leaf_log`
+to add or remove the guard of a run in progress        `add_guard_state`, `remove_guard_state`, `find_inner_state`
+running statistics kept unchanged on a held step       `keep_if_held`
 =====================================================  ================================================================
 
-The functions are in `optax_guard` itself; here are the types of the states of guards too.
+The functions are also in `optax_guard` itself; the types of the states are only here.
 """
 
 from optax_guard._guard import GuardState

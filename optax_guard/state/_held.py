@@ -1,16 +1,17 @@
-"""Keeping with a held step what lives beside the optimizer: running statistics, averages, target networks.
+"""Keeps values beside the optimizer unchanged on a held step: running statistics, averages, target networks.
 
-A guard holds parameters and optimizer state. What the forward pass of a bad batch wrote elsewhere it cannot see:
+A guard holds the parameters and the optimizer state, but cannot see what the forward pass of a bad batch wrote
+elsewhere:
 
 ==============================================  ====================================================================
-What was computed in the step                   A NaN batch, with the step held
+Computed in the step                            After a NaN batch whose step is held
 ==============================================  ====================================================================
-running statistics of batch norm                NaN for good: every later evaluation is (in some layers every step)
-an average of the loss, of activations          the same
+running statistics of batch norm                permanently NaN, and so is every evaluation (in some layers every step)
+an average of the loss or of activations        permanently NaN
 a moving average of parameters, target network  moves towards parameters that did not move
 ==============================================  ====================================================================
 
-`keep_if_held(state, new, old)` gives the old values back where the step was held.
+`keep_if_held(state, new, old)` returns the old values if the step was held.
 """
 
 from typing import Any
@@ -28,47 +29,49 @@ from optax_guard.accumulation._calls import AccumulateState
 
 __all__ = ["keep_if_held", "last_step_held", "select_old"]
 
-# Optax's two that do not ask what they wrap in every call.
+# Optax's two wrappers that do not call the inner transformation at every step.
 _WRAPPERS = (GuardState, AccumulateState, LossScalingState, optax.MultiStepsState, optax.ApplyIfFiniteState)
 
 
 def keep_if_held(state: optax.OptState, new: Tree, old: Tree) -> Tree:
-    """What a step computed beside the optimizer: `new`, or `old` if the step that made `state` was held.
+    """Selects a value computed beside the optimizer: `new`, or `old` if the step that produced `state` was held.
 
     kept = old   if the last call to the transformation was held,   else new           (every leaf selected as a whole)
 
     Guarantees:
-      - On a held step every bit of `old` is kept, whatever `new` holds; otherwise every bit of `new`.
-      - Works inside and outside of `jit`, `vmap` and `scan`, on any tree. One pass over it, and no multiplication.
-      - The state may be of many runs at once (`jax.vmap`, `jax.pmap`): each keeps its own.
+      - On a held step the result is `old` bit for bit, whatever `new` holds; otherwise it is `new` bit for bit.
+      - It works inside and outside `jit`, `vmap` and `scan`, on any tree, in one pass and without multiplication.
+      - `state` may be that of many runs at once (`jax.vmap`, `jax.pmap`); each run keeps its own values.
 
     ==========================================  ======================================================================
     The last call                               Held
     ==========================================  ======================================================================
-    `guard` held it, for whatever reason        yes: `guard/skipped` of `metrics` is 1
-    `reset_moments` or `rewind` acted           yes: nothing of its gradient was applied
-    `accumulate` dropped the micro-batch        yes, though the cycle goes on without it
-    `accumulate` took the micro-batch           no, also while parameters wait for the end of the cycle
-    `accumulate` ended a cycle                  as the guard inside says; yes if there was nothing to step with
+    `guard` held it, for whatever reason        yes: `guard/skipped` in `metrics` is 1
+    `reset_moments` or `rewind` acted           yes: its gradient was not applied
+    `accumulate` dropped the micro-batch        yes, although the cycle goes on without it
+    `accumulate` took the micro-batch           no, even while the parameters wait for the end of the cycle
+    `accumulate` ended a cycle                  as the guard inside says; yes if the cycle was empty
     `loss_scaling` saw an overflow              yes
-    several guards, beside or in one another    yes if one of those asked in this call held its part
+    several guards, side by side or nested      yes if one of those called in this step held its part
     no call yet                                 no
     ==========================================  ======================================================================
 
-    A rewind goes back to a snapshot of parameters and optimizer state. It cannot bring back what it never had: `old` is
-    then what it was before the step, not at the snapshot. What must go back with the parameters belongs into the
-    optimizer's state (docs/state/held.md).
+    A rewind returns to a snapshot of the parameters and the optimizer state. It cannot restore other values: `old` is
+    then the value before the step, not the value at the snapshot. A value that must go back with the parameters belongs
+    in the optimizer's state (docs/state/held.md).
 
     Args:
       state: the optimizer state after the step, with a `guard`, `accumulate` or `loss_scaling` in it.
-      new: what the step computed: a tree of arrays, PRNG keys and Python numbers; any other leaf must be equal in both.
-      old: the same from before the step.
+      new: the value computed in the step: a tree of arrays, PRNG keys and Python numbers; any other leaf must be equal
+        in both trees.
+      old: the same value from before the step.
 
     Returns:
-      A tree in the structure of `new`.
+      A tree with the structure of `new`.
 
     Raises:
-      ValueError: `state` has none of the three; `new` and `old` differ in structure, shapes or dtypes (with the path).
+      ValueError: `state` holds none of the three, or `new` and `old` differ in structure, shapes or dtypes (the message
+        names the leaf).
 
     Example:
       >>> import optax_guard as og
@@ -95,7 +98,7 @@ def keep_if_held(state: optax.OptState, new: Tree, old: Tree) -> Tree:
 
 
 def select_old(function: str, held: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """`old` where `held`, else `new`, on behalf of a public function."""
+    """`old` if `held`, else `new`, on behalf of a public function."""
     check_same_structure(function, "new", new, "old", old)
     structures = jax.tree.structure(new), jax.tree.structure(old)
     if structures[0] != structures[1]:
@@ -104,7 +107,7 @@ def select_old(function: str, held: jax.Array, new: PyTree, old: PyTree) -> PyTr
 
 
 def last_step_held(state: optax.OptState) -> jax.Array | None:
-    """Whether the call that made `state` was held, `bool[]`; None if nothing in it could hold a step."""
+    """Whether the call that produced `state` was held, `bool[]`; None if nothing in it can hold a step."""
     answers = [_held(node) for node in jax.tree.leaves(state, is_leaf=_is_wrapper) if _is_wrapper(node)]
     answers = [answer for answer in answers if answer is not None]
     return None if not answers else jnp.any(jnp.stack(answers), axis=0)
@@ -115,7 +118,7 @@ def _is_wrapper(node: Any) -> bool:
 
 
 def _held(node: Any) -> jax.Array | None:
-    """The answer of one wrapper, which knows whether what is inside was asked in the last call."""
+    """The answer of one wrapper, which knows whether its inner transformation was called in the last step."""
     if isinstance(node, GuardState):
         here = _row_held(FlightRecorder(*map(field_array, node.recorder)), field_array(node.guard_step))
         return _or(here, last_step_held(node.guarded_state))
@@ -133,7 +136,7 @@ def _held(node: Any) -> jax.Array | None:
 
 
 def _row_held(recorder: FlightRecorder, step: jax.Array) -> jax.Array:
-    """Whether the newest row is of a held step; of a state of many runs at once, for each."""
+    """Whether the newest row is that of a held step; for each run in a state of many runs."""
     if jnp.ndim(step) > 0:
         return jax.vmap(_row_held)(recorder, step)
     event = last_row(recorder, step).event
@@ -149,7 +152,7 @@ def _select(function: str, held: jax.Array, name: str, new: Any, old: Any) -> An
     if not all(arrays):
         if new is old or (not any(arrays) and new == old):
             return new
-        raise ValueError(f"{function}: leaf `{name}` is no array and differs: {old!r} became {new!r}.")
+        raise ValueError(f"{function}: leaf `{name}` is not an array and differs: {old!r} became {new!r}.")
     new, old = _as_array(new, old), _as_array(old, new)
     if new.shape != old.shape or new.dtype != old.dtype:
         raise ValueError(
@@ -160,7 +163,7 @@ def _select(function: str, held: jax.Array, name: str, new: Any, old: Any) -> An
         return jnp.where(held, old, new)
     if held.shape != new.shape[: held.ndim]:
         raise ValueError(
-            f"{function}: `state` is of many runs, {list(held.shape)}, and leaf `{name}` has the shape "
+            f"{function}: `state` is that of many runs, {list(held.shape)}, and leaf `{name}` has the shape "
             f"{list(new.shape)}: its first axes must be those of the runs."
         )
     return jnp.where(jnp.reshape(held, held.shape + (1,) * (new.ndim - held.ndim)), old, new)

@@ -1,10 +1,10 @@
-"""Reading a state: what the guards and accumulators in it saw.
+"""Reads from a state what its guards and accumulators saw.
 
 =====================  ============================================================
-Function               Take it for
+Function               Use it for
 =====================  ============================================================
 `metrics(state)`       numbers for a logger, inside or outside `jit`
-`flight_log(state)`    the last steps one by one, on the host, after a bad night
+`flight_log(state)`    the last steps one by one, on the host, after a failure
 =====================  ============================================================
 """
 
@@ -32,58 +32,58 @@ __all__ = ["flight_log", "metrics"]
 
 
 def metrics(state: optax.OptState) -> dict[str, jax.Array]:
-    """Scalars under flat names, as loggers take them. Works inside `jit` and on any nesting.
+    """Returns scalars under flat names, as loggers need them, from any nesting and also inside `jit`.
 
     ============================  ====================================================================================
-    Name                          What it is
+    Name                          Meaning
     ============================  ====================================================================================
     guard/grad_norm               f32: the last gradient's norm before the rules; NaN or Inf if it was not finite
     guard/clipped_norm            f32: the norm that went into the optimizer; 0 if the step was held
     guard/scale                   f32: the smallest factor of a leaf; 0 if the step was held
     guard/skipped                 i32: 1 if the last step was held, for whatever reason
     guard/worst_leaf              i32: index into `leaf_names(params, state)`: first non-finite leaf, else largest norm
-    guard/step                    i32: calls, held ones included
-    guard/clipped_total           i32: applied steps that a rule had scaled
+    guard/step                    i32: calls, including held steps
+    guard/clipped_total           i32: applied steps that a rule scaled
     guard/skipped_total           i32: held steps
     guard/nonfinite_total         i32: steps held because the gradient (or checked update) was not finite
-    guard/let_through_total       i32: refused steps applied since patience was over
+    guard/let_through_total       i32: refused steps that were applied because patience had run out
     guard/refused_in_row          i32: finite refusals in a row
     guard/nonfinite_in_row        i32: non-finite steps in a row
     guard/halted                  bool: every further step is held
     guard/trouble_in_row          i32: with `recovery`: steps in a row that were refused or not finite
     guard/reset_total             i32: with `reset_moments`: resets, for whatever reason
-    guard/silent_death_total      i32: the same: resets because moments were not finite or parameters stood still
-    guard/moments_finite          bool: the same: what the last look saw
-    guard/frozen_leaves           i32: the same: leaves that stood still at the last look though they have a gradient
-    guard/standing_still          i32: the same: leaves of 16 bits that stood still, whose update would move float32
-    guard/update_scale            f32: with `back_off`: what the last update was multiplied by
-    guard/back_off_total          i32: the same: steps down
-    guard/rewind_total            i32: with `rewind`
-    guard/snapshot_step           i32: the same: the step count at the snapshot a rewind would go to; -1 if none
-    guard/smoothed_loss           f32: the same, or with `back_off(diverged=...)`
-    guard/best_loss               f32: the lowest of it, or what it was at the snapshot gone back to
-    norm_history/threshold        f32: the norm that `clip_by_norm_history` will let pass at the next step; 0 at first
-    norm_history/touched_in_row   i32: steps it scaled in a row; a long run is a lasting rise, or an explosion
-    norm_history/leaf             i32: with `scope="leaf"` the two are those of the leaf with the longest run: its index
-                                  into `leaf_names(params)`; -1 with `scope="tree"`
+    guard/silent_death_total      i32: likewise: resets because moments were not finite or parameters did not move
+    guard/moments_finite          bool: likewise: whether the moments were finite at the last check
+    guard/frozen_leaves           i32: likewise: leaves that have a gradient but did not move at the last check
+    guard/standing_still          i32: likewise: 16-bit leaves that did not move, but would in float32
+    guard/update_scale            f32: with `back_off`: the factor of the last update
+    guard/back_off_total          i32: likewise: reductions of that factor
+    guard/rewind_total            i32: with `rewind`: rewinds
+    guard/snapshot_step           i32: likewise: the step count of the snapshot for the next rewind; -1 if none
+    guard/smoothed_loss           f32: likewise, or with `back_off(diverged=...)`
+    guard/best_loss               f32: the lowest smoothed loss, or that of the snapshot after a rewind
+    norm_history/threshold        f32: the norm that `clip_by_norm_history` lets pass at the next step; 0 at first
+    norm_history/touched_in_row   i32: steps it scaled in a row; many mean a lasting rise or an explosion
+    norm_history/leaf             i32: with `scope="leaf"`, the leaf with the longest run, to which the two apply, as an
+                                  index into `leaf_names(params)`; -1 with `scope="tree"`
     limit_step/step               i32: updates that `limit_step` has seen
-    limit_step/bound_total        i32: those that it scaled down: how often it binds
-    limit_step/scale              f32: the smallest factor of a leaf of the last one
-    clippy/..., update_norm/...   the same of `clippy`, and of `clip_by_update_norm` (without `step`)
-    published_update_norm/...     the same of `published.clip_by_update_norm`
+    limit_step/bound_total        i32: updates that it scaled down
+    limit_step/scale              f32: the smallest factor of a leaf in the last update
+    clippy/..., update_norm/...   the same for `clippy` and for `clip_by_update_norm` (without `step`)
+    published_update_norm/...     the same for `published.clip_by_update_norm`
     accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated
     loss_scaling/...              scale (f32), clean_in_row, overflow_total
     ============================  ====================================================================================
 
-    A second guard in the same state appears as `guard_1/...`, a third as `guard_2/...`, outer before inner.
+    A second guard in the same state appears as `guard_1/...` and a third as `guard_2/...`, outer before inner.
 
     Args:
-      state: any optimizer state, also the `opt_state` of `flax.nnx.Optimizer`.
+      state: any optimizer state, including the `opt_state` of `flax.nnx.Optimizer`.
 
     Returns:
-      A dict of 0-d arrays; empty if there is nothing of this library in `state`. Before the first step, norms are 0
-      and indices -1. On the host, `jax.device_get(metrics(state))` fetches all of it at once. Of a state of many runs
-      at once (`jax.vmap` over seeds, `jax.pmap`) each array has the axes of the members.
+      A dict of 0-d arrays, empty if `state` holds nothing of this library. Before the first step, norms are 0 and
+      indices are -1. On the host, `jax.device_get(metrics(state))` fetches all values at once. For a state of many runs
+      at once (`jax.vmap` over seeds, `jax.pmap`), each array has the axes of the members.
 
     Example:
       >>> import optax_guard as og
@@ -105,7 +105,10 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
         (LossScalingState, "loss_scaling", _loss_scaling),
     )
     axes = _member_axes(state)
-    with jax.debug_nans(False), jax.debug_infs(False):  # a NaN that was seen is told as NaN; it is no bug to stop at
+    with (
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):  # a NaN that was seen is reported as NaN, which is not a bug to stop at
         for kind, prefix, read in readers:
             for index, each in enumerate(find_states(state, kind)):
                 label = prefix if index == 0 else f"{prefix}_{index}"
@@ -115,22 +118,22 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
 
 
 def flight_log(state: optax.OptState) -> np.ndarray:
-    """The flight recorder's rows on the host, oldest first.
+    """Reads the flight recorder's rows on the host, oldest first.
 
     Args:
       state: an optimizer state that holds one guard (pass its part of the state if there are several).
 
     Returns:
-      A NumPy structured array with columns `step`, `value` (the loss; NaN if none was passed), `grad_norm` (NaN or Inf
-      as they were), `clipped_norm`, `scale`, `event` (applied, clipped, skipped, let_through, nonfinite,
-      nonfinite_update, halted, recovery), `rule` (of the rule that refused, else of the first that scaled; -1),
-      `worst_leaf` (index into `leaf_names(params, state)`) and `recovery` (what the ladder did: reset_refused,
-      reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up; several are joined by `+`). At
-      most `history` rows. Of a state of many runs at once (`jax.vmap`, `jax.pmap`) the array has the axes of the
-      members before that of the rows; a member with fewer rows than another begins with rows of step -1 and no event.
+      A NumPy structured array of at most `recorder_rows` rows, with the columns `step`, `value` (the loss; NaN if none
+      was passed), `grad_norm` (NaN and Inf included), `clipped_norm`, `scale`, `event` (applied, clipped, skipped,
+      let_through, nonfinite, nonfinite_update, halted, recovery), `rule` (the rule that refused, else the first that
+      scaled, else -1), `worst_leaf` (an index into `leaf_names(params, state)`) and `recovery` (what the ladder did:
+      reset_refused, reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up; several are
+      joined by `+`). For a state of many runs at once (`jax.vmap`, `jax.pmap`), the axes of the members come before
+      that of the rows, and a member with fewer rows than another begins with rows of step -1 and no event.
 
     Raises:
-      ValueError: there is no guard in `state`, or more than one.
+      ValueError: `state` holds no guard or more than one.
 
     Example:
       >>> import optax_guard as og
@@ -159,7 +162,7 @@ def flight_log(state: optax.OptState) -> np.ndarray:
 
 
 def _member_axes(state: optax.OptState) -> int:
-    """The axes in front of every leaf, told by a field that is a scalar by itself."""
+    """The number of member axes in front of every leaf, taken from a field that is a scalar in a single run."""
     scalars = (
         (GuardState, "guard_step"),
         (AccumulateState, "micro_step"),
@@ -178,7 +181,7 @@ def _of_members(read: Callable[[Any], dict[str, jax.Array]], axes: int) -> Calla
 
 
 def _own_numbers(state: Any) -> Any:
-    """The state without the arrays of the optimizer, which no number comes from."""
+    """The state without the arrays of the optimizer, from which no metric comes."""
     if isinstance(state, GuardState):
         ladder = state.recovery_state
         if isinstance(ladder, RecoveryState) and isinstance(ladder.rewind_state, RewindState):
@@ -217,7 +220,7 @@ def _guard_metrics(state: GuardState) -> dict[str, jax.Array]:
 
 
 def _recovery_metrics(state: RecoveryState) -> dict[str, jax.Array]:
-    """Of the rungs that are there."""
+    """The metrics of the rungs that are present."""
     numbers = {"trouble_in_row": field_array(state.trouble_in_row)}
     for part, names in (
         (state.reset_state, ("reset_total", "silent_death_total", "moments_finite", "frozen_leaves", "standing_still")),
@@ -257,7 +260,7 @@ def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
 
 
 def _bound(prefix: str, *names: str) -> Callable[[Any], dict[str, jax.Array]]:
-    """A reader of fields that are called `prefix` and what they are."""
+    """A reader of the fields called `prefix` followed by each of `names`."""
     return lambda state: {name: field_array(getattr(state, f"{prefix}_{name}")) for name in names}
 
 

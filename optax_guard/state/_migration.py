@@ -1,16 +1,16 @@
-"""Adding a guard to a run in flight, and taking it out again: its state around, or without, the optimizer's.
+"""Adds a guard to a run in progress and removes it again, by putting its state around the optimizer's or dropping it.
 
 ====================================================  ================================================
-You have                                              Take
+You have                                              Use
 ====================================================  ================================================
-a checkpoint of an optimizer, want `guard(...)`       `add_guard_state(tx, params, inner_state)`
-one of another guard (rules, `recovery`, a preset)    the same
-the question which part of it that takes              `find_inner_state(tx, params, inner_state)`
-a state of `guard(...)`, want it of the optimizer     `remove_guard_state(state)`
+the state of an optimizer, and want `guard(...)`      `add_guard_state(tx, params, inner_state)`
+the state of another guard (rules, `recovery`)        the same
+to know which part of a state would be taken          `find_inner_state(tx, params, inner_state)`
+the state of `guard(...)`, and want the optimizer's   `remove_guard_state(state)`
 ====================================================  ================================================
 
-The optimizer's state is found by its structure: names and kinds of nodes, shapes and dtypes of leaves. What a restore
-without a target makes of a state (dicts for named tuples, lists for tuples, NumPy for JAX arrays) counts as the same.
+The optimizer's state is found by its structure: the names and kinds of nodes, and the shapes and dtypes of leaves. A
+state restored without a target (dicts for named tuples, lists for tuples, NumPy for JAX arrays) counts as equal.
 """
 
 from typing import Any, NamedTuple
@@ -35,54 +35,55 @@ _GUARD_FIELDS = {"guarded_state", "guard_step", "recorder"}
 
 
 class _Piece(NamedTuple):
-    """A part of what is wanted, and where it was found."""
+    """A part of the wanted state, and where it was found."""
 
-    path: str | None  # None: not found, and starts anew
-    leaves: list[Any]  # in the order of those wanted
+    path: str | None  # None if it was not found and starts afresh
+    leaves: list[Any]  # in the order of the wanted leaves
 
 
 def add_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_state: optax.OptState) -> optax.OptState:
-    """The state of a guarded transformation around an optimizer state that already exists.
+    """Makes the state of a guarded transformation from an existing optimizer state.
 
     Guarantees:
-      - Every array taken from `inner_state` is in the result as it is: the run goes on bit for bit where it was.
-      - What is the guard's own (rules, counters, recorder, ladder) starts anew.
-      - Nothing is guessed: two places that fit are an error that lists them, none an error with the first difference.
+      - Every array taken from `inner_state` is unchanged in the result, so the run continues bit for bit.
+      - The guard's own state (rules, counters, recorder, ladder) starts afresh.
+      - Nothing is guessed: if two places fit, an error lists them; if none fits, an error tells the first difference.
 
     ============================================================  =====================================================
     `inner_state` is the state of                                 Taken over
     ============================================================  =====================================================
-    the same whole without guards: for `accumulate(guard(adam))`  all of it
-    `accumulate(adam)`, for `chain(a, guard(b))` `chain(a, b)`
-    the optimizer in the outermost guard                          all of it; what is around the guard starts anew
-    `chain(clip, adam)`, `apply_if_finite(adam, 5)`,              that of `adam`
+    the same composition without guards: `accumulate(adam)` for   all of it
+    `accumulate(guard(adam))`, `chain(a, b)` for
+    `chain(a, guard(b))`
+    the optimizer in the outermost guard                          all of it; what is around the guard starts afresh
+    `chain(clip, adam)`, `apply_if_finite(adam, 5)`,              the state of `adam`
     `MultiSteps(adam, 4)`, `inject_hyperparams(adam)(...)`
-    a flat `chain(clip, scale_by_adam(), ...)`                    part by part, each where it is found
-    a guard with other rules or `recovery`; a preset with         the optimizer's; the guard's own starts anew
-    `max_change` or without
+    a flat `chain(clip, scale_by_adam(), ...)`                    each part where it is found
+    a guard with other rules or `recovery`; `stabilize` with      the optimizer's; the guard's own state starts afresh
+    or without `max_change`
     an `nnx.Optimizer` (its `opt_state`), a whole `TrainState`    the optimizer's, without nnx's Variables
-    a restore without a target (dicts, lists, NumPy)              the same as of what was saved
+    a restore without a target (dicts, lists, NumPy)              as for the saved state
     ============================================================  =====================================================
 
-    On the host it also looks whether `params` hold NaN and the optimizer's moments are finite. Moments that are not are
-    accepted if the guard has `reset_moments`, which then starts them anew at the first step.
+    On the host it also checks that `params` hold no NaN and that the optimizer's moments are finite. Moments that are
+    not finite are accepted if the guard has `reset_moments`, which resets them at the first step.
 
     Args:
       tx: a transformation with a `guard` in it.
       params: the parameters, as for `tx.init`.
-      inner_state: the state to take over, or anything around it.
+      inner_state: the state to take over, or a tree that contains it.
 
     Returns:
-      A state for `tx`. `find_inner_state` tells which part of `inner_state` it took.
+      A state for `tx`. `find_inner_state` tells which part of `inner_state` it takes.
 
     Raises:
-      ValueError: there is no guard in `tx`; `inner_state` is a state of `tx` already, fits nowhere or more than once;
-        `params` or moments hold NaN.
+      ValueError: `tx` has no guard; `inner_state` is already a state of `tx`, or fits nowhere or in several places; or
+        `params` or the moments hold NaN.
 
     Example:
       >>> import optax_guard as og
       >>> params, adam = jnp.ones(2), optax.adam(0.1)
-      >>> updates, old = adam.update(params, adam.init(params))  # a run in flight
+      >>> updates, old = adam.update(params, adam.init(params))  # a run in progress
       >>> state = add_guard_state(og.guard(adam), params, old)
       >>> int(optax.tree.get(state, "count")), int(og.metrics(state)["guard/step"])
       (1, 0)
@@ -115,10 +116,10 @@ def put_into_guard(
 
 
 def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_state: optax.OptState) -> tuple[str, ...]:
-    """The paths in `inner_state` from which `add_guard_state` takes the optimizer's state.
+    """Finds the paths in `inner_state` from which `add_guard_state` takes the optimizer's state.
 
-    One path if it is all in one place, "(root)" if `inner_state` is that place; else one for each part of a chain. An
-    optimizer without a state of its own (`optax.sgd(0.1)`) has none.
+    There is one path if the state is in one place ("(root)" if that is `inner_state` itself), and otherwise one for
+    each part of a chain. An optimizer without a state of its own (`optax.sgd(0.1)`) has none.
 
     Args:
       tx: a transformation with a `guard` in it.
@@ -126,10 +127,10 @@ def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
       inner_state: as for `add_guard_state`.
 
     Returns:
-      The paths, joined by "/" as in `leaf_names`, guards left out.
+      The paths, joined by "/" as in `leaf_names`, without the guards.
 
     Raises:
-      ValueError: as `add_guard_state`, but for its look at NaN.
+      ValueError: as for `add_guard_state`, except that NaN is not checked.
 
     Example:
       >>> import optax_guard as og
@@ -145,30 +146,30 @@ def find_inner_state(tx: optax.GradientTransformation, params: PyTree, inner_sta
 
 
 def remove_guard_state(state: optax.OptState) -> optax.OptState:
-    """The same state with every guard taken out, for the transformation without them.
+    """Removes every guard from a state, for the same transformation without guards.
 
     Guarantees:
-      - Every array of what the guards wrap is in the result as it is. Of an `nnx.Optimizer` its Variables are copies:
-        to write into the optimizer's own take `optax_guard.flax.inner_state(optimizer)`.
+      - Every array inside the guards is unchanged in the result. For an `nnx.Optimizer`, the Variables are copies: to
+        write into the optimizer's own, use `optax_guard.flax.inner_state(optimizer)`.
       - `remove_guard_state(add_guard_state(tx, params, old))` is `old`, for an `old` that fits the whole of `tx`.
 
     ===========================  =======================================================================
     State of                     Result
     ===========================  =======================================================================
-    `guard(adam)`                that of `adam`
-    `accumulate(guard(adam))`    that of `accumulate(adam)`: a half-filled cycle is kept
-    `chain(a, guard(b))`         that of `chain(a, b)`
-    `guard(guard(adam))`         that of `adam`
+    `guard(adam)`                the state of `adam`
+    `accumulate(guard(adam))`    the state of `accumulate(adam)`; an unfinished cycle is kept
+    `chain(a, guard(b))`         the state of `chain(a, b)`
+    `guard(guard(adam))`         the state of `adam`
     ===========================  =======================================================================
 
     Args:
-      state: an optimizer state with a guard in it.
+      state: an optimizer state that holds a guard.
 
     Returns:
-      The state without.
+      The state without guards.
 
     Raises:
-      ValueError: there is no guard in `state`.
+      ValueError: `state` holds no guard.
 
     Example:
       >>> import jax.numpy as jnp
@@ -179,7 +180,7 @@ def remove_guard_state(state: optax.OptState) -> optax.OptState:
       True
     """
     if not find_states(state, GuardState):
-        raise ValueError("inner_state: there is no guard in this state.")
+        raise ValueError("remove_guard_state: there is no guard in this state.")
     return without_guards(state)
 
 
@@ -188,12 +189,12 @@ def _is_guard(node: Any) -> bool:
 
 
 def _is_any_guard(node: Any) -> bool:
-    """A guard's state, also as a restore without a target gives it."""
+    """Whether it is a guard's state, possibly restored without a target."""
     return _is_guard(node) or (isinstance(node, dict) and node.keys() >= _GUARD_FIELDS)
 
 
 def without_guards(state: PyTree, keep: type | tuple[()] = ()) -> PyTree:
-    """The state with what guards wrap in their place; nodes of the type `keep` stay the same objects."""
+    """The state with each guard replaced by what it wraps; nodes of the type `keep` stay the same objects."""
 
     def open_up(node: Any) -> Any:
         if not _is_any_guard(node):
@@ -204,13 +205,13 @@ def without_guards(state: PyTree, keep: type | tuple[()] = ()) -> PyTree:
 
 
 def _pieces(name: str, fresh: PyTree, given: PyTree) -> tuple[bool, list[_Piece]]:
-    """What of `given` goes into `fresh`: into the whole of it, or into its outermost guard alone."""
+    """The parts of `given` that go into `fresh`: into the whole of it, or into its outermost guard alone."""
     if not find_states(fresh, GuardState):
         raise ValueError(f"{name}: there is no guard in `tx`; wrap the optimizer in `guard` first.")
     given = jax.tree.map(lambda x: field_array(x) if _is_variable(x) else x, given, is_leaf=_is_variable)
     if jax.tree.structure(given) == jax.tree.structure(fresh):
         raise ValueError(
-            f"{name}: `inner_state` already holds a guard, this `tx`'s: go on with it, or take the guard out with "
+            f"{name}: `inner_state` already holds the guard of this `tx`: continue with it, or remove the guard with "
             "`remove_guard_state(state)`."
         )
     given = without_guards(given)
@@ -226,7 +227,7 @@ def _pieces(name: str, fresh: PyTree, given: PyTree) -> tuple[bool, list[_Piece]
         if jax.tree.leaves(given):
             raise ValueError(
                 f"{name}: the optimizer in `tx` keeps no state, so there is nothing to take over from `inner_state`: "
-                "begin with `tx.init(params)`."
+                "start with `tx.init(params)`."
             )
         return False, []
     pieces = _parts(name, inside, given)
@@ -236,11 +237,11 @@ def _pieces(name: str, fresh: PyTree, given: PyTree) -> tuple[bool, list[_Piece]
 
 
 def _parts(name: str, wanted: PyTree, given: PyTree) -> list[_Piece] | None:
-    """What is wanted as a whole, else (of a chain) part by part; None if something is missing."""
+    """The wanted state as a whole or, for a chain, part by part; None if something is missing."""
     places = _places(wanted, given)
     if places:
         return [_the_only(name, places)]
-    if type(wanted).__module__.startswith("optax_guard."):  # a rule or a bound in the optimizer: starts anew
+    if type(wanted).__module__.startswith("optax_guard."):  # a rule or a bound in the optimizer, which starts afresh
         return [_Piece(None, jax.tree.leaves(wanted))]
     if type(wanted) is not tuple:
         return None
@@ -249,7 +250,7 @@ def _parts(name: str, wanted: PyTree, given: PyTree) -> list[_Piece] | None:
 
 
 def _places(wanted: PyTree, node: PyTree, path: tuple[str, ...] = ()) -> list[_Piece]:
-    """Every place in `node` that has the structure, shapes and dtypes of what is wanted."""
+    """Every place in `node` that has the wanted structure, shapes and dtypes."""
     leaves = _fitting(wanted, node)
     if leaves is not None:
         return [_Piece("/".join(path) or "(root)", leaves)]
@@ -266,7 +267,7 @@ def _the_only(name: str, places: list[_Piece]) -> _Piece:
 
 
 def _fitting(wanted: PyTree, got: PyTree, shapes: bool = True) -> list[Any] | None:
-    """The leaves of `got` in the order of those of `wanted`; None if it is another state."""
+    """The leaves of `got` in the order of those of `wanted`; None if the states differ."""
     if is_single_leaf(wanted) or is_single_leaf(got):
         fits = is_single_leaf(wanted) and is_single_leaf(got) and (not shapes or _same_array(wanted, got))
         return [got] if fits else None
@@ -279,7 +280,7 @@ def _fitting(wanted: PyTree, got: PyTree, shapes: bool = True) -> list[Any] | No
 
 
 def _children(node: PyTree) -> list[tuple[str, PyTree]]:
-    """One level of a tree; what holds no leaf does not count, since a restore may turn it into anything."""
+    """One level of a tree, without children that hold no leaf, since a restore may turn them into anything."""
     if is_single_leaf(node):
         return []
     below = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda part: part is not node)
@@ -287,12 +288,12 @@ def _children(node: PyTree) -> list[tuple[str, PyTree]]:
 
 
 def _is_variable(node: Any) -> bool:
-    """One of nnx's, which is a tree around its array."""
+    """Whether it is an nnx Variable, which is a tree around its array."""
     return hasattr(type(node), "get_value") and hasattr(type(node), "set_value") and not is_single_leaf(node)
 
 
 def _same_array(wanted: Any, got: Any) -> bool:
-    if isinstance(got, (bool, int, float)):  # a number set by hand, or restored as one
+    if isinstance(got, (bool, int, float)):  # a number that was set by hand or restored as such
         return wanted.shape == ()
     return wanted.shape == np.shape(got) and wanted.dtype == getattr(got, "dtype", None)
 
@@ -302,7 +303,7 @@ def _array(leaf: Any) -> Any:
 
 
 def _looked_at(name: str, node: GuardState, params: PyTree) -> GuardState:
-    """The guard's state, with word to `reset_moments` if the moments that came along are not finite."""
+    """The guard's state, which tells `reset_moments` if the moments taken over are not finite."""
     bad = nonfinite_moment(without_guards(node.guarded_state), params)
     if bad is None:
         return node
@@ -310,14 +311,14 @@ def _looked_at(name: str, node: GuardState, params: PyTree) -> GuardState:
     if not isinstance(ladder, RecoveryState) or not isinstance(ladder.reset_state, ResetState):
         raise ValueError(
             f"{name}: the optimizer's own state holds {bad[1]}, the first in `{bad[0]}`: restore an earlier "
-            "checkpoint, or start its moments anew with `guard(..., recovery=(reset_moments(),))`."
+            "checkpoint, or reset its moments with `guard(..., recovery=(reset_moments(),))`."
         )
     reset = ladder.reset_state._replace(moments_finite=jnp.zeros((), bool))
     return node._replace(recovery_state=ladder._replace(reset_state=reset))
 
 
 def _fits_nowhere(name: str, wanted: PyTree, given: PyTree) -> str:
-    """Says what differs: a shape where all else fits, else the first path."""
+    """Describes the difference: a shape if all else fits, otherwise the first path."""
     nodes = [given]
     while nodes:
         node = nodes.pop(0)
@@ -338,13 +339,13 @@ def _other_shape(wanted: PyTree, got: PyTree) -> str:
 
 
 def _fill(node: GuardState, leaves: Any) -> GuardState:
-    """A fresh guard state with what is inside taken from `leaves`, in order."""
+    """A fresh guard state whose inner state is taken from `leaves`, in order."""
     inside = node.guarded_state
     return node._replace(guarded_state=jax.tree.unflatten(jax.tree.structure(inside), _filled(inside, leaves)))
 
 
 def _filled(fresh: PyTree, leaves: Any) -> list[Any]:
-    """The leaves of `fresh`, those outside of the guards' own from `leaves`."""
+    """The leaves of `fresh`, except that those which are not the guards' own come from `leaves`."""
     result: list[Any] = []
     for node in jax.tree.leaves(fresh, is_leaf=_is_guard):
         result += jax.tree.leaves(_fill(node, leaves)) if _is_guard(node) else [next(leaves)]
@@ -360,5 +361,5 @@ def _first_difference(got: PyTree, expected: PyTree) -> str:
             return f"it lacks leaf `{path}`"
     for path in got_paths:
         if path not in expected_paths:
-            return f"it has a leaf `{path}` that the optimizer's has not"
-    return f"it is made of other states ({jax.tree.structure(got)} for {jax.tree.structure(expected)})"
+            return f"it has a leaf `{path}` that the optimizer's does not have"
+    return f"it consists of other states ({jax.tree.structure(got)} instead of {jax.tree.structure(expected)})"

@@ -395,7 +395,7 @@ CERTIFICATE = Certificate(np.array([0, 1]), np.array([0.5, 1.0]))
         (lambda: smoothing.certified_accuracy(CERTIFICATE, [0, 1], -0.1), "`radii` must be numbers >= 0"),
         (lambda: smoothing.certified_accuracy(CERTIFICATE, [0, 1], [math.nan]), "`radii` must be numbers >= 0"),
         (lambda: smoothing.certified_accuracy((1, 2), [0, 1], 0.0), "a certificate must come from `certify`"),
-        (lambda: smoothing.certified_accuracy(Certificate(np.zeros(0), np.zeros(0)), [], 0.0), "of no inputs"),
+        (lambda: smoothing.certified_accuracy(Certificate(np.zeros(0), np.zeros(0)), [], 0.0), "at least one input"),
         (lambda: smoothing.plot_certified_accuracy({}, [0, 1]), "plot_certified_accuracy: `certificates` must be"),
         (lambda: smoothing.clopper_pearson_lower(3, 2, 0.1), r"`successes` must be whole numbers in \[0, 2\]"),
         (lambda: smoothing.clopper_pearson_lower(0.5, 2, 0.1), r"`successes` must be whole numbers in \[0, 2\]"),

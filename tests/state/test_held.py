@@ -141,7 +141,9 @@ def test_a_state_of_many_runs_keeps_for_each_of_them() -> None:
     )
     np.testing.assert_array_equal(kept["count"], [7, 0, 7])
     np.testing.assert_array_equal(kept["mean"], [[1, 1], [0, 0], [1, 1]])
-    with pytest.raises(ValueError, match=r"`state` is of many runs, \[3\], and leaf `\(root\)` has the shape \[2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"`state` is that of many runs, \[3\], and leaf `\(root\)` has the shape \[2, 3\]"
+    ):
         og.keep_if_held(states, jnp.ones((2, 3)), jnp.zeros((2, 3)))
 
 
@@ -158,7 +160,7 @@ def test_the_selection_reads_no_parameters_and_multiplies_nothing() -> None:
         ({"mean": jnp.zeros(2), "var": jnp.zeros(2)}, "`new` has leaf `var` that is not a leaf of `old`"),
         ({"mean": jnp.zeros(3)}, r"leaf `mean` is float32\[2\] in `old` and float32\[3\] in `new`"),
         ({"mean": jnp.zeros(2, jnp.bfloat16)}, r"float32\[2\] in `old` and bfloat16\[2\] in `new`"),
-        ({"mean": jnp.tanh}, "leaf `mean` is no array"),
+        ({"mean": jnp.tanh}, "leaf `mean` is not an array"),
         ([jnp.zeros(2)], "`new`"),
     ],
 )

@@ -276,7 +276,7 @@ class Other(NamedTuple):
 
 REFUSED = {
     "twice": (GUARD, {"one": OLD, "two": OLD}, "holds the optimizer's state 2 times, at `one`, `two`: pass the one"),
-    "its own": (GUARD, GUARD.init(PARAMS), "`inner_state` already holds a guard"),
+    "its own": (GUARD, GUARD.init(PARAMS), "`inner_state` already holds the guard of this `tx`"),
     "another optimizer": (GUARD, optax.lion(0.1).init(PARAMS), "it lacks leaf `0/nu/a`"),
     "alike by name only": (GUARD, Other(*OLD[0]), "it lacks leaf `0/count`"),
     "other parameters": (
@@ -325,23 +325,23 @@ WRONG = {
     "list inside": (
         GUARD,
         OWN._replace(guarded_state=list(OWN.guarded_state)),
-        "`guarded_state` is a list, here a tuple. `add_guard_state.*`inner_state",
+        "`guarded_state` is a list, here a tuple. `add_guard_state.*`remove_guard_state",
     ),
-    "a rule less": (TWO_RULES, OWN, "it has the states of 1 rules, here are 2"),
-    "a rule more": (og.guard(ADAM), OWN, "it has the states of 1 rules, here are 0"),
+    "a rule less": (TWO_RULES, OWN, "it has the states of 1 rules, here there are 2"),
+    "a rule more": (og.guard(ADAM), OWN, "it has the states of 1 rules, here there are 0"),
     "recovery added": (RECOVERING, OWN, "from a guard without `recovery`, and this one is with"),
     "recovery removed": (GUARD, RECOVERING.init(PARAMS), "from a guard with `recovery`, and this one is without"),
     "a guard's in accumulate": (og.accumulate(GUARD, 2), OWN, "it is a GuardState, here a AccumulateState"),
     "a guard's in accumulate of none": (
         og.accumulate(ADAM, 2),
         og.accumulate(GUARD, 2).init(PARAMS),
-        "There is a guard in it: `inner_state",
+        "There is a guard in it: `remove_guard_state",
     ),
     "other parameters": (GUARD, GUARD.init({**PARAMS, "c": jnp.ones(1)}), "it has `guarded_state/0/mu/c`"),
     "other shapes": (
         GUARD,
         GUARD.init({**PARAMS, "b": jnp.ones(4)}),
-        r"`guarded_state/0/mu/b` has the shape \(4,\), \(3,\) here",
+        r"`guarded_state/0/mu/b` has the shape \(4,\), here \(3,\)",
     ),
 }
 
