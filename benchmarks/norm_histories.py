@@ -4,9 +4,10 @@
     python benchmarks/norm_histories.py --write-docs   # also docs/rules/norm_history.md; the same: make bench-histories
     python benchmarks/norm_histories.py --quick   # few histories: checks that it runs, not a measurement
 
-One scalar a step, the norm; the usual norm is 1. Ten kinds of noise (lognormal with a log deviation of 0.05 to 0.7,
-AR(1), Student-t with 3 degrees of freedom), and the norms of six real trainings (`benchmarks/record_norms.py`). A cell
-"a / b" is the median and the worst history unless its heading says otherwise. Each rule runs through its `judge`.
+A history has one scalar per step, the norm; the usual norm is 1. There are ten kinds of noise (lognormal with a log
+deviation of 0.05 to 0.7, AR(1), Student-t with 3 degrees of freedom), and the norms of six real training runs
+(`benchmarks/record_norms.py`). A cell "a / b" is the median and the worst history unless its heading says otherwise.
+Each rule runs through its `judge`.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Method(NamedTuple):
 
 
 def methods() -> list[Method]:
-    """The rows: ours, the published ones repaired, the published ones as they are, and two yardsticks."""
+    """The rows: our rules, the published rules repaired and as published, and two references."""
     return [
         Method("clip_by_norm_history()", og.clip_by_norm_history()),
         Method("clip_by_norm_history(50)", og.clip_by_norm_history(50)),
@@ -135,14 +136,14 @@ def spread(x: np.ndarray) -> tuple[float, float]:
 
 
 def last(event: np.ndarray) -> np.ndarray:
-    """The number of steps after which it does not happen any more; NaN if it still does at the end."""
+    """The number of steps after which it no longer happens; NaN if it still does at the end."""
     steps = event.shape[1]
     count = np.where(event.any(1), steps - np.argmax(event[:, ::-1], axis=1), 0)
     return np.where(count == steps, np.inf, count)
 
 
 def real_norms() -> np.ndarray:
-    """f64[histories, STEPS]: two stretches of every recorded training, in logs, each scaled to a usual norm of 1."""
+    """f64[histories, STEPS]: two stretches of every recorded run, as logarithms, each scaled to a usual norm of 1."""
     with np.load(HERE.parent / "tests" / "data" / "norms.npz") as file:
         traces = [np.log(x.astype(np.float64)) for x in file.values() if x.ndim == 1]
     parts = [x[start : start + STEPS] for x in traces for start in (0, len(x) - STEPS)]
@@ -150,7 +151,7 @@ def real_norms() -> np.ndarray:
 
 
 def shown(number: float) -> str:
-    """Three digits, `never` for infinity."""
+    """Three digits, or `never` for infinity."""
     if np.isinf(number):
         return "never"
     return f"{number:.1e}".replace("e+0", "e") if number >= 1e5 else f"{float(f'{number:.2g}'):g}"
@@ -168,7 +169,7 @@ def table(results: dict[str, dict[str, tuple[float, float]]]) -> str:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few histories: checks that it runs")
     parser.add_argument("--histories", type=int, default=20, help="of each of the ten kinds of noise (default 20)")

@@ -1,9 +1,9 @@
-"""Records the gradient norms of six small trainings: the real histories that the adaptive rules are judged on.
+"""Records the gradient norms of six small training runs: the real histories on which the adaptive rules are judged.
 
     python benchmarks/record_norms.py        # about a minute; writes tests/data/norms.npz (needs scikit-learn)
 
-Digits (8 x 8 pixels, 1 797 images, from scikit-learn), batches of 32, 1 500 steps, no clipping. For each training the
-norm of the whole gradient and of every leaf, in float32.
+Digits (8 x 8 pixels, 1 797 images, from scikit-learn), batches of 32, 1 500 steps, no clipping. For each run it records
+the norm of the whole gradient and of every leaf, in float32.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,8 @@
     python benchmarks/spike_skipping.py             # five minutes on two busy cores
     python benchmarks/spike_skipping.py --quick     # few histories: checks that it runs
 
-Every history is judged twice: as the norm of a gradient and as a loss. The level is 1 (the loss: also 2.5 +- 0.05)
-before the event, which comes at step 500 of 1 000.
+Every history is judged twice: as the norm of a gradient and as a loss. The level is 1 (for the loss also 2.5 +- 0.05)
+before the event, at step 500 of 1 000.
 """
 
 import argparse

@@ -1,24 +1,25 @@
-"""The programme of the article that this project started from, on real digits, and the table that it never showed.
+"""The experiments of the article that this project started from, on real digits, with the table of results it lacks.
 
     python examples/article.py                    # a few minutes on two cores: prints the tables, writes article.png
     python examples/article.py --quick            # a short mode, to see that it runs
     python examples/article.py --write-docs       # also the page and its picture in docs/benchmarks/, and the results
-    python examples/article.py --from-results --write-docs  # the words and the picture again, without the runs
+    python examples/article.py --from-results --write-docs  # the page and the picture again, without the runs
 
-The article trains an autoencoder on a mean squared error by SGD with a learning rate of 0.01 and momentum 0.9, for 10
-and for 20 epochs, and regularises the gradient in two ways, one after the other: by L1, and by a "dense", continuous
-formula. Against exploding gradients it then advises smaller learning rates, accumulation, more epochs, more varied
-data, and noise, whose norm it clamps to 1e-4. Its code does not run. Here it does, by these names:
+The article trains an autoencoder on the mean squared error with SGD (learning rate 0.01, momentum 0.9) for 10 and for
+20 epochs, and regularises the gradient first by L1 and then by a "dense", continuous formula. Against exploding
+gradients it then recommends smaller learning rates, accumulation, more epochs, more varied data, and noise whose norm
+is clamped to 1e-4. The article's code does not run; this program does, with these terms:
 
-    the article's words                    here
+
+    in the article                         here
     L1-regularised gradient                `proximal_l1`: the penalty strength * sum |w|, with exact zeros
     dense regularised gradient             `dense_penalty`: strength / 2 * sum w^2, smooth everywhere
-    one composed after the other           both at once: their order makes no difference to a sum of penalties
-    its formulas to the letter             `shrink_gradients("soft")`, then `("dense")`: rows below the table
+    one applied after the other            both at once: the order makes no difference to a sum of penalties
+    its formulas, taken literally          `shrink_gradients("soft")`, then `("dense")`: rows below the table
     accumulation, noise, noise clamped     `accumulate`, `noise_injection`, `noise_injection(max_norm=1e-4)`
 
-All of it runs under `guard` with a clip. Every number of an arm is a traced argument, so one compiled function runs
-them all; a strength of 0 switches a part off.
+Everything runs under `guard` with a clip. All numbers of an arm are traced arguments, so one compiled function runs
+every arm; a strength of 0 switches a part off.
 """
 
 import argparse
@@ -93,7 +94,7 @@ class Arm(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a seed decides."""
+    """What a seed determines."""
 
     params: Any
     train: jax.Array  # f32[images, 64]
@@ -104,7 +105,7 @@ class Data(NamedTuple):
 
 
 def make_optimizer(arm: Arm, seed: jax.Array) -> optax.GradientTransformation:
-    """The whole programme as one optimizer."""
+    """Everything that the article recommends, as one optimizer."""
     inner = optax.chain(
         og.shrink_gradients(arm.shrink_soft),
         og.shrink_gradients(arm.shrink_dense, shrinkage="dense"),
@@ -135,7 +136,7 @@ def make_data(seed: int, epochs: int) -> tuple[Any, Data]:
 
 
 def vary(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each image [8, 8] turned by up to 10 degrees and shifted by up to half a pixel."""
+    """Each image [8, 8] rotated by up to 10 degrees and shifted by up to half a pixel."""
     angle = rng.uniform(-np.pi / 18, np.pi / 18, len(images)).astype(np.float32)[:, None, None]
     shift = rng.uniform(-0.5, 0.5, (2, len(images), 1, 1)).astype(np.float32)
     row, column = np.mgrid[:8, :8].astype(np.float32)[:, None] - np.float32(3.5)
@@ -147,7 +148,7 @@ def vary(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 @jax.jit
 @jax.vmap
 def interpolated(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """The image at other places than its pixels."""
+    """The image interpolated at points between its pixels."""
     return map_coordinates(image, (rows, columns), order=1)
 
 
@@ -326,7 +327,7 @@ def programme(epoch_loss: np.ndarray, console: Console) -> None:
     console.print(f"SGD, learning rate {RATES[0]}, momentum {MOMENTUM}: {half} epochs")
     for epoch, loss in enumerate(epoch_loss, start=1):
         if epoch == half + 1:
-            console.print(f"and on to {len(epoch_loss)}")
+            console.print(f"continuing to epoch {len(epoch_loss)}")
         console.print("Epoch: %d, Loss: %.4f" % (epoch, loss), highlight=False)  # noqa: UP031 (the article's format)
 
 
@@ -345,7 +346,7 @@ def to_json(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the programme and the table, prints both, writes the picture and what else was asked for."""
+    """Runs the article's programme and the table, prints both, and writes the picture and any other requested file."""
     parser = argparse.ArgumentParser(description="The article's programme on real digits, and 96 variations of it.")
     parser.add_argument("--epochs", type=int, default=20, help="the article's second number (default: 20)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per arm (default: 3)")

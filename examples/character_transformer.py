@@ -1,13 +1,14 @@
-"""A small language model whose data goes bad in four places, three ways to train it, and a report on the best.
+"""A small language model with bad data in four places, three ways to train it, and a report on the best one.
 
     python examples/character_transformer.py            # a few minutes on two cores; writes report.html and report.png
     python examples/character_transformer.py --quick    # a short mode, to see that it runs
     python examples/character_transformer.py --learning-rate 0.01 --out night.html
 
 The text is Python's own documentation, from the standard library (`pydoc_data.topics`), read character by character by
-`optax_guard.models.Transformer` with Adam. The faults are such as pipelines make: an identifier that the vocabulary
-does not have (which Flax's lookup answers with NaN), batches that are not text but noise, three in a row, and a batch
-whose loss was summed over its characters instead of averaged. All arms see the same batches from the same start.
+`optax_guard.models.Transformer` with Adam. The faults are typical of data pipelines: an identifier that is not in the
+vocabulary (for which Flax's lookup returns NaN), three batches in a row of noise instead of text, and a batch whose
+loss is summed over its characters instead of averaged. All arms see the same batches from the same initial parameters.
+
 """
 
 import argparse
@@ -43,7 +44,7 @@ SUMMED = 0.7
 
 
 class Size(NamedTuple):
-    """How large everything is."""
+    """The sizes of the model and of the run."""
 
     steps: int
     batch: int
@@ -53,7 +54,7 @@ class Size(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's data, or that of all steps with one more axis in front."""
+    """The data of one step, or of all steps with a leading axis."""
 
     tokens: Any  # i32[batch, context + 1]
     weight: Any  # f32[]: of the loss
@@ -92,7 +93,7 @@ def make_batches(tokens: np.ndarray, vocabulary: int, size: Size, seed: int) -> 
 
 
 def make_arms(learning_rate: float, history: int) -> dict[str, optax.GradientTransformation]:
-    """Three ways to take the step. The second and the third are one line more than the first."""
+    """Three ways to take the step. The second and third add one line to the first."""
     adam = optax.adam(learning_rate)
     rules = og.record_leaves(history), og.skip_spikes(), og.clip_by_norm_history()
     return {
@@ -149,7 +150,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains the three arms, prints a table and the story of the last one, writes its report."""
+    """Trains the three arms, prints a table and the story of the last one, and writes its report."""
     options = parse(arguments)
     size = Size(100, 8, 32, 16, 1) if options.quick else Size(options.steps, 32, 64, 64, 2)
     train_text, held_out, vocabulary = read_text()
@@ -157,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     params, loss_fn = make_model(vocabulary, size, options.seed)
     test = Batch(windows(held_out, (256,), size.context, np.random.default_rng(0)), np.float32(1))
     evaluate, grad_fn = jax.jit(loss_fn), jax.jit(jax.value_and_grad(loss_fn))  # compiled once for all arms
-    table = Table(title=f"After {size.steps} steps, log({vocabulary}) = {np.log(vocabulary):.2f} being chance")
+    table = Table(title=f"After {size.steps} steps; chance is log({vocabulary}) = {np.log(vocabulary):.2f}")
     for column in ("arm", "held-out loss", "held", "clipped"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     console = Console()
@@ -172,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(table)
     for kind, steps in faults.items():
         console.print(f"Bad batches, {kind}: steps {steps}", highlight=False)
-    console.print("\nWhat the state of the last arm tells:", highlight=False)
+    console.print("\nWhat the state of the last arm shows:", highlight=False)
     for sentence in story(read_log(state, last)):
         console.print(f"  {sentence}", highlight=False)
     console.print(f"Page: {report(state, last, options.out)}, picture: {options.out.with_suffix('.png')}")

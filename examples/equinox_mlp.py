@@ -1,12 +1,12 @@
-"""Equinox as it is: a guarded optimizer under `eqx.filter_jit`, saved and loaded with Equinox's own functions.
+"""Plain Equinox: a guarded optimizer under `eqx.filter_jit`, saved and loaded with Equinox's own functions.
 
     python examples/equinox_mlp.py            # seconds; prints a table
     python examples/equinox_mlp.py --quick    # a short mode, to see that it runs
 
-An MLP reads scikit-learn's handwritten digits; every tenth batch holds a NaN. There are two ways to take the step, and
-both give the same model: the Optax way, of which Equinox's documentation tells and in which nothing changes but the
-optimizer, and `og.apply_gradients`, which makes no copy of the parameters and needs the model parted into arrays and
-the rest. Halfway the run is saved to one file and read back.
+An MLP classifies scikit-learn's handwritten digits; every tenth batch contains a NaN. There are two ways to take the
+step, and both give the same model: the Optax way, as in Equinox's documentation, in which only the optimizer changes,
+and `og.apply_gradients`, which makes no copy of the parameters but needs the model partitioned into arrays and the
+rest. Halfway through, the run is saved to a file and read back.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def loss_and_gradient(model: eqx.nn.MLP, inputs: jax.Array, labels: jax.Array) -
 
 @eqx.filter_jit
 def optax_step(model: eqx.nn.MLP, state: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-    """The step as for any Optax optimizer. Passing `value=` is what lets the guard judge and record the loss."""
+    """The step as for any Optax optimizer. Passing `value=` lets the guard judge and record the loss."""
     loss, grads = loss_and_gradient(model, inputs, labels)
     updates, state = TX.update(grads, state, eqx.filter(model, eqx.is_inexact_array), value=loss)
     return eqx.apply_updates(model, updates), state
@@ -53,7 +53,7 @@ def optax_step(model: eqx.nn.MLP, state: Any, inputs: jax.Array, labels: jax.Arr
 
 @eqx.filter_jit(donate="all")
 def fast_step(model: eqx.nn.MLP, state: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-    """The step in place: the model's arrays go in, the new ones come out, the rest is put back around them."""
+    """The step in place: it takes the model's arrays, updates them, and combines them with the rest again."""
     loss, grads = loss_and_gradient(model, inputs, labels)
     params, rest = eqx.partition(model, eqx.is_inexact_array)
     params, state = og.apply_gradients(TX, grads, state, params, value=loss)
@@ -74,7 +74,7 @@ def train(run: tuple[Any, Any], step: Step, batches: Any) -> tuple[Any, Any]:
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """Between two models, over all their numbers."""
+    """The largest difference between two models, over all their numbers."""
     pairs = zip(*(jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)) for model in (first, second)), strict=True)
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs)
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     batches = list(zip(inputs, labels, strict=True))
     half = steps // 2
 
-    table = Table(title=f"{steps} steps, one batch in ten with a NaN")
+    table = Table(title=f"{steps} steps, with a NaN in one batch in ten")
     for column in ("step", "accuracy", "held", "clipped"):
         table.add_column(column, justify="left" if column == "step" else "right")
     models = {}
@@ -108,14 +108,14 @@ def main(arguments: list[str] | None = None) -> None:
             eqx.tree_serialise_leaves(file, run)
             loaded = eqx.tree_deserialise_leaves(file, start(seed=1))  # of which only the shapes matter
         if not eqx.tree_equal(run, loaded, typematch=True):
-            sys.exit("What was loaded is not what was saved.")
+            sys.exit("The loaded run differs from the saved one.")
         model, state = train(loaded, step, track(batches[half:], f"{name}, second", console=console, transient=True))
         accuracy = np.mean(np.argmax(jax.vmap(model)(pixels[test]), axis=-1) == digits.target[test])
         seen = jax.device_get(og.metrics(state))
         table.add_row(name, f"{accuracy:.3f}", *(str(seen[f"guard/{kind}_total"]) for kind in ("skipped", "clipped")))
         models[name] = model
     console.print(table)
-    console.print(f"Saved and loaded after {half} steps: every bit is the same.")
+    console.print(f"Saved and loaded after {half} steps, bit for bit the same.")
     console.print(f"Largest difference between the two models: {largest_difference(*models.values()):.2g}")
 
 

@@ -3,8 +3,8 @@
     python examples/float16.py            # about half a minute on two cores
     python examples/float16.py --quick    # a few steps: to see that it runs
 
-The model computes in float16, and its loss is a mean over many outputs, so that its gradients are small: far below
-6e-8, where float16 ends. Parameters are float32.
+The model computes in float16, and its loss is a mean over many outputs, so its gradients are far below 6e-8, the
+smallest positive float16 number. Parameters are float32.
 """
 
 import argparse

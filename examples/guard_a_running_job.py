@@ -1,12 +1,13 @@
-"""Put a run that is already under way under guard, from its checkpoint, and take it out again.
+"""Add a guard to a run in progress, from its checkpoint, and remove it again.
 
     python examples/guard_a_running_job.py            # seconds; prints the comparison
     python examples/guard_a_running_job.py --quick    # a short mode, to see that it runs
 
-A run in plain Optax (AdamW, a schedule, weight decay) has saved parameters and optimizer state with Orbax. Its next
-batches hold NaNs. The same optimizer goes on three ways from that checkpoint: as it was; under guard, by
-`og.add_guard_state`; and under guard for a while, then plain again by `og.remove_guard_state`. The moments, the
-schedule's count and everything else of the optimizer go along bit for bit; only the guard's own history begins anew.
+A run in plain Optax (AdamW, a schedule, weight decay) has saved its parameters and optimizer state with Orbax. Its next
+batches contain NaNs. The same optimizer continues from that checkpoint in three ways: unchanged; under a guard, with
+`og.add_guard_state`; and under a guard for a while, then unguarded again with `og.remove_guard_state`. The moments,
+the schedule's count and the rest of the optimizer's state are carried over bit for bit; only the guard's history starts
+anew.
 """
 
 import argparse
@@ -141,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         held = str(int(seen["guard/skipped_total"])) if seen else "no guard"
         table.add_row(name, f"{accuracy:.3f}", str(int(count)), held)
     console.print(table)
-    console.print("Chance is 0.1. Under guard and out of it, every bit of the optimizer's state was kept.")
-    console.print("A held step does not advance AdamW's count, nor the schedule that goes by it.")
+    console.print("Chance is 0.1. Adding and removing the guard left the optimizer's state bit-for-bit unchanged.")
+    console.print("A held step advances neither AdamW's count nor the schedule that depends on it.")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Regression on data with heavy tails: which clip helps, which one distorts, and what it takes to tell.
+"""Regression on heavy-tailed data: which clip helps, which one distorts, and how to tell them apart.
 
     python examples/heavy_tails.py            # a minute or two on two cores; prints two tables
     python examples/heavy_tails.py --quick    # a short mode, to see that it runs
 
-The RAND Health Insurance Experiment, from statsmodels: 20 190 person-years, of which an MLP predicts the visits to a
-doctor (mean 2.9, median 1, at most 77) by squared error. The gradient of a small batch is heavy-tailed, as the visits
-are. Those tails are the data; a clip that cuts them teaches the median where the mean was asked for. In the second
-table one batch in a hundred holds a typing error besides, a number of visits times 1000. What ought to be cut is this
-alone.
+The data are from the RAND Health Insurance Experiment, in statsmodels: 20 190 person-years. An MLP predicts the number
+of visits to a doctor (mean 2.9, median 1, at most 77) by squared error. Like the visits, the gradient of a small batch
+is heavy-tailed. These tails are real data; a clip that cuts them moves the prediction from the mean towards the median.
+In the second table, one batch in a hundred also contains a typing error, a number of visits times 1000. Only this
+should be cut.
 
-How to read the tables. `unexplained` is the mean squared error on held-out persons as a share of their variance: 1 is
-as good as predicting the mean, and lower is better. `bias` is the mean prediction minus the mean of the truth, in
-visits. Both are means over seeds (data split, start, batches) with their standard deviation over the seeds.
+How to read the tables: `unexplained` is the mean squared error on held-out persons as a fraction of their variance: 1
+is as good as predicting the mean, and lower is better. `bias` is the mean prediction minus the true mean, in visits.
+Both are means over seeds (data split, initial weights, batches), with the standard deviation over the seeds.
 
-As measured: at the good learning rate no clip is as good as any, and `clip_by_norm_history` leaves the tails alone
-(0.1 % of the steps) but not the typing errors, at the same bias with them as without; the fixed clip at 1 touches
-every step and predicts 0.35 visits too few. At ten times that rate the fixed clip at 1 is the only one of use: it
-bounds every step, a medicine against the learning rate, which a clip relative to the history is not and cannot be
-(`max_change` of `stabilize` is).
+Results: at the good learning rate, training without a clip is as good as with any. `clip_by_norm_history` leaves the
+tails alone (it clips 0.1 % of the steps) but not the typing errors, and its bias is the same with them as without; the
+fixed clip at 1 touches every step and predicts 0.35 visits too few. At ten times that rate only the fixed clip at 1
+helps: it bounds every step and so compensates for the learning rate, which no clip relative to the history can do (but
+`max_change` of `stabilize` can).
 """
 
 import argparse
@@ -49,7 +49,7 @@ SIZES = (9, 32, 32, 1)
 
 
 class Seeds(NamedTuple):
-    """What a seed decides, one more axis in front for all of them."""
+    """What a seed determines; for all seeds together, with a leading axis."""
 
     params: Any
     batches: Any  # i32[steps, BATCH]: rows of the data
@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
 
 def make_arms() -> dict[str, tuple[og.Rule, ...]]:
-    """The rules of the guard, arm by arm."""
+    """The guard's rules in each arm."""
     return {
         "no clip": (),
         "clip_by_global_norm(1)": (og.clip_by_global_norm(1.0),),
@@ -92,7 +92,7 @@ def predict(params: Any, inputs: jax.Array) -> jax.Array:
 
 
 def train(rules: tuple[og.Rule, ...], inputs: jax.Array, visits: jax.Array, seeds: Seeds, errors: jax.Array) -> Outcome:
-    """Trains all learning rates and seeds at once; `errors` [steps] is what the first target of a batch is times."""
+    """Trains all learning rates and seeds at once; `errors` [steps] multiplies the first target of each batch."""
 
     def loss_fn(params: Any, rows: jax.Array, error: jax.Array) -> jax.Array:
         target = visits[rows] * jnp.ones(BATCH).at[0].set(error)
@@ -132,7 +132,7 @@ def add_row(table: Table, name: str, outcome: Outcome, steps: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains all arms on the data as they are and with typing errors, and prints a table for each."""
+    """Trains all arms on the original data and on data with typing errors, and prints a table for each."""
     parser = argparse.ArgumentParser(description="Clips on a regression with heavy tails.")
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default: 3000)")
     parser.add_argument("--seeds", type=int, default=10, help="how many (default: 10)")

@@ -1,11 +1,12 @@
-"""A transformer on real text over many devices, which survives a NaN on one of them.
+"""A transformer trained on real text over many devices, which survives a NaN on one of them.
 
     python examples/multi_device.py                  # 8 simulated devices in one process, about a minute
     python examples/multi_device.py --processes 2    # 2 processes of 4 devices each, over loopback
     python examples/multi_device.py --quick          # a few steps: to see that it runs
 
-Data parallel: the batch is split over the devices, gradients of 2 micro-batches are summed on each and reduced once.
-At two steps the rows of one device hold NaN. All devices hold that step together; the loss goes on falling.
+Training is data-parallel: the batch is split over the devices, and each sums the gradients of 2 micro-batches, which
+are then reduced once. At two steps the rows of one device contain NaN. All devices hold these steps together, and the
+loss keeps falling.
 """
 
 import argparse
@@ -90,8 +91,8 @@ def train(options: argparse.Namespace) -> None:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["bytes"][:, 1:])
         return jnp.mean(losses * batch["fault"][:, None])
 
-    tx = og.guard(optax.adamw(3e-3), og.clip_by_global_norm(1.0), history=options.steps)
-    # Here the NaN is to reach the guard; by default the rows of device 5 would be dropped, and the others' mean taken.
+    tx = og.guard(optax.adamw(3e-3), og.clip_by_global_norm(1.0), recorder_rows=options.steps)
+    # The NaN should reach the guard here; by default, the rows of device 5 would be dropped.
     gradients = og.accumulate_gradients(loss_fn, 2, on_nonfinite="propagate", axis_name="data", mesh=mesh)
 
     def step(params: Any, state: Any, batch: Any) -> Any:

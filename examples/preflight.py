@@ -1,11 +1,11 @@
-"""Could I have known? The audit of a recurrent net before its first step, and the sweep that checks the prediction.
+"""Audits a recurrent net before its first step, and checks the prediction with a sweep of learning rates.
 
     python examples/preflight.py                  # about two minutes on two cores; writes preflight.png and sweep.png
     python examples/preflight.py --out docs/preflight  # where to write them
 
-scikit-learn's digits, read pixel by pixel as sequences of 64 steps by a vanilla recurrent net with relu, as in
-`quickstart.py`. `preflight` reports how the gradient changes along time and where SGD with momentum becomes unstable,
-at the start and again after a short training, since sharpness grows; `learning_rate_sweep` trains at twelve learning
+A vanilla recurrent net with relu reads scikit-learn's digits pixel by pixel, as sequences of 64 steps, as in
+`quickstart.py`. `preflight` reports how the gradient changes over time and where SGD with momentum becomes unstable, at
+the start and again after a short training run, because sharpness grows; `learning_rate_sweep` trains at twelve learning
 rates at once.
 """
 

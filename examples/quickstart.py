@@ -5,10 +5,10 @@
     python examples/quickstart.py --quick         # a short mode, to see that it runs
     python examples/quickstart.py --learning-rate 0.002 --seed 1 --out other.png
 
-scikit-learn's handwritten digits are read pixel by pixel, as sequences of 64 steps, by a vanilla recurrent net, trained
-by SGD with momentum. Two things go wrong. A few batches are corrupted, as a bad shard or a broken decoder does it. And
-the learning rate is right, ten times too large, thirty times too large. All runs see the same batches from the same
-initial parameters. Nothing is scripted: the table and the picture show what was measured.
+A vanilla recurrent net, trained by SGD with momentum, reads scikit-learn's handwritten digits pixel by pixel, as
+sequences of 64 steps. Two things go wrong. A few batches are corrupted, as by a bad shard or a broken decoder. And the
+learning rate is right, ten times too large, or thirty times too large. All runs see the same batches and start from the
+same initial parameters. Nothing is scripted: the table and the picture show what was measured.
 """
 
 import argparse
@@ -46,7 +46,7 @@ MOMENTUM = 0.9
 MAX_CHANGE = 1e-3  # no step changes the parameters by more than a thousandth of their norm
 FACTORS = (1, 10, 30)  # of the learning rate
 CHUNK = 50  # steps per jitted call: the progress display moves between calls
-NONFINITE_LIMIT = 5  # optax.apply_if_finite lets a non-finite gradient in after so many in a row: that is documented
+NONFINITE_LIMIT = 5  # after so many in a row, optax.apply_if_finite applies a non-finite gradient, as documented
 SINGLE_NANS = (0.45, 0.8)  # batches with NaN pixels, as shares of the run
 NAN_SHARD = 0.6  # a shard of eight of them in a row
 SHARD_LENGTH = 8
@@ -75,7 +75,7 @@ def sgd(rate: Any) -> optax.GradientTransformation:
 
 
 def clipped(rate: Any) -> optax.GradientTransformation:
-    """What is usually done."""
+    """The usual clip."""
     return optax.chain(optax.clip_by_global_norm(MAX_NORM), sgd(rate))
 
 
@@ -119,7 +119,7 @@ def make_model(seed: int) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
 
 
 def params_state(params: Any) -> Any:
-    """Back from plain arrays to Flax's state."""
+    """Converts plain arrays back to Flax's state."""
     return nnx.State(jax.tree.map(nnx.Param, params))
 
 
@@ -186,7 +186,7 @@ def summary(records: dict[str, Record], accuracy: dict[str, np.ndarray], rates: 
 def picture(
     records: dict[str, Record], accuracy: dict[str, np.ndarray], rates: np.ndarray, faults: Any, path: Path
 ) -> None:
-    """The loss of the five arms at each learning rate, and what they have learnt."""
+    """The loss of the five arms at each learning rate, and their final accuracy."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, grid = plt.subplots(2, 2, figsize=(10.5, 7.4), layout="constrained")
     steps = len(records["bare"].loss)
@@ -242,7 +242,7 @@ def picture(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains the five arms, prints the table, writes the picture."""
+    """Trains the five arms, prints the table and writes the picture."""
     parser = argparse.ArgumentParser(description="The same training with and without a guard, on real digits.")
     parser.add_argument("--steps", type=int, default=1000, help="training steps per arm (default: 1000)")
     parser.add_argument(
@@ -281,11 +281,11 @@ def main(arguments: list[str] | None = None) -> None:
             accuracy[name] = np.mean(np.asarray(classify(last)) == test_labels, axis=1)
     console.print(summary(records, accuracy, rates))
     console.print(
-        f"Corrupted: steps {faults['NaN pixels']} hold a NaN pixel, "
+        f"Corrupted batches: steps {faults['NaN pixels']} contain a NaN pixel, "
         f"steps {faults['scaled by 1e4']} are scaled by 1e4.\n"
-        f"`apply_if_finite(..., {NONFINITE_LIMIT})` lets in the sixth non-finite gradient in a row, by its documented "
-        "behaviour: a larger limit would have outlived this shard.\n"
-        f"What the flight recorder of `{ARMS['limited'].label}` shows, at learning rate {rates[0]:g}:"
+        f"`apply_if_finite(..., {NONFINITE_LIMIT})` applies the sixth non-finite gradient in a row, as documented; "
+        "with a larger limit it would have survived this shard.\n"
+        f"The flight recorder of `{ARMS['limited'].label}` at learning rate {rates[0]:g} shows:"
     )
     state = jax.tree.map(lambda x: x[0], states["limited"])
     log, names = og.flight_log(state), og.leaf_names(params)

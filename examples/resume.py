@@ -1,13 +1,13 @@
-"""Kill a training run, resume it from its checkpoint, and compare: every bit is as if nothing had happened.
+"""Kills a training run, resumes it from its checkpoint, and checks that it is bit for bit as if uninterrupted.
 
     python examples/resume.py            # half a minute; prints the comparison
     python examples/resume.py --quick    # a short mode, to see that it runs
 
-A child process trains and saves a checkpoint with Orbax every few batches. Somewhere in between it is killed with
-SIGKILL, which leaves it no time for anything. This process then restores the latest checkpoint, finishes the run, and
-trains once more from the start without interruption. Everything that could go astray is in the run: Adam's moments, a
-learning rate schedule, gradient noise, a clip that learns from its history, batches with NaN, and an accumulation over
-4 batches whose cycle a checkpoint cuts in half.
+A child process trains and saves a checkpoint with Orbax every few batches. At some point it is killed with SIGKILL,
+which leaves it no time to clean up. This process then restores the latest checkpoint, finishes the run, and trains once
+more from the start without interruption. The run includes everything that could go wrong: Adam's moments, a learning
+rate schedule, gradient noise, a clip that adapts to its history, batches with NaN, and an accumulation over 4 batches
+whose cycle a checkpoint cuts in half.
 """
 
 import argparse
@@ -45,14 +45,14 @@ PAUSE = 0.02  # seconds per batch in the child, or it is done before it can be k
 
 
 def make_optimizer(batches: int) -> optax.GradientTransformation:
-    """Everything with a memory in one optimizer."""
+    """One optimizer with every kind of state."""
     schedule = optax.cosine_decay_schedule(1e-2, batches // EVERY)
     inner = optax.chain(og.noise_injection(1e-4, key=7), optax.adamw(schedule))
     return og.accumulate(og.guard(inner, og.skip_spikes(on="norm"), og.clip_by_norm_history()), every=EVERY)
 
 
 def make_batch(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """The batch of an index. It depends on nothing else, so the data resume where the training does."""
+    """The batch with an index. It depends on nothing else, so the data resume where the training does."""
     digits = _digits()
     chosen = np.random.default_rng([5, index]).choice(len(digits.target), BATCH, replace=False)
     inputs = (digits.data[chosen] / 16).astype(np.float32)
@@ -68,7 +68,7 @@ def _digits() -> Any:
 
 @functools.cache
 def make_training(batches: int) -> tuple[Any, Any]:
-    """What a run starts from, (params, state), and its jitted step."""
+    """The start of a run, (params, state), and its jitted step."""
     tx, rng = make_optimizer(batches), np.random.default_rng(0)
     shapes = {"hidden": (64, 32), "out": (32, 10)}
     params = {name: rng.normal(0, shape[0] ** -0.5, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -86,7 +86,7 @@ def make_training(batches: int) -> tuple[Any, Any]:
 
 
 def train(folder: Path | None, batches: int) -> Iterator[tuple[int, Any]]:
-    """Trains from the latest checkpoint in `folder`, or from the start; gives (batches done, (params, state))."""
+    """Trains from the latest checkpoint in `folder`, or from the start; returns (batches done, (params, state))."""
     carry, step = make_training(batches)
     start, manager = 0, None
     if folder is not None:
@@ -104,7 +104,7 @@ def train(folder: Path | None, batches: int) -> Iterator[tuple[int, Any]]:
 
 
 def killed_run(folder: Path, batches: int, at: int) -> int:
-    """Starts this file as a child, kills it after `at` batches; returns how far it came."""
+    """Starts this file as a child, kills it after `at` batches, and returns how far it got."""
     command = [sys.executable, __file__, "--child", str(folder), "--batches", str(batches)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -114,18 +114,20 @@ def killed_run(folder: Path, batches: int, at: int) -> int:
             if done == at:
                 child.kill()  # SIGKILL, to this child alone
     if done == batches or not done:
-        sys.exit(f"The child was to be killed after {at} batches; it did {done} and ended with {child.returncode}.")
+        sys.exit(
+            f"The child should have been killed after {at} batches, but took {done} and exited with {child.returncode}."
+        )
     return done
 
 
 def digest(tree: Any) -> str:
-    """Twelve letters that change with any bit of any leaf."""
+    """Twelve letters that change if any bit of any leaf changes."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))]
     return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()[:12]
 
 
 def compare(resumed: Any, uninterrupted: Any) -> tuple[Table, bool]:
-    """What there is in both, side by side; whether all of it is the same."""
+    """The contents of both runs side by side, and whether all of it is the same."""
     table = Table(title="The run that was killed and resumed, and one that was not")
     for column in ("what", "resumed", "uninterrupted", "the same"):
         table.add_column(column)
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     table, same = compare(resumed[-1][1], uninterrupted[1])
     console.print(table)
     if not same:
-        sys.exit("They differ.")
+        sys.exit("The two runs differ.")
 
 
 if __name__ == "__main__":

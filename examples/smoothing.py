@@ -1,13 +1,13 @@
-"""Noise at test time: what a classifier of digits certifies, trained with noise and without.
+"""Randomized smoothing: what a digit classifier can certify when trained with and without noise.
 
     python examples/smoothing.py                  # under a minute on two cores; writes smoothing.png
     python examples/smoothing.py --quick          # a short mode, to see that it runs
     python examples/smoothing.py --seed 1 --out other.png
 
-A small MLP learns scikit-learn's handwritten digits (8 x 8 pixels from 0 to 1) once as usual and once for each of two
-noises with `augment_with_noise`. Each net is smoothed and certified on held-out digits: within its radius no change of
-the pixels, however chosen, alters the answer. The net trained as usual is smoothed with the smaller noise, which it has
-never seen. The second table is what the same nets do under noise without smoothing.
+A small MLP learns scikit-learn's handwritten digits (8 x 8 pixels from 0 to 1), once without noise and once for each of
+two noise levels with `augment_with_noise`. Each net is smoothed and certified on held-out digits: within its radius, no
+change of the pixels, however chosen, alters the answer. The net trained without noise is smoothed with the smaller
+noise, which it has never seen. The second table shows the same nets under noise, without smoothing.
 """
 
 import argparse
@@ -111,13 +111,13 @@ def picture(certificates: dict[str, smoothing.Certificate], labels: Any, n: int,
         line.set(color=color, linewidth=2.2)
     axes.legend(frameon=False, loc="upper right")
     axes.set_xlabel(f"L2 radius within which no change of the pixels alters the answer ({n} samples, alpha {ALPHA:g})")
-    axes.set_title("What noise in training buys: certified accuracy on digits", loc="left", fontweight="bold")
+    axes.set_title("Certified accuracy on digits, with and without noise in training", loc="left", fontweight="bold")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains three nets, certifies them, prints the tables, writes the picture."""
+    """Trains three nets, certifies them, prints the tables and writes the picture."""
     parser = argparse.ArgumentParser(
         description="Certified accuracy of nets trained with noise and without, on digits."
     )

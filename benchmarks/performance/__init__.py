@@ -8,8 +8,8 @@ File               What it measures
 `scaling.py`       10 to 3 000 leaves (compiling and stepping), 1 M to 300 M parameters, the import
 `programs.py`      what the compiled programs need: memory, bytes, kernels; dispatch ahead and bfloat16 on a GPU
 `training.py`      the guard's share of a real training step
-`pytorch.py`       the same tree in PyTorch, where it is installed
-`measure.py`       how: arms, rounds, rows
+`pytorch.py`       the same tree in PyTorch, if it is installed
+`measure.py`       the method: arms, rounds, rows
 `page.py`          results -> the tables of the documentation and of the README, and the pictures
 =================  ==================================================================================================
 

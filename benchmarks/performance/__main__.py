@@ -1,7 +1,7 @@
 """The performance record, from measurement to page.
 
     python -m benchmarks.performance                     # everything, some 25 minutes on two cores; make bench
-    python -m benchmarks.performance --quick             # small trees, few rounds: does it run? No measurement
+    python -m benchmarks.performance --quick             # small trees, few rounds: only checks that it runs
     python -m benchmarks.performance --only updates      # one part; its rows replace those in the results
     python -m benchmarks.performance --write-pages       # measures nothing: results -> pages and pictures
 

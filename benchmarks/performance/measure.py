@@ -1,8 +1,8 @@
-"""How it is measured: arms that take turns, and rows that compare their medians.
+"""How costs are measured: arms take turns, and rows compare their medians.
 
 Machines are shared and noisy, so the arms of a row take turns, and a row is the ratio of their medians with the
 quartiles of the ratios of single rounds. Each arm owns its donated parameters and state; all arms share the gradients.
-Times in seconds mean nothing beyond the machine; ratios carry over.
+Times in seconds are meaningful only on one machine; ratios carry over.
 """
 
 import os

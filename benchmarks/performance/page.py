@@ -1,4 +1,4 @@
-"""Results -> tables: on the terminal, and between the marks of the pages that quote them. Nothing is copied by hand."""
+"""Results -> tables: in the terminal, and between the marks of the pages that quote them. Nothing is copied by hand."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def read_records(folder: Path = RESULTS) -> list[Record]:
 
 
 def write_record(record: Record) -> Path:
-    """As JSON, a row a line."""
+    """As JSON, one row per line."""
     RESULTS.mkdir(exist_ok=True)
     rows = ",\n".join("  " + json.dumps({**row._asdict(), "met": row.met}) for row in record.rows)
     path = RESULTS / f"{record.name}.json"
@@ -91,7 +91,7 @@ def shown(x: float) -> str:
 
 
 def cell(row: Row) -> str:
-    """The value with its spread, and whether it misses its target."""
+    """The value with its spread, marked if it misses its target."""
     unit = "" if row.unit in ("x", "") else f" {row.unit}"
     value = str(round(row.value)) if not row.unit else shown(row.value) + unit
     spread = "" if row.low == row.high else f" ({shown(row.low)} to {shown(row.high)})"
@@ -140,7 +140,7 @@ def curves(record: Record, part: str) -> str:
 
 
 def settings(records: list[Record]) -> str:
-    """What was measured on what, a line for each record."""
+    """The setting of each record, one per line."""
     lines = []
     for record in records:
         s = record.setting
@@ -152,7 +152,7 @@ def settings(records: list[Record]) -> str:
 
 
 def targets(records: list[Record]) -> str:
-    """All rows with a target; those of a GPU are said to be missing where they are."""
+    """All rows with a target; those of a GPU are marked as not measured where they are missing."""
     rows = [row for part in (*PARTS, "leaves") for row in rows_of(records, part) if row.target is not None]
     text = plain(records, rows)
     if not any(row.part == "gpu" for row in rows):
@@ -169,7 +169,7 @@ def readme(records: list[Record]) -> str:
 
 
 def keeps(row: Row) -> bool:
-    """Of training steps and of compilation only what concerns the guard."""
+    """Whether the README shows the row: of training steps and compilation, only those that concern the guard."""
     if row.part in ("training", "leaves"):
         return "guarded over bare" in row.what
     return True

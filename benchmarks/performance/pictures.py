@@ -1,4 +1,4 @@
-"""The record in two pictures: ratios with their targets, and what grows with leaves and with parameters."""
+"""The record in two pictures: ratios with their targets, and costs against the number of leaves and parameters."""
 
 from pathlib import Path
 from typing import Any

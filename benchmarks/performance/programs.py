@@ -1,8 +1,8 @@
-"""What the compiled programs need: memory, bytes read and written, kernels. On a GPU also: dispatch ahead, bfloat16.
+"""The needs of the compiled programs: memory, bytes read and written, kernels. On a GPU also dispatch and bfloat16.
 
-The floor of an AdamW step is seven times the parameters' bytes: it must read the gradient, the parameters and both
-moments, and write the last three. A guard must read the gradient once more before it may write: eight. XLA's own count
-is of what each fusion reads and writes, without caches, so a tensor that three fusions read counts three times.
+The floor of an AdamW step is seven times the bytes of the parameters: it must read the gradient, the parameters and
+both moments, and write the last three. A guard must read the gradient once more before it may write: eight. XLA counts
+what each fusion reads and writes, without caches, so a tensor that three fusions read counts three times.
 """
 
 import re
@@ -107,7 +107,7 @@ def _moved(arm: Arm) -> float:
 
 
 def kernels(program: str) -> int:
-    """Kernels launched by a compiled program, of a conditional its dearest branch."""
+    """Kernels launched by a compiled program; for a conditional, those of its most expensive branch."""
     bodies: dict[str, list[str]] = {}
     entry = lines = None
     for line in program.splitlines():

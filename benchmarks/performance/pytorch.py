@@ -1,4 +1,4 @@
-"""The same tree in PyTorch, where it is installed: its fused AdamW, alone and after `clip_grad_norm_`."""
+"""The same tree in PyTorch, if it is installed: its fused AdamW, alone and after `clip_grad_norm_`."""
 
 from collections.abc import Callable
 from typing import Any

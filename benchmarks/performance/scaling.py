@@ -1,4 +1,4 @@
-"""How the costs grow: with the number of leaves, and with the number of parameters. And what the import takes."""
+"""How the costs grow with the number of leaves and of parameters, and how long the import takes."""
 
 import os
 import subprocess

@@ -2,10 +2,10 @@
 
     make bench-stability                            # everything: 2.3 core hours on a busy machine
     python -m benchmarks.stability --quick          # a few cells, cut short: checks that it runs, writes nothing
-    python -m benchmarks.stability --methods stabilize --fresh     # one method anew
+    python -m benchmarks.stability --methods stabilize --fresh     # measure one method again
     python -m benchmarks.stability --page           # the tables and pictures again, from the results file
 
-A cell that is done is kept in benchmarks/results/stability-cells/, so that an interrupted run goes on where it stopped.
+Finished cells are kept in benchmarks/results/stability-cells/, so an interrupted run continues where it stopped.
 """
 
 import argparse
@@ -30,7 +30,7 @@ QUICK_METHODS = ["none", "clip", "zclip", "stabilize"]
 
 
 def setting(size: Size) -> dict[str, Any]:
-    """What was run, on what."""
+    """The setting of the run."""
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__, "optax": optax.__version__, "python": platform.python_version()},
@@ -51,7 +51,7 @@ def names(text: str | None, known: Any) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs, prints, writes."""
+    """Runs, prints and writes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description="StabilityBench.")
     parser.add_argument("--quick", action="store_true", help="a few cells, cut short; writes nothing")
     parser.add_argument("--methods", help="comma-separated; the others keep their results")

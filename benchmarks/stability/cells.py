@@ -1,4 +1,4 @@
-"""A cell of StabilityBench: one method on one task, or one method under all faults. What is kept of it is JSON."""
+"""A cell of StabilityBench: one method on one task, or one method under all faults, stored as JSON."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ SMOOTH = 10  # steps over which a loss is averaged before it counts as recovered
 
 
 class Size(NamedTuple):
-    """How much is run."""
+    """The size of a run."""
 
     seeds: int = 5
     rates: tuple[float, ...] = RATES
@@ -28,7 +28,7 @@ QUICK = Size(seeds=2, rates=(3e-3, 3e-2, 3e-1), shorten=10, tune=False)
 
 
 def jobs(tasks: list[str], bases: list[str], methods: list[str]) -> list[tuple[str, str]]:
-    """(task or base, method) of all cells that make sense: some methods need an optimizer with a second moment."""
+    """(task or base, method) of all applicable cells: some methods need an optimizer with a second moment."""
     pairs = [(f"faults:{base}", method) for base in bases for method in methods]
     pairs += [(task, method) for task in tasks for method in methods]
 
@@ -40,7 +40,7 @@ def jobs(tasks: list[str], bases: list[str], methods: list[str]) -> list[tuple[s
 
 
 def run_cell(where: str, method: str, size: Size) -> dict[str, Any]:
-    """Trains everything of a cell."""
+    """Runs all training of a cell."""
     if where.startswith("faults:"):
         return _faults(where.removeprefix("faults:"), METHODS[method], size)
     task = TASKS[where]()
@@ -48,7 +48,7 @@ def run_cell(where: str, method: str, size: Size) -> dict[str, Any]:
 
 
 def _natural(task: Task, method: Method, size: Size) -> dict[str, Any]:
-    """All learning rates and seeds at the default setting, then at the best of the grid on a seed of its own."""
+    """All learning rates and seeds at the default setting, then at the best setting of the grid on a separate seed."""
     rates, seeds = np.asarray(size.rates, np.float32), size.seeds
     run = make_runner(task, method.make, list(range(seeds + 1)))
 
@@ -68,7 +68,7 @@ def _natural(task: Task, method: Method, size: Size) -> dict[str, Any]:
 
 
 def _lanes(seeds: np.ndarray, rates: np.ndarray, settings: np.ndarray) -> Lanes:
-    """Every seed (or setting) at every rate: rates change fastest."""
+    """Every seed (or setting) at every learning rate; rates vary fastest."""
     runs = max(len(seeds), len(settings))
     return Lanes(
         seed=np.repeat(np.broadcast_to(seeds, runs), len(rates)).astype(np.int32),
@@ -79,7 +79,7 @@ def _lanes(seeds: np.ndarray, rates: np.ndarray, settings: np.ndarray) -> Lanes:
 
 
 def _summary(out: Runs, shape: tuple[int, int]) -> dict[str, Any]:
-    """What is kept of each run: [rates][seeds]."""
+    """The stored results of each run: [rates][seeds]."""
     rates, seeds = shape
     touched = np.abs(out.share - 1) > 1e-3
     kept = {
@@ -104,7 +104,7 @@ def _faults(base: str, method: Method, size: Size) -> dict[str, Any]:
 
 
 def _fault_rows(task: Task, method: Method, make: Any, base: str, faults: Any, size: Size) -> dict[str, Any]:
-    """What each fault does: lists over seeds."""
+    """The effect of each fault, as lists over seeds."""
     seeds, names = size.seeds, list(faults)
     table: Fault = stacked(faults)
     lanes = Lanes(
@@ -142,7 +142,7 @@ def _smoothed(loss: np.ndarray) -> np.ndarray:
 
 
 def _plain(numbers: np.ndarray) -> Any:
-    """Lists of numbers with four digits; None for what is not finite, which JSON has no word for."""
+    """Lists of numbers with four digits; None for non-finite numbers, which JSON cannot represent."""
     numbers = np.asarray(numbers)
     if numbers.ndim:
         return [_plain(x) for x in numbers]
@@ -150,7 +150,7 @@ def _plain(numbers: np.ndarray) -> Any:
 
 
 def fingerprint(where: str, method: str, size: Size) -> str:
-    """Changes with what a cell depends on and can be named; code it cannot see: use --fresh for that."""
+    """Changes when a named setting of the cell changes; it does not see changes to the code: use --fresh for those."""
     steps = 0 if where.startswith("faults:") else TASKS[where]().steps
     faults = sorted(FAULTS) if where.startswith("faults:") else []
     return f"{zlib.crc32(repr((where, method, size, steps, METHODS[method].settings, faults)).encode()):08x}"

@@ -1,7 +1,7 @@
-"""The faults that StabilityBench injects, as data: adding one is adding one function with `@fault` on it.
+"""The faults that StabilityBench injects, as data. To add one, write a function decorated with `@fault`.
 
-A fault is what happens to the batch and to the gradient at every step; `START` is the first step it may touch. The loss
-that a method sees is that of the batch: it shows a corrupted example, but not what went wrong behind the loss.
+A fault describes what happens to the batch and to the gradient at every step; `START` is the first step it may affect.
+The loss that a method sees is that of the batch: it shows a corrupted example, but not what goes wrong after the loss.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def at(steps: Any, lasting: bool = False, **values: Any) -> Fault:
 
 @fault("no fault")
 def clean() -> Fault:
-    """What all others are compared with."""
+    """The reference for all others."""
     return at(slice(0, 0))
 
 
@@ -93,7 +93,7 @@ def two_spikes() -> Fault:
 
 @fault("x2 for ever")
 def level() -> Fault:
-    """Not a fault: a method must follow."""
+    """Not a fault: a method must follow it."""
     return at(slice(START, None), lasting=True, factor=2.0)
 
 
@@ -118,7 +118,7 @@ def overflow() -> Fault:
 
 @fault("one leaf x1000")
 def leaf() -> Fault:
-    """The rest of the gradient is right."""
+    """The rest of the gradient is correct."""
     return at(START, leaf_factor=1000.0)
 
 
@@ -142,7 +142,7 @@ def many_spikes() -> Fault:
 
 @fault("one device of eight x-1000")
 def device() -> Fault:
-    """Its part of the sum has the wrong sign and size; the loss does not show it."""
+    """Its part of the sum has the wrong sign and magnitude; the loss does not show it."""
     return at(START, device_factor=-1000.0)
 
 
@@ -155,7 +155,7 @@ def micro_clean() -> Fault:
 
 
 def micro_nan() -> Fault:
-    """The second of the four micro-batches of a step holds a NaN."""
+    """The second of the four micro-batches of a step contains a NaN."""
     return at(START + 1, element=np.nan)
 
 
@@ -189,12 +189,12 @@ def corrupt(grads: PyTree, row: Fault) -> PyTree:
 
 
 def weighted_cross_entropy(logits: jax.Array, batch: Any) -> jax.Array:
-    """The mean over examples of a batch that `spoil` made."""
+    """The mean over the examples of a batch that `spoil` has corrupted."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]) * batch[2])
 
 
 def base_task(optimizer: str) -> Task:
-    """The training that faults are injected into: digits, an MLP, a good learning rate."""
+    """The training run into which faults are injected: digits, an MLP, a good learning rate."""
     train, test = digits(centred=True)
     adam = optimizer == "adam"
     return flax_task(

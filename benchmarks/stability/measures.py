@@ -1,4 +1,4 @@
-"""The measures of StabilityBench, from the arrays that the runs leave behind. All on the host, in NumPy."""
+"""The measures of StabilityBench, computed from the arrays of the runs, on the host in NumPy."""
 
 from typing import Any
 

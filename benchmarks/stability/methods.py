@@ -1,4 +1,4 @@
-"""The methods that StabilityBench compares: adding one is adding one function with `@method` on it.
+"""The methods that StabilityBench compares. To add one, write a function decorated with `@method`.
 
 The function takes the optimizer to protect and one setting, and returns a transformation. `settings` are the values
 tried: the first is the published default (ours: the library's), the others the grid. Settings arrive as traced numbers,
@@ -34,7 +34,7 @@ class Method(NamedTuple):
 
     @property
     def accumulated(self) -> Callable[[Transformation, Any], Transformation]:
-        """The same over micro-batches, with what comes with it: `og.accumulate` for ours, else `optax.MultiSteps`."""
+        """The method over micro-batches: with `og.accumulate` for ours, else with `optax.MultiSteps`."""
         if self.group == OURS:
             return lambda optimizer, setting: og.accumulate(self.make(optimizer, setting), EVERY)
         return lambda optimizer, setting: optax.MultiSteps(
@@ -58,9 +58,10 @@ def method(
 
 
 def as_published(rule: og.Rule) -> Transformation:
-    """A rule as its authors' code runs: a gradient that is not finite goes through.
+    """A rule as its authors' code runs it: a non-finite gradient passes through.
 
-    The library's published forms give zeros there. That such a step is not learnt is kept, in the authors' favour.
+    The library's published forms return zeros there. Such a step still does not enter the rule's history, which is in
+    the authors' favour.
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -88,13 +89,13 @@ def none(optimizer: Transformation, setting: Any) -> Transformation:
 
 @method("clip_by_global_norm", OPTAX, "max_norm", NORMS)
 def clip(optimizer: Transformation, setting: Any) -> Transformation:
-    """What is usually done."""
+    """The usual clip."""
     return optax.chain(optax.clip_by_global_norm(setting), optimizer)
 
 
 @method("apply_if_finite(clip)", OPTAX, "max_norm", NORMS)
 def finite(optimizer: Transformation, setting: Any) -> Transformation:
-    """What Optax has for NaN, around it, with the limit of its documentation's example."""
+    """Optax's wrapper for NaN, with the limit from its documentation's example."""
     return optax.apply_if_finite(clip(optimizer, setting), 5)
 
 
@@ -112,7 +113,7 @@ def zclip(optimizer: Transformation, setting: Any) -> Transformation:
 
 @method("AutoClip", PUBLISHED, "percentile", (10.0, 25.0, 50.0, 75.0, 90.0))
 def autoclip(optimizer: Transformation, setting: Any) -> Transformation:
-    """Seetharaman et al. 2020; a history as long as the longest run here, as theirs has no bound."""
+    """Seetharaman et al. 2020; a history as long as the longest run here, because theirs is unbounded."""
     return optax.chain(as_published(og.published.autoclip(setting, 1024)), optimizer)
 
 
@@ -142,14 +143,14 @@ def stable_adamw(optimizer: Transformation, setting: Any) -> Transformation:
 
 @method("spike skipping", PUBLISHED, "deviations", SIGMAS)
 def skipping(optimizer: Transformation, setting: Any) -> Transformation:
-    """OLMo-core, Levanter and MaxText; of the three, MaxText's answer to NaN: the step is skipped."""
+    """OLMo-core, Levanter and MaxText; with MaxText's treatment of NaN: the step is skipped."""
     rule = og.published.skip_spikes(128, setting)
     return og.guard(optimizer, rule, patience=_FOREVER, halt_after=_FOREVER, recorder_rows=1)
 
 
 @method("og.guard alone", OURS)
 def guard(optimizer: Transformation, setting: Any) -> Transformation:
-    """What is not finite is held; nothing else."""
+    """Holds non-finite steps, and does nothing else."""
     del setting
     return og.guard(optimizer, recorder_rows=1)
 
@@ -240,6 +241,6 @@ def stabilize_change(optimizer: Transformation, setting: Any) -> Transformation:
 
 @method("og.stabilize(recovery)", OURS)
 def stabilize_recovery(optimizer: Transformation, setting: Any) -> Transformation:
-    """The preset with the whole ladder: moments reset, learning rate backed off, rewound where the loss diverges."""
+    """The preset with the whole ladder: resets moments, backs off, and rewinds where the loss diverges."""
     del setting
     return og.stabilize(optimizer, recovery=(og.reset_moments(), og.back_off(), og.rewind(every=50)), recorder_rows=1)

@@ -22,7 +22,7 @@ Results = dict[str, Any]
 
 
 def results_file() -> Path:
-    """Where the results of this machine's kind go."""
+    """The results file for this platform."""
     return ROOT / "benchmarks" / "results" / f"stability-{jax.devices()[0].platform}-jax{jax.__version__}.json"
 
 
@@ -38,7 +38,7 @@ def runs_of(results: Results, task: str, setting: str) -> dict[str, Any]:
 
 
 def faults_of(results: Results, base: str) -> dict[str, Any]:
-    """Method -> fault -> what it did."""
+    """Method -> fault -> its results."""
     found = {name: results["cells"].get(f"faults:{base} {name}") for name in METHODS}
     return {name: cell["faults"] for name, cell in found.items() if cell}
 
@@ -103,7 +103,7 @@ def task_table(results: Results, task: str) -> str:
 
 
 def fault_title(name: str) -> str:
-    """How a fault is called."""
+    """The title of a fault."""
     return (FAULTS | MICRO_FAULTS)[name][0]
 
 
@@ -122,12 +122,12 @@ def fault_table(results: Results, base: str) -> str:
 
 
 def compared(gaps: np.ndarray) -> np.ndarray:
-    """What methods are compared by: nothing is worse than an untrained net, or one huge loss would hide all others."""
+    """The gaps by which methods are compared, capped at an untrained net, or one huge loss would hide all others."""
     return np.where(np.isfinite(gaps), np.minimum(gaps, UNTRAINED), np.inf)
 
 
 def gap_text(gaps: np.ndarray, best: bool) -> str:
-    """The gap, or how many runs died."""
+    """The gap, or the number of runs that ended in NaN."""
     dead = int(np.sum(~np.isfinite(gaps)))
     if dead:
         return "NaN" if dead == len(gaps) else f"NaN {dead}/{len(gaps)}"
@@ -150,7 +150,7 @@ def recovery_table(results: Results, base: str) -> str:
 
 
 def where_stabilize_loses(results: Results) -> str:
-    """Every column in which the preset is neither the best nor within the interval of it."""
+    """Every column in which the preset is neither the best nor equal to the best within its interval."""
     lines = []
     for task in present(results):
         for setting in ("default", "tuned"):
@@ -210,12 +210,12 @@ def generated(results: Results) -> str:
 
 
 def write_page(results: Results) -> None:
-    """Puts the tables between the marks of the docs page; the words around them are a person's."""
+    """Puts the tables between the marks of the docs page; the text around them is written by hand."""
     put(PAGE, "tables", generated(results))
 
 
 def table(results: Results) -> str:
-    """What the terminal shows."""
+    """The tables for the terminal."""
     parts = [regret_table(results, "default")] if present(results) else []
     parts += [
         f"{base}, gap in the final loss\n{fault_table(results, base)}" for base in BASES if faults_of(results, base)

@@ -1,7 +1,7 @@
-"""The tasks of StabilityBench: adding one is adding one function with `@task` on it.
+"""The tasks of StabilityBench. To add one, write a function decorated with `@task`.
 
-The function builds a `Task`: real data or the field's own problems, small enough that 35 runs in one `vmap` take some
-ten seconds on one core. The two tasks marked `held_out` were not looked at while `stabilize` was tuned.
+The function builds a `Task` from real data or a standard problem of the field, small enough that 35 runs in one `vmap`
+take about ten seconds on one core. The two tasks marked `held_out` were not run while `stabilize` was tuned.
 """
 
 import functools

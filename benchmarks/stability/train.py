@@ -1,7 +1,7 @@
 """Trains many runs of one task with one method at once: a jitted `scan` over steps of a `vmap` over runs.
 
-Two probes, before and behind the optimizer, tell for any method what it did to a step: the first sees the gradient that
-reached the optimizer, the second the update that left it.
+Two probes, before and after the optimizer, show what any method did to a step: the first sees the gradient that reached
+the optimizer, the second the update that left it.
 """
 
 from collections.abc import Callable
