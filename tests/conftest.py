@@ -1,12 +1,18 @@
 """The settings under which every test runs: strict about dtypes and ranks, on 8 CPU devices."""
 
+import os
 from collections.abc import Iterator
 
 import hangs
 import jax
 import pytest
+from compiling import quick_flags
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first computation starts a backend
+if os.environ.get("COMPILER") != "users":
+    with pytest.MonkeyPatch.context() as patch:  # examples, in processes of their own, compile as users do
+        patch.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *quick_flags()]))
+        jax.jit(lambda: 0)()  # XLA reads its flags once, for the first program
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiling import quick_options
+from compiling import quick_flags
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240  # below pytest's own limit, which would leave the process behind
@@ -22,8 +22,7 @@ def example(
     """`python examples/script arguments`, in a process of its own; `compile_fast` for one that hardly computes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     if compile_fast:
-        flags = [f"--{name}={str(value).lower()}" for name, value in quick_options().items()]
-        environment["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+        environment["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick_flags()])
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, str(ROOT / "examples" / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False)
