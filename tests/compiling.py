@@ -31,7 +31,7 @@ def quick_options() -> dict[str, Any]:
 
 
 def quick_flags() -> list[str]:
-    """The options as XLA's flags, which have to be known before anything is compiled; an unknown one ends the process."""
+    """The options as flags of XLA, to be set before anything is compiled; it ends at one that it does not know."""
     known = QUICK if jax.__version_info__ < (0, 11) else {"xla_backend_optimization_level": 0}
     return [f"--{name}={str(value).lower()}" for name, value in known.items()]
 
