@@ -62,6 +62,7 @@ def dense_hessian(params: Any, batch: Any) -> np.ndarray:
         return np.asarray(quick_jit(jax.hessian(lambda w: loss_fn(unravel(w), batch)))(flat), np.float64)
 
 
+@pytest.mark.slow
 def test_eigenvalues_are_those_of_the_dense_hessian(digits: Any) -> None:
     batch = {"x": digits["x"][:, 20:28], "y": digits["y"]}
     params = make((8, 6, 10))
@@ -119,7 +120,7 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if i else []) for i, n in enumerate(EDGES)])
 def test_the_predicted_edge_separates_stable_from_diverging_learning_rates(name: str, digits: Any) -> None:
     """Full-batch training goes on from where it has settled, with its state, at rates around the edge."""
     make_tx, field = EDGES[name]
@@ -154,6 +155,7 @@ def test_the_predicted_edge_separates_stable_from_diverging_learning_rates(name:
     assert rises.tolist() == [False, False, True, True], (edge, np.nanmax(losses, axis=1), losses[:, 0])
 
 
+@pytest.mark.slow
 def test_nothing_is_claimed_about_an_optimizer_of_unknown_form(digits: Any) -> None:
     small = jax.tree.map(lambda x: x[:16], digits)
     for optimizer in (optax.lion(1e-3), optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation()):

@@ -88,7 +88,8 @@ def test_float16_underflows_without_loss_scaling_and_trains_with_it() -> None:
     assert accuracy[1] > 0.9
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_multi_device_holds_the_steps_with_nan_on_all_devices(processes: int) -> None:
     output = output_of("multi_device.py", "--quick", "--processes", str(processes))
     assert f"8 devices in {processes} process(es); all-reduces in the step: 1" in output
@@ -125,6 +126,7 @@ def test_resume_is_the_same_to_the_bit_after_a_kill() -> None:
     assert checkpoint <= done < total
 
 
+@pytest.mark.slow
 def test_equinox_trains_alike_both_ways() -> None:
     run = example("--quick", script="equinox_mlp.py", compile_fast=True)
     assert run.returncode == 0, run.stderr
@@ -147,6 +149,7 @@ def test_heavy_tails_compares_four_arms_on_two_sets_of_data() -> None:
     assert float(unexplained[1][3].split()[0]) < 1.2
 
 
+@pytest.mark.slow
 def test_guarding_a_running_job_saves_it() -> None:
     run = example("--quick", script="guard_a_running_job.py", compile_fast=True)
     assert run.returncode == 0, run.stderr

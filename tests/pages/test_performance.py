@@ -16,6 +16,7 @@ from benchmarks.performance.page import Record, plain, read_records, regions
 from benchmarks.performance.programs import kernels
 
 
+@pytest.mark.slow
 def test_the_short_run_measures_and_ends_in_the_targets() -> None:
     command = [
         sys.executable,

@@ -45,7 +45,10 @@ LAWS = {
     "autoclip": (1.1, 2.3, 10, 128, 16.0, 56.0),
     "adagc": (1.2, 1.3, 15, 200, 2.8, 8.0),
 }
-each_rule = pytest.mark.parametrize("name", RULES)
+WINDOWED = ("clip_by_median_norm", "autoclip")  # a sort at every step of 200 histories
+each_rule = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in WINDOWED else []) for name in RULES]
+)
 
 
 @functools.cache
