@@ -34,20 +34,20 @@ STEPS, EVENT = 700, 250
 GRID = tuple(np.linspace(-9, 15, 97))  # log norms tried for the threshold of rules that skip, or clip below it
 ONE = (60.0,)
 COLUMNS = {  # the head of the column, and what it is
-    "touched": ("touched (%)", "touched, healthy: mean / worst kind (%)"),
+    "touched": ("touched (%)", "healthy steps touched: mean / worst kind (%)"),
     "touched_20": ("first 20 steps (%)", "the same, first 20 steps (%)"),
     "burst_passed": ("burst: passed", "5 spikes x1e6: passed"),
-    "quiet_passed": ("burst, quiet run", "the same where the noise is small (log deviation 0.05)"),
+    "quiet_passed": ("burst, quiet run", "the same with little noise (log deviation 0.05)"),
     "burst_threshold": ("threshold after", "threshold after them"),
-    "early_passed": ("early burst", "1-5 spikes in steps 2-20: passed, median / 98 %"),
-    "first_spikes": ("first spikes", "first 1-5 norms spikes: steps until within x2"),
+    "early_passed": ("early burst", "1 to 5 spikes in steps 2 to 20: passed, median / 98 %"),
+    "first_spikes": ("first spikes", "the first 1 to 5 norms are spikes: steps until within x2"),
     "up": ("x100 up", "x100 up: steps until within x2"),
     "down": ("/100", "/100: steps until within x2"),
-    "explosion": ("explosion", "x1e6 for good: passed 20 / 50 steps later (median)"),
-    "first_low": ("first low", "first norm x10-1e4 too low: steps until over"),
+    "explosion": ("explosion", "lasting x1e6: passed 20 / 50 steps later (median)"),
+    "first_low": ("first low", "the first norm is too low by x10 to x1e4: steps until recovered"),
     "nan": ("1 % NaN (%)", "1 % NaN or Inf: healthy steps touched (%)"),
-    "real_touched": ("real, touched (%)", "real norms: touched, mean / worst (%)"),
-    "real_passed": ("real, passed", "real norms, 3 spikes x1e6: passed over the usual, median / worst"),
+    "real_touched": ("real, touched (%)", "real norms, steps touched: mean / worst (%)"),
+    "real_passed": ("real, passed", "real norms, 3 spikes x1e6: passed relative to the usual norm, median / worst"),
 }
 
 
