@@ -1,0 +1,70 @@
+"""The documentation as a whole: links, anchors and mentioned files exist, every page is in the menu, names are real."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+import optax_guard as og
+
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if "api" not in page.relative_to(ROOT).parts),
+]
+TAUGHT = {"skip_small"}  # CONTRIBUTING.md shows how to write it
+MODULES = "diagnose|flax|models|preflight|report|smoothing"
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as site generators make them."""
+    titles = [
+        re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    ]
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(prose(file.read_text())), target
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    written = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    assert written == {page for page in menu if not page.startswith("api/")}
+
+
+def test_pages_that_code_mentions_exist() -> None:
+    files = [
+        file for folder in ("optax_guard", "tests", "examples", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+    ]
+    for file in [*files, ROOT / "Makefile", ROOT / "CHANGELOG.md", *PAGES]:
+        for mentioned in re.findall(r"\bdocs/[\w./-]+\.(?:md|png)", file.read_text()):
+            assert (ROOT / mentioned).exists() or "/api/" in mentioned, f"{file.relative_to(ROOT)}: {mentioned}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_on_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    for dotted in re.findall(r"\bog\.((?:[a-z_]+\.)?\w+)", text):
+        thing = og
+        for name in dotted.split("."):
+            if not hasattr(thing, name):
+                assert not inspect.ismodule(thing) or name in TAUGHT, f"og.{dotted}"
+                break  # an attribute of a result, as in og.guard(...).init
+            thing = getattr(thing, name)
+    for module, name in re.findall(rf"\boptax_guard\.({MODULES})\.(\w+)", text):
+        assert hasattr(importlib.import_module(f"optax_guard.{module}"), name), f"optax_guard.{module}.{name}"
