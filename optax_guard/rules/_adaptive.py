@@ -1,18 +1,18 @@
-"""Adaptive clips from the literature, repaired.
+"""Adaptive clips from the literature, with their faults fixed.
 
 ==========  ==========================================  ============================================================
-Function    Threshold                                   What the published method suffers from
+Function    Threshold                                   Faults of the published method
 ==========  ==========================================  ============================================================
-`zclip`     mean + z standard deviations of the norm    never follows a lasting rise; touches 8 % of healthy steps
-`autoclip`  a percentile of all norms so far            touches 90 % of all steps, and reacts ever more slowly
-`adagc`     every leaf's own moving average             touches three steps in four; grows by 0.04 % a step at most
+`zclip`     mean + z standard deviations of the norm    never follows a lasting rise; scales 8 % of healthy steps
+`autoclip`  a percentile of all norms so far            scales 90 % of all steps, and reacts ever more slowly
+`adagc`     every leaf's own moving average             scales three steps in four; grows by at most 0.04 % a step
 ==========  ==========================================  ============================================================
 
-Each is changed so that it obeys the four laws of `_norm_history.py`. The methods as their authors wrote them are in
-`optax_guard.published`. For training prefer `clip_by_norm_history`, which is better than all three in most columns of
+Each is changed to obey the four laws that `clip_by_norm_history` states. The methods as their authors wrote them are in
+`optax_guard.published`. For training, prefer `clip_by_norm_history`, which is better than all three in most columns of
 `benchmarks/norm_histories.py`.
 
-A step that is not finite, and a norm of 0, change no state.
+A step that is not finite and a norm of 0 do not change the state.
 """
 
 import math
@@ -54,11 +54,11 @@ __all__ = [
 
 Mode: TypeAlias = Literal["reciprocal", "mean", "percentile"]
 
-_NARROWEST = 0.1  # the smallest standard deviation of the log norm that `zclip` believes
+_NARROWEST = 0.1  # the smallest standard deviation of the log norm that `zclip` assumes
 
 
 class ZClipState(NamedTuple):
-    """The history of `zclip`: of the log norm, or of the norm in `published.zclip`."""
+    """The history of `zclip`, of the log norm or, in `published.zclip`, of the norm."""
 
     zclip_mean: jax.Array  # f32[]
     zclip_variance: jax.Array  # f32[]
@@ -66,16 +66,16 @@ class ZClipState(NamedTuple):
 
 
 class AutoClipState(NamedTuple):
-    """The history of `autoclip`: log norms, or norms in `published.autoclip`."""
+    """The history of `autoclip`: log norms or, in `published.autoclip`, norms."""
 
-    autoclip_window: jax.Array  # f32[window]: the last norms, a ring
+    autoclip_window: jax.Array  # f32[window]: the last norms, as a ring buffer
     autoclip_seen: jax.Array  # i32[]: finite norms above 0 so far
 
 
 class AdaGCState(NamedTuple):
     """The history of `adagc`."""
 
-    adagc_level: jax.Array  # f32[n_leaves] or f32[]: logarithm of the moving average of the norm
+    adagc_level: jax.Array  # f32[n_leaves] or f32[]: the logarithm of the moving average of the norm
     adagc_seen: jax.Array  # i32[n_leaves] or i32[]: finite norms above 0 so far
 
 
@@ -88,21 +88,21 @@ def zclip(
     max_norm: float | None = None,
     axis_name: AxisName | None = None,
 ) -> Rule:
-    """ZClip, repaired: scale down a gradient whose log norm is far above its moving mean.
+    """Scale down a gradient whose log norm is far above its moving mean (ZClip, with its faults fixed).
 
     x = log ||g||,   z = (x - mean) / deviation
-    where z > z_threshold, x passes as   mean + deviation * z_threshold^2 / z     "reciprocal": the larger it is, the
-                                                                                  less passes (as a norm, times
+    where z > z_threshold, x becomes     mean + deviation * z_threshold^2 / z     "reciprocal": the larger the norm, the
+                                                                                  smaller the result (as a norm, times
                                                                                   clip_factor)
                                          mean                                     "mean"
                                          mean + deviation * z_threshold           "percentile"
 
     Guarantees:
-      - Law 1: a non-finite step changes no field. Alone in a chain it gives zeros; under `guard` it is held.
-      - Law 2: five spikes in a row, of any size, raise the threshold by x1.6, where the noise is wide by at most
-        x6.5 (within the first 20 steps: x150).
-      - Law 3: a lasting change by x100, up or down, is followed to x2 within 200 steps.
-      - Law 4: of steady noise up to a log deviation of 0.7, at most 2.5 % of the steps are touched.
+      - Law 1: a non-finite step changes no field. Outside a guard it gives zeros; under `guard` it is held.
+      - Law 2: five spikes in a row, of any size, raise the threshold by x1.6, and by at most x6.5 if the noise is wide
+        (x150 within the first 20 steps).
+      - Law 3: a lasting change by x100, up or down, is followed to within x2 in 200 steps.
+      - Law 4: with steady noise up to a log deviation of 0.7, at most 2.5 % of the steps are scaled.
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
 
     =====================  =========================================
@@ -110,24 +110,24 @@ def zclip(
     =====================  =========================================
     first step             passes; `max_norm` bounds it
     zero, empty tree       unchanged, changes no field
-    constant norms         never touched
-    NaN or Inf anywhere    zeros alone in a chain, held under `guard`
+    constant norms         never scaled
+    NaN or Inf anywhere    zeros outside a guard, held under `guard`
     =====================  =========================================
 
     Args:
-      z_threshold: in standard deviations, > 0; a number or a 0-d array.
+      z_threshold: the threshold in standard deviations, > 0; a number or a 0-d array.
       mode: what a step above the threshold is scaled to. The paper prefers "reciprocal".
-      clip_factor: in (0, 1], a number or a 0-d array; only in mode "reciprocal". The authors suggest 0.3 to 0.7 where
-        norms are volatile.
-      decay: of the moving mean and variance, in [0, 1).
-      max_norm: None, or a bound on the norm at every step, >= 0, inf for none.
+      clip_factor: a factor in (0, 1], a number or a 0-d array; used only in mode "reciprocal". The authors suggest 0.3
+        to 0.7 if norms are volatile.
+      decay: the decay of the moving mean and variance, in [0, 1).
+      max_norm: an additional bound on the norm at every step, >= 0, or None.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams`, `mode` goes into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list `mode` in `static_args`.
 
     Raises:
-      ValueError: an argument outside its range.
+      ValueError: an argument is outside its range.
 
     Example:
       >>> clip = zclip()
@@ -139,14 +139,15 @@ def zclip(
 
     References:
       Kumar, Owen, Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM pre-training", 2025, arXiv 2504.02507.
-      Deviations: logarithms, so that the noise of wide runs is not a spike; what is learnt is x, clipped to within
-      `z_threshold` deviations on both sides, in every mode, so that the mean follows a rise (the published method
-      learns what it let through, and never follows); a smallest deviation of 0.1; no 1e-6; no warm-up: the first norms
-      weigh 1/(n + 1) in the mean, while the variance begins at what lets x8 through and weighs 1 - decay from the first
-      step on, around the mean before the step; no fixed clip at 1.
+      Deviations: norms are judged by their logarithms, so that wide noise is not a spike. The history is updated with x
+      clipped to within `z_threshold` deviations on both sides, in every mode, so that the mean follows a rise; the
+      published method updates with the scaled norm, and never follows. The deviation is at least 0.1, and there is no
+      1e-6. There is no warm-up: the first norms have a weight of 1/(n + 1) in the mean, while the variance starts at
+      the value that lets x8 pass and has a weight of 1 - decay from the first step on, around the mean before the step.
+      There is no fixed clip at 1.
 
     See Also:
-      `published.zclip`, the authors' own; `clip_by_norm_history`.
+      `published.zclip`, the authors' version; `clip_by_norm_history`.
     """
     name = "zclip"
     z_threshold = validate.scalar(name, "z_threshold", z_threshold, low=0, open_low=True)
@@ -190,39 +191,39 @@ def autoclip(
     max_norm: float | None = None,
     axis_name: AxisName | None = None,
 ) -> Rule:
-    """AutoClip, repaired: scale down to a high percentile of the last norms.
+    """Scale the gradient down to a high percentile of the last norms (AutoClip, with its faults fixed).
 
     g <- g * min(1, P_percentile(||g_1||, ..., ||g_n||) / ||g||)           n <= window norms before this one
 
     Guarantees:
-      - Law 1: a non-finite step changes no field. Alone in a chain it gives zeros; under `guard` it is held.
-      - Law 2: five spikes in a row, of any size, move the threshold by at most x2.3, and from the second step on never
-        above the largest norm that is no spike.
+      - Law 1: a non-finite step changes no field. Outside a guard it gives zeros; under `guard` it is held.
+      - Law 2: five spikes in a row, of any size, move the threshold by at most x2.3 and, from the second step on, never
+        above the largest norm that is not a spike.
       - Law 3: a lasting change, up or down, is followed within `window` steps.
-      - Law 4: of steady noise about (100 - `percentile`) per cent of the steps are touched, by definition (12 to 16 %
-        of the first 500 steps by default; of the first 20 half).
+      - Law 4: with steady noise, about (100 - `percentile`) per cent of the steps are scaled, by definition (by default
+        12 to 16 % of the first 500 steps, and half of the first 20).
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
 
     =====================  =========================================
     Case                   Result
     =====================  =========================================
     first step             passes; `max_norm` bounds it
-    zero, empty tree       unchanged, changes no field
-    constant norms         never touched
-    NaN or Inf anywhere    zeros alone in a chain, held under `guard`
+    zero, empty tree       unchanged, and no field changes
+    constant norms         never scaled
+    NaN or Inf anywhere    zeros outside a guard, held under `guard`
     =====================  =========================================
 
     Args:
-      percentile: in (0, 100); a number or a 0-d array.
-      window: norms to remember, >= 12; static.
-      max_norm: None, or a bound on the norm at every step, >= 0, inf for none.
+      percentile: the percentile of the window, in (0, 100); a number or a 0-d array.
+      window: the number of norms to remember, >= 12; static.
+      max_norm: an additional bound on the norm at every step, >= 0, or None.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams`, `window` goes into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list `window` in `static_args`.
 
     Raises:
-      ValueError: an argument outside its range.
+      ValueError: an argument is outside its range.
 
     Example:
       >>> clip = autoclip()
@@ -234,13 +235,13 @@ def autoclip(
 
     References:
       Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source separation networks", 2020,
-      arXiv 2007.14469. Deviations: the percentile is 90 and not 10; the history ends after `window` norms; the norm
-      judged is not part of its own history; the percentile is taken of logarithms, and never among the five largest
-      norms; no 1e-6 in the division; non-finite and zero norms are not learnt.
+      arXiv 2007.14469. Deviations: the percentile is 90 and not 10; the history is limited to `window` norms; the
+      judged norm is not part of its own history; the percentile is taken of logarithms and is never one of the five
+      largest norms; there is no 1e-6 in the division; non-finite and zero norms do not enter the history.
 
     See Also:
-      `published.autoclip`, the authors' own; `clip_by_median_norm`: a multiple of the median instead of a high
-      percentile.
+      `published.autoclip`, the authors' version; `clip_by_median_norm`, which uses a multiple of the median instead of
+      a high percentile.
     """
     name = "autoclip"
     percentile = validate.scalar(name, "percentile", percentile, low=0, high=100, open_low=True, open_high=True)
@@ -280,42 +281,42 @@ def adagc(
     max_norm: float | None = None,
     axis_name: AxisName | None = None,
 ) -> Rule:
-    """AdaGC, repaired: scale every leaf down to `ratio` times the moving average of its norm.
+    """Scale every leaf down to `ratio` times the moving average of its norm (AdaGC, with its faults fixed).
 
     g_i  <- g_i * min(1, ratio * c_i / ||g_i||)
     log c_i <- log c_i + w * min(log ||g_i|| - log c_i, log ratio),        w = max(1 - decay, 1 / (n + 1))
 
     Guarantees:
-      - Law 1: a non-finite step changes no field of any leaf. Alone it gives zeros; under `guard` it is held.
+      - Law 1: a non-finite step changes no field of any leaf. Outside a guard it gives zeros; under `guard` it is held.
       - Law 2: five spikes in a row, of any size, raise the threshold by at most ratio^(5 (1 - decay)), by default x1.15
         (x15 within the first 20 steps).
-      - Law 3: a lasting change by x100, up or down, is followed to x2 within 190 steps.
-      - Law 4: of steady noise up to a log deviation of 0.7, at most 2.8 % of the steps are touched, of the
-        first 20 8 %.
+      - Law 3: a lasting change by x100, up or down, is followed to within x2 in 190 steps.
+      - Law 4: with steady noise up to a log deviation of 0.7, at most 2.8 % of the steps are scaled (8 % of the first
+        20).
       - Multiplying all gradients by a constant changes no scale by more than 1e-4.
 
     =======================  =========================================
     Case                     Result
     =======================  =========================================
     first step               passes; `max_norm` bounds it
-    zero gradient or leaf    unchanged, changes no field of that leaf
-    constant norms           never touched
-    NaN or Inf in any leaf   zeros alone in a chain, held under `guard`
+    zero gradient or leaf    unchanged, and no field of it changes
+    constant norms           never scaled
+    NaN or Inf in any leaf   zeros outside a guard, held under `guard`
     =======================  =========================================
 
     Args:
-      ratio: what passes, in averages, > 1; a number or a 0-d array.
-      decay: of the moving average, in [0, 1).
-      scope: "leaf" as in the paper, or "tree" (theirs is called AdaGC-Global).
-      max_norm: None, or a bound on the norm (of each leaf, with `scope="leaf"`) at every step, >= 0, inf for none.
+      ratio: the limit relative to the average, > 1; a number or a 0-d array.
+      decay: the decay of the moving average, in [0, 1).
+      scope: "leaf" as in the paper, or "tree" (AdaGC-Global in the paper).
+      max_norm: an additional bound on the norm (of each leaf, with `scope="leaf"`) at every step, >= 0, or None.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams`, `scope` goes into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list `scope` in `static_args`.
 
     Raises:
-      ValueError: an argument outside its range; with `scope="leaf"`, gradients with another number of leaves than the
-        parameters given to `init`.
+      ValueError: an argument is outside its range or, with `scope="leaf"`, the gradient and the parameters given to
+        `init` differ in their number of leaves.
 
     Example:
       >>> clip = adagc()
@@ -327,13 +328,14 @@ def adagc(
 
     References:
       Wang, Li, et al., "AdaGC: improving training stability for large language model pretraining", 2025, arXiv
-      2502.11034, algorithm 1. Deviations: ratio 4 instead of 1.04, which touches three steps in four and follows a
-      doubling in 1700 steps; the average is one of logarithms; no 1e-6 in the division; no warm-up, the first norms
-      weigh 1/(n + 1); non-finite steps and zero leaves are not learnt.
+      2502.11034, algorithm 1. Deviations: the ratio is 4 instead of 1.04, which scales three steps in four and follows
+      a doubling in 1700 steps; the average is taken of logarithms; there is no 1e-6 in the division; there is no
+      warm-up, and the first norms have a weight of 1/(n + 1); non-finite steps and zero leaves do not enter the
+      history.
 
     See Also:
-      `published.adagc`, the authors' own; `clip_by_norm_history(scope="leaf")`: its ratio is learnt from the noise of
-      each leaf.
+      `published.adagc`, the authors' version; `clip_by_norm_history(scope="leaf")`, whose ratio follows from the noise
+      of each leaf.
     """
     name = "adagc"
     settled = 1 - validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
@@ -365,7 +367,7 @@ def adagc(
 def spike_and_target(
     x: jax.Array, mean: jax.Array, deviation: jax.Array, z: jax.Array, limit: jax.Array, mode: Mode
 ) -> tuple[jax.Array, jax.Array]:
-    """ZClip: whether x is a spike, and what passes of it if it is, before the clip factor."""
+    """Whether x is a spike in ZClip, and its target value if it is, before the clip factor."""
     if mode == "percentile":
         threshold = mean + deviation * limit
         return x > threshold, threshold
@@ -374,14 +376,14 @@ def spike_and_target(
 
 
 def empty_autoclip_state(window: int) -> AutoClipState:
-    """A history without a norm."""
+    """A history without norms."""
     return AutoClipState(autoclip_window=jnp.zeros(window, jnp.float32), autoclip_seen=jnp.zeros((), jnp.int32))
 
 
 def _learnt(state: ZClipState, mean: jax.Array, learnt: jax.Array, settled: jax.Array) -> ZClipState:
-    """The state of `zclip` after one more value; `mean` is the one before it."""
+    """The state of `zclip` after one more value; `mean` is the mean before it."""
     weight = jnp.maximum(settled, 1 / (state.zclip_seen.astype(jnp.float32) + 1))
-    # Around the old mean, and at no more than the settled weight: a young variance fed with spikes explodes by itself.
+    # Around the old mean, and with at most the settled weight, since spikes would make a young variance explode.
     variance = state.zclip_variance + settled * (jnp.square(learnt - mean) - state.zclip_variance)
     return ZClipState(
         zclip_mean=mean + weight * (learnt - mean),

@@ -1,17 +1,17 @@
-"""Rules as their authors wrote them, to compare with the papers and to measure what a repair changes.
+"""Rules as their authors wrote them, to compare with the papers and with the rules that fix their faults.
 
 ===============  ===========================================  ========================================================
-Function         Threshold                                    What goes wrong
+Function         Threshold                                    Faults
 ===============  ===========================================  ========================================================
 `zclip`          mean + z standard deviations of the norm     a lasting rise is never followed
-`autoclip`       a percentile of all norms so far             touches 90 % of all steps, and reacts ever more slowly
-`adagc`          1.04 times every leaf's own moving average   touches three steps in four; follows a doubling in 1700
+`autoclip`       a percentile of all norms so far             scales 90 % of all steps, and reacts ever more slowly
+`adagc`          1.04 times every leaf's own moving average   scales three steps in four; follows a doubling in 1700
 `skip_spikes`    mean + 6 standard deviations of 128 values   one spike hides the next; one NaN refuses 128 steps
 ===============  ===========================================  ========================================================
 
-They follow the authors' programs down to the place of every epsilon, with the authors' settings as defaults; where
-there is no program, the paper. Two things differ everywhere: no state ever holds a NaN, and a history fits into a step.
-For training take the functions of the same names in `optax_guard`.
+They follow the authors' code down to the place of every epsilon, with the authors' settings as defaults, or the paper
+if there is no code. They differ in two ways: no state ever holds a NaN, and every history has a fixed size. For
+training, use the functions of the same names in `optax_guard`.
 """
 
 from typing import Any, NamedTuple
@@ -51,16 +51,16 @@ from optax_guard.rules._window import (
 __all__ = ["PublishedSpikeState", "adagc", "autoclip", "skip_spikes", "zclip"]
 
 _LARGEST = 1e18  # a norm that can be squared in float32
-_LARGEST_LOG = 88.0  # of a float32
-_SMALLEST_LOG = -200.0  # of a scale: 0 in float32, and still a finite number in the state
-_EPS = 1e-6  # what the authors of all three clips add to the norm that they divide by
+_LARGEST_LOG = 88.0  # the largest logarithm of a float32
+_SMALLEST_LOG = -200.0  # the smallest logarithm of a scale: 0 in float32, but still a finite number in the state
+_EPS = 1e-6  # the authors of all three clips add this to the norm by which they divide
 
 
 class PublishedSpikeState(NamedTuple):
-    """The history of `published.skip_spikes`: one row for each signal it judges, the loss before the norm."""
+    """The history of `published.skip_spikes`, with a row for each judged signal, the loss before the norm."""
 
-    published_spike_window: jax.Array  # f32[signals, window]: the last values, a ring
-    published_spike_total: jax.Array  # i32[signals]: how many there were; a place in the ring once it is full
+    published_spike_window: jax.Array  # f32[signals, window]: the last values, as a ring buffer
+    published_spike_total: jax.Array  # i32[signals]: the number of values, or the place in the ring once it is full
 
 
 # ZClip
@@ -77,7 +77,7 @@ def zclip(
     skip_update_on_spike: bool = False,
     axis_name: AxisName | None = None,
 ) -> Rule:
-    """ZClip: scale down a gradient whose norm is more than `z_threshold` deviations above its moving mean.
+    """Scale down a gradient whose norm is more than `z_threshold` deviations above its moving mean (ZClip).
 
     x = ||g||,   z = (x - mean) / (deviation + 1e-6)
     where z > z_threshold, p =   clip_factor * (mean + deviation * z_threshold^2 / z)        "reciprocal"
@@ -87,36 +87,37 @@ def zclip(
     g <- g * min(1, min(p, max_norm) / (x + 1e-6))                                           if min(p, max_norm) < x
     mean <- decay * mean + (1 - decay) * p,   variance <- decay * variance + (1 - decay) * (p - mean)^2
 
-    The first `warmup` norms set mean and variance, and are clipped to `max_norm` alone.
+    The first `warmup` norms set the mean and the variance, and are clipped only to `max_norm`.
 
-    What goes wrong:
-      - A lasting rise is never followed: p is learnt, and p is what passed.
-      - After constant norms the deviation is 0, and the smallest bump is clipped.
-      - Of steady noise up to 8 % of the steps are touched, and with `max_norm` = 1 every step whose norm exceeds 1.
+    Faults:
+      - A lasting rise is never followed, since the history is updated with the scaled norm p.
+      - After constant norms the deviation is 0, and the smallest increase is clipped.
+      - With steady noise, up to 8 % of the steps are scaled, and with `max_norm` = 1 every step whose norm exceeds 1.
 
     =====================  =====================================================
     Case                   Result
     =====================  =====================================================
     first `warmup` steps   clipped to `max_norm`
-    zero, empty tree       unchanged, changes no field
-    NaN or Inf anywhere    zeros alone in a chain, held under `guard`; not learnt
+    zero, empty tree       unchanged, and no field changes
+    NaN or Inf anywhere    zeros outside a guard, held under `guard`; no field
+                           changes
     =====================  =====================================================
 
     Args:
-      z_threshold: in standard deviations, > 0; a number or a 0-d array.
+      z_threshold: the threshold in standard deviations, > 0; a number or a 0-d array.
       mode: what a step above the threshold is scaled to. The paper prefers "reciprocal".
-      clip_factor: in (0, 1], a number or a 0-d array; only in mode "reciprocal".
-      decay: of the moving mean and variance, in [0, 1).
+      clip_factor: a factor in (0, 1], a number or a 0-d array; used only in mode "reciprocal".
+      decay: the decay of the moving mean and variance, in [0, 1).
       max_norm: a bound on the norm at every step, >= 0, inf for none.
-      warmup: norms before the first judgement, >= 2.
-      skip_update_on_spike: a step above the threshold changes neither mean nor variance.
+      warmup: the number of norms before the first judgement, >= 2.
+      skip_update_on_spike: whether a step above the threshold leaves the mean and the variance unchanged.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams`, `mode`, `warmup` and `skip_update_on_spike` go into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list `mode`, `warmup` and `skip_update_on_spike` in `static_args`.
 
     Raises:
-      ValueError: an argument outside its range.
+      ValueError: an argument is outside its range.
 
     Example:
       >>> clip = zclip(warmup=3, max_norm=jnp.inf)
@@ -128,10 +129,10 @@ def zclip(
 
     References:
       Kumar, Owen, Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM pre-training", 2025, arXiv 2504.02507, and
-      the authors' code. Deviations: non-finite and zero norms are not learnt; norms count as 1e18 at most.
+      the authors' code. Deviations: non-finite and zero norms do not enter the history; norms count as at most 1e18.
 
     See Also:
-      `optax_guard.zclip`, repaired.
+      `optax_guard.zclip`, which fixes the faults.
     """
     name = "published.zclip"
     z_threshold = validate.scalar(name, "z_threshold", z_threshold, low=0, open_low=True)
@@ -179,7 +180,7 @@ def zclip(
 
 
 def _zclip_learnt(state: ZClipState, passed: jax.Array, young: jax.Array, settled: jax.Array) -> ZClipState:
-    """In the warm-up the mean and population variance of all norms so far, after it moving ones of what passed."""
+    """The mean and population variance of all norms during warm-up; afterwards moving ones of the scaled norms."""
     weight = jnp.where(young, 1 / (state.zclip_seen.astype(jnp.float32) + 1), settled)
     mean = state.zclip_mean + weight * (passed - state.zclip_mean)
     square = jnp.where(young, (passed - mean) * (passed - state.zclip_mean), jnp.square(passed - mean))
@@ -191,32 +192,33 @@ def _zclip_learnt(state: ZClipState, passed: jax.Array, young: jax.Array, settle
 
 
 def autoclip(percentile: float = 10.0, window: int = 1000, *, axis_name: AxisName | None = None) -> Rule:
-    """AutoClip: scale down to a low percentile of the norms so far.
+    """Scale the gradient down to a low percentile of the norms so far (AutoClip).
 
-    g <- g * min(1, P_percentile(||g_1||, ..., ||g_n||) / (||g_n|| + 1e-6))          this norm, g_n, among them
+    g <- g * min(1, P_percentile(||g_1||, ..., ||g_n||) / (||g_n|| + 1e-6))          including the current norm, g_n
 
-    What goes wrong:
-      - With the authors' percentile nine steps in ten are scaled down: it normalises more than it clips.
+    Faults:
+      - With the authors' percentile, nine steps in ten are scaled down: it normalises more than it clips.
       - The longer the history, the less it reacts to a lasting change.
 
     =====================  =====================================================
     Case                   Result
     =====================  =====================================================
-    first step             times ||g|| / (||g|| + 1e-6), like all that passes
-    zero, empty tree       unchanged, changes no field
-    NaN or Inf anywhere    zeros alone in a chain, held under `guard`; not learnt
+    first step             times ||g|| / (||g|| + 1e-6), like every other step
+    zero, empty tree       unchanged, and no field changes
+    NaN or Inf anywhere    zeros outside a guard, held under `guard`; no field
+                           changes
     =====================  =====================================================
 
     Args:
-      percentile: in (0, 100); a number or a 0-d array.
-      window: norms to remember, >= 1; static.
+      percentile: the percentile of the history, in (0, 100); a number or a 0-d array.
+      window: the number of norms to remember, >= 1; static.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams`, `window` goes into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list `window` in `static_args`.
 
     Raises:
-      ValueError: an argument outside its range.
+      ValueError: an argument is outside its range.
 
     Example:
       >>> clip = autoclip()
@@ -228,12 +230,12 @@ def autoclip(percentile: float = 10.0, window: int = 1000, *, axis_name: AxisNam
 
     References:
       Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source separation networks", 2020,
-      arXiv 2007.14469, and the authors' code. Deviations: the history ends after `window` norms, since it must fit into
-      a step (the paper's grows without bound; the authors' later package keeps 1000 by default); non-finite and zero
-      norms are not learnt.
+      arXiv 2007.14469, and the authors' code. Deviations: the history is limited to `window` norms, since its size must
+      be fixed (in the paper it grows without bound; the authors' later package keeps 1000 by default); non-finite and
+      zero norms do not enter the history.
 
     See Also:
-      `optax_guard.autoclip`, repaired.
+      `optax_guard.autoclip`, which fixes the faults.
     """
     name = "published.autoclip"
     percentile = validate.scalar(name, "percentile", percentile, low=0, high=100, open_low=True, open_high=True)
@@ -276,39 +278,40 @@ def adagc(
     warmup: int = 100,
     axis_name: AxisName | None = None,
 ) -> Rule:
-    """AdaGC: scale every leaf down to `ratio` times the moving average of its norm.
+    """Scale every leaf down to `ratio` times the moving average of its norm (AdaGC).
 
     g_i <- g_i * min(1, max_norm / (||g|| + 1e-6)),    c_i <- min(c_i, ||g_i||)               for `warmup` steps; then
     g_i <- g_i * ratio * c_i / (||g_i|| + 1e-6)        where ||g_i|| > ratio * c_i
     c_i <- decay * c_i + (1 - decay) * min(||g_i||, ratio * c_i)
 
-    What goes wrong:
-      - Three steps in four are touched.
-      - It grows by 0.04 % a step at most: a doubling is followed in 1700 steps.
-      - Constant norms above `max_norm` are held to what the warm-up let through, times 1.04 at first.
+    Faults:
+      - Three steps in four are scaled.
+      - The average grows by at most 0.04 % a step: a doubling is followed in 1700 steps.
+      - Constant norms above `max_norm` are at first limited to 1.04 times the clipped norms of the warm-up.
 
     =======================  =====================================================
     Case                     Result
     =======================  =====================================================
     first `warmup` steps     the whole gradient is clipped to `max_norm`
-    zero gradient or leaf    unchanged, changes no field of that leaf
-    NaN or Inf in any leaf   zeros alone in a chain, held under `guard`; not learnt
+    zero gradient or leaf    unchanged, and no field of it changes
+    NaN or Inf in any leaf   zeros outside a guard, held under `guard`; no field
+                             changes
     =======================  =====================================================
 
     Args:
-      ratio: what passes, in averages, > 1; a number or a 0-d array.
-      decay: of the moving average, in [0, 1).
-      scope: "leaf" as in the paper, or "tree" (theirs is called AdaGC-Global).
-      max_norm: lambda_abs, the bound on the global norm during the warm-up, >= 0, inf for none.
-      warmup: steps before the first judgement, >= 1.
+      ratio: the limit relative to the average, > 1; a number or a 0-d array.
+      decay: the decay of the moving average, in [0, 1).
+      scope: "leaf" as in the paper, or "tree" (AdaGC-Global in the paper).
+      max_norm: lambda_abs, the bound on the global norm during warm-up, >= 0, inf for none.
+      warmup: the number of steps before the first judgement, >= 1.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams`, `scope` and `warmup` go into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list `scope` and `warmup` in `static_args`.
 
     Raises:
-      ValueError: an argument outside its range; with `scope="leaf"`, gradients with another number of leaves than the
-        parameters given to `init`.
+      ValueError: an argument is outside its range or, with `scope="leaf"`, the gradient and the parameters given to
+        `init` differ in their number of leaves.
 
     Example:
       >>> clip = adagc(warmup=3, max_norm=jnp.inf)
@@ -320,12 +323,12 @@ def adagc(
 
     References:
       Wang, Li, et al., "AdaGC: improving training stability for large language model pretraining", 2025, arXiv
-      2502.11034, algorithm 1, and the authors' code, whose settings these are (the first version of the paper and the
-      ports to other libraries have 1.05 and 0.98). Deviations: non-finite steps and zero leaves are not learnt (a zero
-      leaf in the warm-up would be clipped to zero for ever), nor counted in the leaf's warm-up.
+      2502.11034, algorithm 1, and the authors' code, whose settings are the defaults (the first version of the paper
+      and ports to other libraries have 1.05 and 0.98). Deviations: non-finite steps and zero leaves neither enter the
+      history nor count in the leaf's warm-up (a leaf that is zero during warm-up would be clipped to zero for ever).
 
     See Also:
-      `optax_guard.adagc`, repaired.
+      `optax_guard.adagc`, which fixes the faults.
     """
     name = "published.adagc"
     settled = 1 - validate.scalar(name, "decay", decay, low=0, high=1, open_high=True)
@@ -360,9 +363,9 @@ def adagc(
 def _adagc_warm_up(
     seen: Observation, whole: Observation, state: AdaGCState, cap: jax.Array, scope: Scope
 ) -> tuple[jax.Array, jax.Array]:
-    """The scale and the smallest norm so far. Logarithms, here and below: they neither overflow nor vanish."""
+    """The scale and the smallest norm so far, as logarithms here and below, which do not overflow or vanish."""
     absolute = jnp.clip(cap - _plus_eps(whole.log_norm), _SMALLEST_LOG, 0)
-    # Their leaves are measured after the clip, the whole gradient is not.
+    # The authors measure leaves after the clip, but the whole gradient before it.
     clipped = seen.log_norm + (absolute if scope == "leaf" else jnp.clip(cap - whole.log_norm, _SMALLEST_LOG, 0))
     return absolute, jnp.where(state.adagc_seen == 0, clipped, jnp.minimum(state.adagc_level, clipped))
 
@@ -370,7 +373,7 @@ def _adagc_warm_up(
 def _adagc_settled(
     seen: Observation, state: AdaGCState, settled: jax.Array, log_ratio: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The scale and the average: c <- decay c + (1 - decay) min(||g||, ratio c)."""
+    """The scale and the average, c <- decay c + (1 - decay) min(||g||, ratio c)."""
     residual = seen.log_norm - state.adagc_level
     scale = jnp.where(residual > log_ratio, log_ratio + state.adagc_level - _plus_eps(seen.log_norm), 0)
     growth = jnp.expm1(jnp.minimum(residual, log_ratio))
@@ -381,45 +384,45 @@ def _plus_eps(log_norm: jax.Array) -> jax.Array:
     return jnp.logaddexp(log_norm, jnp.log(number(_EPS)))
 
 
-# Skipping of OLMo-core, MaxText and Levanter
+# Skipping in OLMo-core, MaxText and Levanter
 
 
 def skip_spikes(
     window: int = 128, deviations: float = 6.0, *, on: Signal = "auto", axis_name: AxisName | None = None
 ) -> Rule:
-    """Hold every step whose loss or gradient norm is `deviations` standard deviations above its mean.
+    """Hold every step whose loss or gradient norm is more than `deviations` standard deviations above its mean.
 
     skip if x > mean + deviations * std         of the last `window` values, for x = the loss, or x = ||g||_2
 
-    with the unbiased standard deviation, from half a window of values on, the one to be judged among them.
+    The standard deviation is unbiased. Judging starts at half a window of values, including the one to be judged.
 
-    What goes wrong:
-      - Refused values stay in the window: after a lone spike A everything below 0.54 A passes for `window` steps.
-      - One NaN refuses the next `window` steps.
-      - With the default window the first 63 steps are never refused.
+    Faults:
+      - Refused values stay in the window: after a single spike A, everything below 0.54 A passes for `window` steps.
+      - One NaN causes the next `window` steps to be refused.
+      - With the default window, the first 63 steps are never refused.
 
     ===================================  ===========================================================
     Case                                 Result
     ===================================  ===========================================================
     first `window` / 2 - 1 steps         pass
-    loss or gradient NaN or Inf          skipped; so is what follows, while it is in the window
-    constant history                     whatever is larger is a spike
+    loss or gradient NaN or Inf          skipped, as are all steps while it is in the window
+    constant history                     any larger value is a spike
     zero gradient                        a norm like any other
     no `value=`, `on` "auto" or "norm"   the norm alone is judged
     no `value=`, `on` "loss" or "both"   ValueError when traced
     ===================================  ===========================================================
 
     Args:
-      window: how many values are remembered (>= 2).
-      deviations: how far above the mean a spike is, > 0, a number or a 0-d array.
-      on: "loss", "norm", "both", or "auto": both where the loss is passed as `value=`, else the norm.
+      window: the number of values to remember (>= 2).
+      deviations: the distance of a spike from the mean, in standard deviations, > 0; a number or a 0-d array.
+      on: "loss", "norm", "both", or "auto": both if the loss is passed as `value=`, else the norm.
       axis_name: as in `gradient_statistics`; the loss is averaged over the axis.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams` all arguments but `deviations` go into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list all arguments except `deviations` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; `value=` missing where it is needed, or not a scalar.
+      ValueError: a static argument is invalid, or `value=` is needed but missing, or is not a scalar.
 
     Example:
       >>> skip = skip_spikes(window=8, on="loss")
@@ -435,12 +438,12 @@ def skip_spikes(
 
     References:
       OLMo-core, `SkipStepOptimizer`, 2024; MaxText, `skip_step_on_spikes`. Deviations: a skip selects instead of
-      multiplying with 0, which writes NaN; NaN is kept as a code, so that the state stays finite (it refuses as many
-      steps as a NaN would). Levanter's `skip_bad_steps` judges from 64 values on, by the population's standard
-      deviation, at least 1e-6, of the last `window` + 1.
+      multiplying by 0, which would write NaN; NaN is stored as a code, so that the state stays finite, and refuses as
+      many steps as a NaN would. Levanter's `skip_bad_steps` judges from 64 values on, by the population's standard
+      deviation of the last `window` + 1 values, but at least 1e-6.
 
     See Also:
-      `optax_guard.skip_spikes`, repaired.
+      `optax_guard.skip_spikes`, which fixes the faults.
     """
     name = "published.skip_spikes"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)

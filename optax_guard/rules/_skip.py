@@ -3,14 +3,14 @@
 =====================  ============================================================================
 Function               Holds a step
 =====================  ============================================================================
-`skip_nonfinite`       with a NaN or Inf; `guard` does so anyway, so this is for use alone in a chain
+`skip_nonfinite`       with a NaN or Inf; for use without `guard`, which always does so
 `skip_large`           whose gradient norm exceeds a fixed bound
-`skip_spikes`          whose loss or gradient norm is far above what it has been of late
+`skip_spikes`          whose loss or gradient norm is far above its recent history
 =====================  ============================================================================
 
-Under `guard` a skipped step leaves no trace. Alone in `optax.chain` a rule can only return zero updates: what follows
-in the chain still advances (Adam's moments decay, schedules count, weight decay acts). A rule that skips goes before
-the rules that scale: after a clip it sees only clipped norms.
+Under `guard` a skipped step leaves no trace. In `optax.chain` a rule can only return zero updates, and what follows in
+the chain still advances (Adam's moments decay, schedules count, weight decay acts). A rule that skips goes before the
+rules that scale, since after a clip it would see only clipped norms.
 """
 
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -40,35 +40,35 @@ __all__ = [
 
 Signal: TypeAlias = Literal["auto", "loss", "norm", "both"]
 
-# A loss within 5 % of its level and a norm within x2 of its level are never spikes, however quiet the history.
+# A loss within 5 % of its level and a norm within x2 of its level are never spikes, however steady the history.
 _LEAST_LOSS = 0.05
 _LEAST_LOG_NORM = 0.6931472
 
 
 class SpikeState(NamedTuple):
-    """What `skip_spikes` remembers: one row for each signal it judges, the loss before the norm (as its logarithm)."""
+    """The history of `skip_spikes`, with a row for each judged signal: the loss, then the logarithm of the norm."""
 
     spike_accepted: jax.Array  # f32[signals, window]: the last values of steps that were not refused
     spike_recent: jax.Array  # f32[signals, 2 * accept_after - 1]: the last finite values
-    spike_accepted_total: jax.Array  # i32[signals]: how many were accepted; a place in the ring once it is full
+    spike_accepted_total: jax.Array  # i32[signals]: accepted values, or the place in the ring once it is full
     spike_recent_total: jax.Array  # i32[signals]
 
 
 def skip_nonfinite(*, axis_name: AxisName | None = None) -> Rule:
     """Hold every step whose gradient has a NaN or an Inf anywhere.
 
-    g <- g if all g_j are finite, else 0          (alone; under `guard` the step leaves no trace)
+    g <- g if all g_j are finite, else 0          (outside a guard; under `guard` the step leaves no trace)
 
     Guarantees:
       - Nothing non-finite passes.
-      - A finite gradient is returned bit for bit, also one so large that its norm overflows.
+      - A finite gradient is returned bit for bit, even if it is so large that its norm overflows.
 
     =====================  =====================================
     Case                   Result
     =====================  =====================================
     NaN or Inf anywhere    all zeros
     zero, empty tree       unchanged
-    finite 1e30            unchanged (under `guard`: held)
+    finite 1e30            unchanged (held under `guard`)
     =====================  =====================================
 
     Args:
@@ -101,11 +101,11 @@ def skip_nonfinite(*, axis_name: AxisName | None = None) -> Rule:
 def skip_large(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None) -> Rule:
     """Hold every step whose gradient norm exceeds `max_norm`.
 
-    g <- g if ||g||_2 <= max_norm, else 0         (alone; under `guard` the step leaves no trace)
+    g <- g if ||g||_2 <= max_norm, else 0         (outside a guard; under `guard` the step leaves no trace)
 
     Guarantees:
-      - Nothing of norm above `max_norm`, and nothing non-finite, passes (under `guard`: but for the one step in
-        `patience` + 1 that is let through, so that a bound set too low cannot stop a run).
+      - No gradient that is non-finite or whose norm exceeds `max_norm` passes. Under `guard`, a finite one in every
+        `patience` + 1 is let through, so that a bound set too low cannot stop a run.
       - A gradient within the bound is returned bit for bit.
 
     ==========================  =======================================
@@ -115,12 +115,12 @@ def skip_large(max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None)
     zero, empty tree            unchanged
     norm equal to `max_norm`    unchanged
     schedule or array below 0   as 0
-    schedule or array NaN       all zeros: nothing is known to be within
+    schedule or array NaN       all zeros, since no norm is within NaN
     ==========================  =======================================
 
     Args:
-      max_norm: bound on the L2 norm of the whole gradient, >= 0: a number, a 0-d array (traced or not), or a schedule
-        of this rule's own step count.
+      max_norm: the bound on the L2 norm of the whole gradient, >= 0: a number, a 0-d array (traced or not), or a
+        schedule of this rule's own step count.
       axis_name: as in `gradient_statistics`.
 
     Returns:
@@ -160,54 +160,54 @@ def skip_spikes(
     accept_after: int = 8,
     axis_name: AxisName | None = None,
 ) -> Rule:
-    """Hold every step whose loss or gradient norm is a spike above its own history.
+    """Hold every step whose loss or gradient norm is a spike relative to its own history.
 
     skip if x > limit for x = the loss, or x = log ||g||_2;  over the last `window` values of accepted steps
 
         limit = q50 + max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), least)
 
-    with `least` 5 % of |q50| for the loss and log 2 for the norm. Once more than half of the last 2 * accept_after - 1
-    values, accepted or not, lie above it, that is no spike but a new level, and the limit is measured from there: their
+    with `least` = 5 % of |q50| for the loss and log 2 for the norm. If more than half of the last 2 * accept_after - 1
+    values, accepted or not, lie above the limit, they are a new level and not a spike. The limit then becomes their
     median + max(deviations * 1.48 * MAD, the margin above).
 
     Guarantees:
-      - Nothing that is not finite enters the history, and a non-finite loss or gradient changes none of it.
-      - Up to `accept_after` - 1 refused spikes within 2 * accept_after - 1 steps, of any size, change later limits by
-        nothing.
-      - A lasting rise, of any size, is followed after `accept_after` refused steps where the noise is small against it,
-        fewer than the default `patience` of `guard`. Wide noise takes longer: x10 and x100 within 19 (norm) or 29
-        (loss) refused steps in the worst of 800 histories. A lasting fall is followed within `window` steps, refusing
-        none.
-      - On steady noise, from the first step on, at most 0.3 % of healthy steps are refused by the norm and 0.7 % by the
-        loss (log-sd up to 0.7); by a loss with tails so long that published rules refuse 0.8 %, 1.5 %. The first
-        2 * accept_after - 1 steps (15) are never refused.
-      - The verdict on the norm does not change if all norms are multiplied by a number, nor that on the loss.
+      - Nothing that is not finite enters the history, and a non-finite loss or gradient does not change it.
+      - Up to `accept_after` - 1 refused spikes within 2 * accept_after - 1 steps, of any size, do not change later
+        limits.
+      - A lasting rise of any size is followed after `accept_after` refused steps if the noise is small relative to it,
+        which is fewer than the default `patience` of `guard`. Wide noise takes longer: x10 and x100 are followed within
+        19 (norm) or 29 (loss) refused steps in the worst of 800 histories. A lasting fall is followed within `window`
+        steps, and none is refused.
+      - With steady noise (log-sd up to 0.7), at most 0.3 % of healthy steps are refused by the norm and 0.7 % by the
+        loss, from the first step on. With a loss whose tails are so long that published rules refuse 0.8 %, 1.5 % are
+        refused. The first 2 * accept_after - 1 steps (15) are never refused.
+      - Verdicts do not change if all norms, or all losses, are multiplied by a constant.
 
     ===================================  ==========================================================================
     Case                                 Result
     ===================================  ==========================================================================
     first 2 * accept_after - 1 steps     pass; spikes among them widen the limit until `window` values are clean
-    loss NaN or Inf (if it is judged)    skipped; under `guard` held and counted as non-finite: never let through
+    loss NaN or Inf (if it is judged)    skipped; under `guard` held, counted as non-finite and never let through
     gradient NaN or Inf                  skipped; no history changes
     finite 1e30                          judged like any other
-    constant history                     a loss more than 5 % above it is a spike, a norm more than x2
-    history of zeros                     a loss of 0 has no scale: nothing is refused; a norm of 0 is no observation
+    constant history                     a loss more than 5 % above it and a norm more than x2 are spikes
+    history of zeros                     losses of 0 have no scale, so nothing is refused; a norm of 0 is not recorded
     no `value=`, `on` "auto" or "norm"   the norm alone is judged
     no `value=`, `on` "loss" or "both"   ValueError when traced
     ===================================  ==========================================================================
 
     Args:
-      window: how many accepted values are remembered (>= 2).
-      deviations: how far above the history a spike is, > 0, a number or a 0-d array.
-      on: "loss", "norm", "both", or "auto": both where the loss is passed as `value=`, else the norm.
-      accept_after: after how many steps in a row a rise is taken for a new level (>= 1).
+      window: the number of accepted values to remember (>= 2).
+      deviations: the distance of a spike from the history, in deviations, > 0; a number or a 0-d array.
+      on: "loss", "norm", "both", or "auto": both if the loss is passed as `value=`, else the norm.
+      accept_after: the number of steps in a row after which a rise counts as a new level (>= 1).
       axis_name: as in `gradient_statistics`; the loss is averaged over the axis.
 
     Returns:
-      A `Rule`. Under `optax.inject_hyperparams` all arguments but `deviations` go into `static_args`.
+      A `Rule`. Under `optax.inject_hyperparams`, list all arguments except `deviations` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; `value=` missing where it is needed, or not a scalar.
+      ValueError: a static argument is invalid, or `value=` is needed but missing, or is not a scalar.
 
     Example:
       >>> skip = skip_spikes(on="loss")
@@ -220,11 +220,11 @@ def skip_spikes(
 
     References:
       OLMo-core, `SkipStepOptimizer`, 2024; Levanter, `skip_bad_steps`; MaxText, `skip_step_on_spikes`. Deviations:
-      quantiles instead of mean and standard deviation, the logarithm of the norm, refused values kept out,
-      `accept_after`, and judging from 15 values on instead of 63.
+      quantiles instead of the mean and standard deviation, the logarithm of the norm, refused values kept out of the
+      history, `accept_after`, and judging from 15 values on instead of 63.
 
     See Also:
-      `published.skip_spikes`, the rule as published; `skip_large`, for a bound known beforehand.
+      `published.skip_spikes`, the rule as published; `skip_large`, for a bound that is known beforehand.
     """
     name = "skip_spikes"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
@@ -260,7 +260,7 @@ def skip_spikes(
             refused = refused | (values[signal] > limit)
         for signal in used:
             series[signal] = push(series[signal], values[signal], values[signal], ~refused, seen[signal] & known)
-        # A loss that is not finite is answered with NaN, so that `guard` counts the step with the non-finite ones.
+        # A loss that is not finite gives a scale of NaN, so that `guard` counts the step as non-finite.
         scale = jnp.where(known, 1, jnp.nan).astype(root.dtype)
         return Verdict(scale=scale, skip=refused), _packed(list(series.values()))
 
@@ -268,12 +268,12 @@ def skip_spikes(
 
 
 def signals_of(on: Signal) -> tuple[str, ...]:
-    """What has a history, in the order of the rows of the state."""
+    """The signals that have a history, in the order of the state's rows."""
     return ("loss", "norm") if on in ("auto", "both") else (on,)
 
 
 def judged_loss(name: str, extra: dict[str, Any], on: Signal, axis_name: AxisName | None) -> jax.Array | None:
-    """The loss if there is one and `on` judges it. Raises where there must be one."""
+    """The loss, if there is one and `on` judges it; raises if it is required but missing."""
     loss = loss_in(name, extra, axis_name)
     if loss is None and on in ("loss", "both"):
         raise ValueError(f"{name}: `on` {on!r} judges the loss; pass it to `update` or `apply_gradients` as `value=`.")

@@ -1,17 +1,17 @@
-"""Clips that look at the second moment, leaf by leaf or element by element; they wrap the optimizer that keeps it.
+"""Clips that use the second moment, leaf by leaf or element by element, and wrap the optimizer that keeps it.
 
 ================================  =====================================================================================
-Function                          Does
+Function                          Effect
 ================================  =====================================================================================
-`spam_clip(optimizer)`            bounds every element by its own second moment; restarts the moments periodically
-`stable_spam(optimizer)`          bounds elements by the leaf's usual largest, then normalises the leaf's norm; restarts
+`spam_clip(optimizer)`            bounds every element by its own second moment; resets the moments periodically
+`stable_spam(optimizer)`          bounds elements by the leaf's usual largest, normalises the leaf's norm; resets too
 `clip_by_update_rms(optimizer)`   StableAdamW: shrinks the update of a leaf whose second moment has fallen behind
 ================================  =====================================================================================
 
-`clip_by_update_rms` is the one to try first: its signal precedes a loss spike by a few steps, and it has no state. They
-treat elements and leaves differently, so they are no rules; they go inside `guard`, around the whole optimizer:
-`guard(spam_clip(optax.adam(1e-3)), ...)`. A wrapper and not a link of a chain, because the second moment is already in
-the optimizer's state: a copy would cost as much memory as the parameters, and a link could not restart it.
+Try `clip_by_update_rms` first: its signal precedes a loss spike by a few steps, and it has no state. These clips treat
+single elements differently, so they are not rules. They go inside `guard`, around the whole optimizer, as in
+`guard(spam_clip(optax.adam(1e-3)), ...)`. They wrap the optimizer because the second moment is already in its state: in
+a chain they would need a copy, as large as the parameters, and could not reset the moments.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ from optax_guard.transforms._spam import (
 
 __all__ = ["clip_by_update_rms", "spam_clip", "stable_spam"]
 
-_BURST = 10.0  # what one step may count for in the usual largest element, in units of what it was
+_BURST = 10.0  # the most that a step may count for in the usual largest element, relative to its last value
 
 
 def spam_clip(
@@ -52,46 +52,46 @@ def spam_clip(
     warmup: int = 150,
     b2: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SPAM: bound every element of the gradient by its second moment; restart the moments now and then.
+    """Bound every element of the gradient by its second moment, and reset the moments periodically (SPAM).
 
     g_j <- sign(g_j) * sqrt(threshold * v_j)    where g_j^2 > threshold * v_j
 
-    with v the second moment that the optimizer kept from the steps before, corrected for its start at zero. At call s
-    (from 1), if restart_every divides s, all moments and their counts are set to zero first, and the k-th update from
-    there (k from 0) is multiplied by 1 - 0.99 * (1 + cos(pi * k / (warmup + 1))) / 2 for k < warmup.
+    where v is the optimizer's second moment from the previous steps, bias-corrected. At call s (from 1), if
+    restart_every divides s, all moments and their counts are first set to zero, and the k-th update from there (k from
+    0) is multiplied by 1 - 0.99 * (1 + cos(pi * k / (warmup + 1))) / 2 for k < warmup.
 
     Guarantees:
-      - A NaN or Inf in the gradient does not reach the optimizer: NaN counts as 0, Inf as the bound.
-      - Where no moment is yet known (v_j = 0), the leaf's largest known bound holds; a leaf with none passes as it is.
+      - NaN and Inf in the gradient do not reach the optimizer: NaN counts as 0, Inf as the bound.
+      - An element without a moment (v_j = 0) has the leaf's largest known bound; a leaf without any passes unchanged.
       - A finite gradient within its bounds reaches the optimizer bit for bit.
-      - Schedules of the optimizer go on over a restart.
+      - The optimizer's schedules continue over a restart.
 
     ==============================  ===================================================================================
     Case                            Result
     ==============================  ===================================================================================
-    first step; after a restart     nothing is known, nothing is bounded: for that step the leaf passes
+    first step; after a restart     no moment is known, so the leaf passes unbounded for that step
     zero gradient                   zero
-    Inf where nothing is known      0
+    Inf if no moment is known       0
     row of an embedding never seen  bounded like the largest element of its leaf
     five spikes in a row, any size  each is clipped to sqrt(threshold) = 71 roots and multiplies v by b2 + (1 - b2) *
-                                    threshold = 6, so that the bound grows by 88 in five; while v is an average of few
-                                    by more: 236 from 1000 steps after a restart, 690 from 500, 8000 from 150
+                                    threshold = 6, so the bound grows by x88 in total; by more while v averages few
+                                    steps: x236 at 1000 steps after a restart, x690 at 500, x8000 at 150
     ==============================  ===================================================================================
 
     Args:
-      inner: an optimizer that keeps a second moment (Adam, RMSProp, Adagrad and their kin) in Optax's own states.
-      threshold: bound on g^2 / v, > 0, a number or a 0-d array.
-      restart_every: steps between restarts (>= 2), or None for none.
-      warmup: steps of the warm-up after a restart (>= 0).
-      b2: the optimizer's decay of the second moment, in [0, 1), to correct its start. By default what
+      inner: an optimizer that keeps a second moment (such as Adam, RMSProp or Adagrad) in Optax's own states.
+      threshold: the bound on g^2 / v, > 0, a number or a 0-d array.
+      restart_every: the number of steps between restarts (>= 2), or None for no restarts.
+      warmup: the number of warm-up steps after a restart (>= 0).
+      b2: the optimizer's decay of the second moment, in [0, 1), for the bias correction. The default is the value that
         `optax.inject_hyperparams` keeps in the state, or Optax's own default.
 
     Returns:
-      A transformation; its `update` needs `params`, and forwards extra arguments. Under `optax.inject_hyperparams`
-      list all arguments but `threshold` in `static_args`.
+      A transformation; its `update` needs `params` and forwards extra arguments. Under `optax.inject_hyperparams`, list
+      all arguments except `threshold` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; no second moment found in `inner`'s state.
+      ValueError: a static argument is invalid, or the state of `inner` has no second moment.
 
     Example:
       >>> tx = spam_clip(optax.adam(0.1))
@@ -104,13 +104,13 @@ def spam_clip(
 
     References:
       Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025, arXiv 2501.06842,
-      algorithm 1. Deviations: v is corrected for its start at zero; clipping begins one step after a restart; the
-      optimizer's counts restart with the moments; v_j = 0 is no bound of 0; NaN counts as 0; no sparse momentum; the
-      eps of `inner` is added after the bias correction, as Optax does; weight decay in `inner` shares the warm-up's
-      factor. Theirs does not: `optax.chain(spam_clip(optax.adam(r)), optax.add_decayed_weights(-r * d))`.
+      algorithm 1. Deviations: v is bias-corrected; clipping starts one step after a restart; the optimizer's counts
+      restart with the moments; v_j = 0 is not a bound of 0; NaN counts as 0; there is no sparse momentum; the eps of
+      `inner` is added after the bias correction, as in Optax; weight decay in `inner` is multiplied by the warm-up
+      factor. In the paper it is not: `optax.chain(spam_clip(optax.adam(r)), optax.add_decayed_weights(-r * d))`.
 
     See Also:
-      `published.spam_clip`, the authors' own; `optax.clip`, one bound for all.
+      `published.spam_clip`, the authors' version; `optax.clip`, which has one bound for all elements.
     """
     name = "spam_clip"
     threshold = validate.scalar(name, "threshold", threshold, low=0, open_low=True)
@@ -139,48 +139,48 @@ def stable_spam(
     restart_every: int | None = 1000,
     eps: float = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stable-SPAM: bound elements by the usual largest of their leaf, normalise the leaf's norm, restart now and then.
+    """Bound elements by their leaf's usual largest, normalise the leaf's norm, reset periodically (Stable-SPAM).
 
-    For every leaf, t its observations, T, m, n averages that start at zero:
+    For every leaf, with t its number of observations and T, m, n averages that start at zero:
 
-        T <- gamma3 T + (1 - gamma3) min(M, 10 T')    M = max_j |g_j|, T' the T before, corrected
+        T <- gamma3 T + (1 - gamma3) min(M, 10 T')    M = max_j |g_j|, T' the previous T, corrected
         g_j <- g_j / M * That    where |g_j| > That,                       That = T / (1 - gamma3^t)
         m <- gamma1 m + (1 - gamma1) ||g||,     n <- gamma2 n + (1 - gamma2) ||g||^2
         g <- g / ||g|| * mhat / (sqrt(nhat) + eps)                         corrected in the same way
 
-    At every restart_every-th call all moments of the optimizer and their counts are set to zero first.
+    At every restart_every-th call, all moments of the optimizer and their counts are first set to zero.
 
     Guarantees:
       - NaN and Inf reach neither the averages nor the optimizer: NaN counts as 0, Inf as +-That.
       - Five spikes in a row, of any size, raise That by at most (1 + 9 (1 - gamma3))^5 = 1.046 (once t > 1000).
-      - What reaches the optimizer has for every leaf a norm of at most (1 - gamma1) / sqrt((1 - gamma2) (1 - gamma1^2 /
-        gamma2)) = 1.41, if gamma1^2 < gamma2, whatever the gradient's scale: 1 where norms are level, 1.3 in a burst.
-      - Schedules of the optimizer, and the averages, go on over a restart.
+      - If gamma1^2 < gamma2, each leaf reaches the optimizer with a norm of at most (1 - gamma1) / sqrt((1 - gamma2)
+        (1 - gamma1^2 / gamma2)) = 1.41, whatever the gradient's scale: 1 if norms are constant, 1.3 in a burst.
+      - The optimizer's schedules and the averages continue over a restart.
 
     ==============================  ===================================================================================
     Case                            Result
     ==============================  ===================================================================================
-    first observation               no bound: That is its own largest element; its norm becomes 1
-    zero leaf, or nothing finite    zero, and no observation
-    lasting rise x100               That follows in about 520 steps (ln 100 / 0.009); the norm of the leaf is normalised
-                                    meanwhile all the same
+    first observation               not bounded, since That is its own largest element; its norm becomes 1
+    zero leaf, or nothing finite    zero, and not an observation
+    lasting rise x100               That follows in about 520 steps (ln 100 / 0.009); meanwhile the norm of the leaf is
+                                    still normalised
     first norm above 1e18           counts as 1e18 in m and n
     ==============================  ===================================================================================
 
     Args:
-      inner: an optimizer. Its moments are restarted if they are in Optax's own states.
-      gamma1: decay of the norm's average, in [0, 1): a number, a 0-d array or a schedule of the calls.
-      gamma2: decay of its square's, in [0, 1).
-      gamma3: decay of the largest element's, in [0, 1).
-      restart_every: steps between restarts (>= 2), or None for none.
-      eps: added to the root, >= 0.
+      inner: an optimizer. Its moments are reset if they are in Optax's own states.
+      gamma1: the decay of the average norm, in [0, 1): a number, a 0-d array or a schedule of the calls.
+      gamma2: the decay of the average squared norm, in [0, 1).
+      gamma3: the decay of the average largest element, in [0, 1).
+      restart_every: the number of steps between restarts (>= 2), or None for no restarts.
+      eps: the number added to the root, >= 0.
 
     Returns:
-      A transformation; its `update` forwards extra arguments. Under `optax.inject_hyperparams` list `inner`
-      and `restart_every` in `static_args`.
+      A transformation; its `update` forwards extra arguments. Under `optax.inject_hyperparams`, list `inner` and
+      `restart_every` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> tx = stable_spam(optax.sgd(1.0))
@@ -191,9 +191,9 @@ def stable_spam(
 
     References:
       Huang et al., "Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam", 2025, arXiv 2502.17055,
-      algorithm 1. Deviations: M counts for at most 10 T' in T; a zero leaf is no observation; at a restart the moments
-      are zeroed before the step and not after it; the averages have a count of their own, which does not restart; NaN
-      and Inf are replaced.
+      algorithm 1. Deviations: M counts as at most 10 T' in T; a zero leaf is not an observation; at a restart the
+      moments are set to zero before the step and not after it; the averages have a count of their own, which does not
+      restart; NaN and Inf are replaced.
 
       Their usage example also decays gamma1 and Adam's b1 over the whole run of `steps`, by a cosine from 1 to
       eta_min = 0.5, which changes much. Here, and with `published.stable_spam`, that is
@@ -203,7 +203,7 @@ def stable_spam(
           stable_spam(adam, gamma1=lambda step: 0.7 * scale(step))
 
     See Also:
-      `published.stable_spam`, the authors' own; `spam_clip`; `optax.normalize_by_update_norm`, without a history.
+      `published.stable_spam`, the authors' version; `spam_clip`; `optax.normalize_by_update_norm`, without a history.
     """
     name = "stable_spam"
 
@@ -219,39 +219,39 @@ def stable_spam(
 def clip_by_update_rms(
     inner: optax.GradientTransformation, max_rms: float = 1.0, *, b2: float | None = None, eps: float = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    """StableAdamW's update clipping: a smaller step for a leaf whose gradient has outgrown its second moment.
+    """Shrink the update of a leaf whose gradient has outgrown its second moment (StableAdamW's update clipping).
 
     u_i <- u_i / max(1, RMS_i / max_rms),    RMS_i = sqrt(mean_j g_ij^2 / max(v_ij, eps^2))         for every leaf i
 
-    with g the gradient, u the optimizer's finished update, and v its second moment *after* this step, corrected for its
-    start at zero. RMS is about 1 while v describes the gradient; it rises one to eight steps before a loss spike.
+    where g is the gradient, u the optimizer's finished update, and v its bias-corrected second moment *after* this
+    step. RMS is about 1 while v describes the gradient; it rises one to eight steps before a loss spike.
 
     Guarantees:
-      - With RMS_i <= max_rms the update of a leaf is the optimizer's, selected (a compiler may fuse a multiply-add).
-      - The optimizer's state is the optimizer's own: what is clipped is the step, learning rate and decay included.
-      - No state.
+      - With RMS_i <= max_rms, the update of a leaf is the optimizer's (except that a compiler may fuse a multiply-add).
+      - The optimizer's state is unaffected: the step is clipped, including learning rate and weight decay.
+      - There is no state.
 
     ==========================  =======================================================================================
     Case                        Result
     ==========================  =======================================================================================
     first step                  RMS is 1 (v is g^2): unchanged
     zero gradient               unchanged
-    NaN or Inf in a leaf        that leaf is what the optimizer makes of it; the others are unaffected
-    spike of any size           RMS at most 1 / sqrt(1 - b2) = 32
+    NaN or Inf in a leaf        that leaf is as from the optimizer; the others are unaffected
+    spike of any size           RMS is at most 1 / sqrt(1 - b2) = 32
     ==========================  =======================================================================================
 
     Args:
-      inner: an optimizer that keeps a second moment (Adam, RMSProp, Adagrad and their kin) in Optax's own states.
-      max_rms: the largest RMS that is left alone, > 0, a number or a 0-d array; d of the paper.
-      b2: as in `spam_clip`: give it where the optimizer's is not Optax's default. The paper's optimizer has 0.99.
-      eps: the smallest root of v that is divided by, >= 0.
+      inner: an optimizer that keeps a second moment (such as Adam, RMSProp or Adagrad) in Optax's own states.
+      max_rms: the largest RMS that is not clipped, > 0, a number or a 0-d array; d in the paper.
+      b2: as in `spam_clip`. Pass it if the optimizer's is not Optax's default; the paper's optimizer has 0.99.
+      eps: the smallest divisor for a root of v, >= 0.
 
     Returns:
-      A transformation; its `update` needs `params`, and forwards extra arguments. Under `optax.inject_hyperparams`
-      list `inner` in `static_args`.
+      A transformation; its `update` needs `params` and forwards extra arguments. Under `optax.inject_hyperparams`, list
+      `inner` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; no second moment found in `inner`'s state.
+      ValueError: a static argument is invalid, or the state of `inner` has no second moment.
 
     Example:
       >>> tx = clip_by_update_rms(optax.adam(0.1))
@@ -264,11 +264,11 @@ def clip_by_update_rms(
 
     References:
       Wortsman et al., "Stable and low-precision training for large-scale vision-language models", 2023, arXiv
-      2304.13013, algorithm 2 (AdamW with Adafactor's update clipping). Its debiased averages equal bias correction.
-      No deviation; decoupled weight decay is scaled as there.
+      2304.13013, algorithm 2 (AdamW with Adafactor's update clipping), whose debiased averages are equivalent to bias
+      correction. There is no deviation; decoupled weight decay is scaled as in the paper.
 
     See Also:
-      `optax.clip_by_block_rms` after `scale_by_adam` clips RMS(m / sqrt(v)), another number: m lags.
+      `optax.clip_by_block_rms`, which after `scale_by_adam` clips RMS(m / sqrt(v)), a different number, since m lags.
     """
     name = "clip_by_update_rms"
     inner = as_transformation(name, inner)

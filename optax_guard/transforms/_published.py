@@ -1,15 +1,15 @@
-"""Transformations as their authors wrote them, to compare with the papers and to measure what a repair changes.
+"""Transformations as their authors wrote them, to compare with the papers and with those that fix their faults.
 
 ======================  ===================================================  ==========================================
-Function                Bounds                                               What goes wrong
+Function                Bounds                                               Faults
 ======================  ===================================================  ==========================================
 `spam_clip`             every element by its second moment                   a burst multiplies the bound; NaN stays
 `stable_spam`           elements and the norm of every leaf by averages      one spike raises the bound by x1000
 `clip_by_update_norm`   the update by mean + 3 standard deviations of 128    one NaN switches it off for 128 steps
 ======================  ===================================================  ==========================================
 
-They follow the authors' programs down to the place of every epsilon, with the authors' settings as defaults. For
-training take the functions of the same names in `optax_guard`.
+They follow the authors' code down to the place of every epsilon, with the authors' settings as defaults. For training,
+use the functions of the same names in `optax_guard`.
 """
 
 from typing import Any, NamedTuple
@@ -41,12 +41,12 @@ __all__ = ["PublishedUpdateNormState", "clip_by_update_norm", "spam_clip", "stab
 
 
 class PublishedUpdateNormState(NamedTuple):
-    """What `published.clip_by_update_norm` remembers: the norms of updates before the clip."""
+    """The history of `published.clip_by_update_norm`: the norms of updates before the clip."""
 
-    published_update_norm_window: jax.Array  # f32[window]: the last norms, a ring
-    published_update_norm_total: jax.Array  # i32[]: how many there were; a place in the ring once it is full
+    published_update_norm_window: jax.Array  # f32[window]: the last norms, as a ring buffer
+    published_update_norm_total: jax.Array  # i32[]: the number of norms, or the place in the ring once it is full
     published_update_norm_bound_total: jax.Array  # i32[]: updates that were scaled down
-    published_update_norm_scale: jax.Array  # f32[]: the factor of the last one
+    published_update_norm_scale: jax.Array  # f32[]: the factor of the last update
 
 
 # SPAM
@@ -59,43 +59,42 @@ def spam_clip(
     restart_every: int | None = 500,
     warmup: int = 150,
 ) -> optax.GradientTransformationExtraArgs:
-    """SPAM: bound every element of the gradient by its second moment; restart the moments now and then.
+    """Bound every element of the gradient by its second moment, and reset the moments periodically (SPAM).
 
     g_j <- sign(g_j) * sqrt(threshold * v_j)    where g_j^2 > threshold * v_j
 
-    with v the second moment as it is in the optimizer's state, not corrected for its start at zero. Nothing is clipped
-    in the first 20 steps after a restart. At call s (from 1), if restart_every divides s, the moments are set to zero
-    first, and the k-th update from there (k from 0) is multiplied by 1 - 0.99 * (1 + cos(pi * k / (warmup + 1))) / 2
-    for k < warmup.
+    where v is the second moment in the optimizer's state, without bias correction. Nothing is clipped in the first 20
+    steps after a restart. At call s (from 1), if restart_every divides s, the moments are first set to zero, and the
+    k-th update from there (k from 0) is multiplied by 1 - 0.99 * (1 + cos(pi * k / (warmup + 1))) / 2 for k < warmup.
 
-    What goes wrong:
-      - The optimizer's count goes on over a restart, so that its bias correction misses the restart.
-      - An element never seen before, as the row of an embedding, is held at 0 until the next restart.
+    Faults:
+      - The optimizer's count continues over a restart, so its bias correction ignores the restart.
+      - An element that has never been seen, such as the row of an embedding, stays at 0 until the next restart.
       - Five spikes in a row, of any size, raise the bound by x88: each multiplies v by b2 + (1 - b2) * threshold = 6.
-      - A NaN reaches the optimizer and stays.
+      - A NaN reaches the optimizer and stays there.
 
     ==============================  ==============================
     Case                            Result
     ==============================  ==============================
-    first 20 steps, after restarts  passes
+    first 20 steps, after restarts  unchanged
     zero gradient                   zero
-    v_j = 0                         its element is held at 0
+    v_j = 0                         its element becomes 0
     NaN                             passes
     Inf                             clipped like a large number
     ==============================  ==============================
 
     Args:
-      inner: an optimizer that keeps a second moment (Adam, RMSProp, Adagrad and their kin) in Optax's own states.
-      threshold: bound on g^2 / v, > 0, a number or a 0-d array.
-      restart_every: steps between restarts (>= 2), or None for none.
-      warmup: steps of the warm-up after a restart (>= 0).
+      inner: an optimizer that keeps a second moment (such as Adam, RMSProp or Adagrad) in Optax's own states.
+      threshold: the bound on g^2 / v, > 0, a number or a 0-d array.
+      restart_every: the number of steps between restarts (>= 2), or None for no restarts.
+      warmup: the number of warm-up steps after a restart (>= 0).
 
     Returns:
-      A transformation; its `update` needs `params`, and forwards extra arguments. Under `optax.inject_hyperparams`
-      list all arguments but `threshold` in `static_args`.
+      A transformation; its `update` needs `params` and forwards extra arguments. Under `optax.inject_hyperparams`, list
+      all arguments except `threshold` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; no second moment found in `inner`'s state.
+      ValueError: a static argument is invalid, or the state of `inner` has no second moment.
 
     Example:
       >>> tx = spam_clip(optax.adam(0.1))
@@ -109,17 +108,17 @@ def spam_clip(
 
     References:
       Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025, arXiv 2501.06842,
-      algorithm 1, and the authors' code. Deviations: no sparse momentum; the eps of `inner` is added after the bias
-      correction, as Optax does (theirs, 1e-6, before it: a larger one in the first 1 / (1 - b2) steps); weight decay in
-      `inner` shares the warm-up's factor. Theirs does not:
+      algorithm 1, and the authors' code. Deviations: there is no sparse momentum; the eps of `inner` is added after the
+      bias correction, as in Optax (the authors add 1e-6 before it, which is larger in the first 1 / (1 - b2) steps);
+      weight decay in `inner` is multiplied by the warm-up factor. In the authors' code it is not:
       `optax.chain(spam_clip(optax.adam(r)), optax.add_decayed_weights(-r * d))`.
 
     See Also:
-      `optax_guard.spam_clip`, repaired.
+      `optax_guard.spam_clip`, which fixes the faults.
     """
     name = "published.spam_clip"
     threshold = validate.scalar(name, "threshold", threshold, low=0, open_low=True)
-    read = reader(name, "second_moment", 0.0, 0.0, 0.0)  # with a decay of 0 nothing is corrected
+    read = reader(name, "second_moment", 0.0, 0.0, 0.0)  # with a decay of 0 there is no bias correction
 
     def clip(leaf: jax.Array, root: jax.Array, step: jax.Array) -> jax.Array:
         real = accumulator_dtype(leaf.dtype)
@@ -146,46 +145,47 @@ def stable_spam(
     restart_every: int | None = 1000,
     eps: float = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stable-SPAM: bound elements by the usual largest of their leaf, normalise the leaf's norm, restart now and then.
+    """Bound elements by their leaf's usual largest, normalise the leaf's norm, reset periodically (Stable-SPAM).
 
-    For every leaf, t its observations, T, m, n averages that start at zero:
+    For every leaf, with t its number of observations and T, m, n averages that start at zero:
 
         T <- gamma3 T + (1 - gamma3) max_j |g_j|
         g_j <- g_j / max_j |g_j| * That    where |g_j| > That,             That = T / (1 - gamma3^t)
         m <- gamma1 m + (1 - gamma1) ||g||,     n <- gamma2 n + (1 - gamma2) ||g||^2
         g <- g / ||g|| * mhat / (sqrt(nhat) + eps)                         corrected in the same way
 
-    At every restart_every-th call the step is still taken, with the old moments under a count of 1; then the moments
-    are set to zero and the count goes on with 2. The averages share that count (t) and do not restart.
+    At every restart_every-th call, the step is still taken with the old moments and a count of 1. Then the moments are
+    set to zero, and the count continues with 2. The averages share that count (t) and do not restart.
 
-    What goes wrong:
+    Faults:
       - One spike of 1e6 raises That by 1e3.
-      - At a restart around Adam the step is a tenth to two fifths as long as after zeroing the moments first, and this
-        gradient is forgotten.
-      - With the defaults That is 316 times too large after the first restart, 500 times after late ones.
+      - At a restart around Adam, the step is a tenth to two fifths as long as if the moments were set to zero first,
+        and its gradient is lost.
+      - With the defaults, That is 316 times too large after the first restart, and 500 times after late ones.
 
     ==============================  =================================================
     Case                            Result
     ==============================  =================================================
-    first observation               no bound: That is its own largest element
+    first observation               not bounded: That is its own largest element
     zero leaf                       zero, which is an observation
-    NaN or Inf in a leaf            the leaf is zero for this step, and no observation
+    NaN or Inf in a leaf            that leaf is zero for this step, which is not an
+                                    observation
     ==============================  =================================================
 
     Args:
-      inner: an optimizer. Its moments are restarted if they are in Optax's own states.
-      gamma1: decay of the norm's average, in [0, 1): a number, a 0-d array or a schedule of the calls.
-      gamma2: decay of its square's, in [0, 1).
-      gamma3: decay of the largest element's, in [0, 1).
-      restart_every: steps between restarts (>= 2), or None for none.
-      eps: added to the root, >= 0.
+      inner: an optimizer. Its moments are reset if they are in Optax's own states.
+      gamma1: the decay of the average norm, in [0, 1): a number, a 0-d array or a schedule of the calls.
+      gamma2: the decay of the average squared norm, in [0, 1).
+      gamma3: the decay of the average largest element, in [0, 1).
+      restart_every: the number of steps between restarts (>= 2), or None for no restarts.
+      eps: the number added to the root, >= 0.
 
     Returns:
-      A transformation; its `update` forwards extra arguments. Under `optax.inject_hyperparams` list `inner` and
+      A transformation; its `update` forwards extra arguments. Under `optax.inject_hyperparams`, list `inner` and
       `restart_every` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> tx = stable_spam(optax.sgd(1.0))
@@ -196,12 +196,12 @@ def stable_spam(
 
     References:
       Huang et al., "Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam", 2025, arXiv 2502.17055,
-      algorithm 1, and the authors' code. Deviation: a leaf that is not finite is left out, where theirs is NaN from
-      then on; no state of this library holds one. The decay of gamma1 and b1 in their usage example is described at
+      algorithm 1, and the authors' code. Deviation: a leaf that is not finite is left out, whereas in the authors' code
+      it stays NaN from then on. The decay of gamma1 and b1 in their usage example is described at
       `optax_guard.stable_spam`.
 
     See Also:
-      `optax_guard.stable_spam`, repaired.
+      `optax_guard.stable_spam`, which fixes the faults.
     """
     name = "published.stable_spam"
 
@@ -221,42 +221,42 @@ def stable_spam(
     return normalise_leaves(name, inner, (gamma1, gamma2, gamma3), eps, observe, begin, end, restart_every)
 
 
-# Levanter's clip of the update
+# Levanter's update clipping
 
 
 def clip_by_update_norm(
     window: int = 128, deviations: float = 3.0, *, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale an update down to `deviations` standard deviations above the mean of its own norms.
+    """Scale an update down to `deviations` standard deviations above the mean of its past norms.
 
     u <- u * min(1, limit / ||u||_2),     limit = mean + deviations * max(std, 1e-6)       of the last `window` norms
 
-    with the population's standard deviation of the norms before the clip, from half a window of norms on.
+    with the population's standard deviation of the norms before the clip, starting at half a window of norms.
 
-    What goes wrong:
-      - One NaN switches it off for `window` steps.
-      - A spike raises the limit: of x1000 and x800 in a row the second passes as more than 100.
-      - Norms that are all alike leave no margin.
+    Faults:
+      - One NaN disables it for `window` steps.
+      - A spike raises the limit: after a spike of x1000, one of x800 passes with a norm of more than 100.
+      - If all norms are equal, there is no margin.
 
     ==============================  ==================================================================================
     Case                            Result
     ==============================  ==================================================================================
     first `window` / 2 updates      unchanged
     NaN or Inf in the update        unchanged, and nothing is clipped while it is in the window
-    zero update                     unchanged; a norm like any other
+    zero update                     unchanged, and recorded like any other norm
     ==============================  ==================================================================================
 
     Args:
-      window: how many norms are remembered (>= 2).
-      deviations: width of the limit above the mean, > 0, a number or a 0-d array.
+      window: the number of norms to remember (>= 2).
+      deviations: the distance of the limit from the mean, in standard deviations, > 0; a number or a 0-d array.
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A transformation, for the end of the chain. Under `optax.inject_hyperparams` all arguments but `deviations` go
-      into `static_args`.
+      A transformation that goes last in the chain. Under `optax.inject_hyperparams`, list all arguments except
+      `deviations` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> tx = clip_by_update_norm(window=8)
@@ -267,11 +267,11 @@ def clip_by_update_norm(
       1.0 1.1 0.9 1.0 1.2 800.0
 
     References:
-      Levanter, `clip_update_norm`, 2025. Deviation: a norm that is not finite is kept as a code, so that the state
+      Levanter, `clip_update_norm`, 2025. Deviation: a norm that is not finite is stored as a code, so that the state
       stays finite; nothing is clipped while it is in the window, as published.
 
     See Also:
-      `optax_guard.clip_by_update_norm`, repaired.
+      `optax_guard.clip_by_update_norm`, which fixes the faults.
     """
     name = "published.clip_by_update_norm"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)

@@ -1,7 +1,7 @@
-"""What both forms of SPAM and of Stable-SPAM share: their states, where they stand around the optimizer, the restart.
+"""Shared by both forms of SPAM and Stable-SPAM: their states, the wrapping of the optimizer, the restart.
 
-`clip_by_second_moment` and `normalise_leaves` take what differs as functions: how an element is clipped, what of a leaf
-is remembered, and what a restart sets to zero, before the optimizer's step or after it.
+`clip_by_second_moment` and `normalise_leaves` take the differences as functions: how an element is clipped, what is
+remembered of a leaf, and what a restart sets to zero before or after the optimizer's step.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from optax._src.transform import (  # states that Optax makes but does not export
+from optax._src.transform import (  # states that Optax does not export
     ScaleByRmsWithCountState,
     ScaleByRStdDevState,
     ScaleByRStdDevWithCountState,
@@ -49,9 +49,9 @@ __all__ = [
     "roots_of",
 ]
 
-LARGEST = 1e18  # the largest norm remembered: its square fits into float32
+LARGEST = 1e18  # the largest norm that is remembered, since its square fits into float32
 
-# A count restarts with its moments; the counts of schedules are in states of their own and go on.
+# A count restarts with its moments; the counts of schedules are in states of their own and continue.
 _MOMENTS = (
     optax.ScaleByAdamState,
     optax.ScaleByAmsgradState,
@@ -67,27 +67,27 @@ _MOMENTS = (
 )
 
 ClipFn: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # leaf, root of its moment, call -> leaf
-# Largest finite element, its usual size, observations so far, which are finite -> what is learnt, whether anything is
+# Largest finite element, its usual size, observations so far, which are finite -> the observation, whether it counts
 ObserveFn: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 RestartFn: TypeAlias = Callable[[Any, PyTree, jax.Array], Any]  # state, parameters, whether -> state
 
 
 class SpamState(NamedTuple):
-    """What `spam_clip` carries beside the optimizer's own state."""
+    """The state of `spam_clip`, around the optimizer's own."""
 
     spam_inner_state: Any  # the inner optimizer's state
-    spam_step: jax.Array  # i32[]: calls; places the restarts
+    spam_step: jax.Array  # i32[]: the number of calls, which determines the restarts
 
 
 class StableSpamState(NamedTuple):
-    """What `stable_spam` carries: three numbers a leaf beside the optimizer's own state."""
+    """The state of `stable_spam`, with three averages per leaf and the optimizer's own state."""
 
     stable_spam_inner_state: Any  # the inner optimizer's state
-    stable_spam_step: jax.Array  # i32[]: calls; places the restarts
-    largest_average: jax.Array  # f32[n_leaves]: of the largest element, not yet corrected for its start at zero
-    norm_average: jax.Array  # f32[n_leaves]: of the norm after the clip
+    stable_spam_step: jax.Array  # i32[]: the number of calls, which determines the restarts
+    largest_average: jax.Array  # f32[n_leaves]: average of the largest element, not bias-corrected
+    norm_average: jax.Array  # f32[n_leaves]: average of the norm after the clip
     squared_norm_average: jax.Array  # f32[n_leaves]
-    leaf_steps: jax.Array  # i32[n_leaves]: observations in them
+    leaf_steps: jax.Array  # i32[n_leaves]: the number of observations in the averages
 
 
 def clip_by_second_moment(
@@ -99,7 +99,7 @@ def clip_by_second_moment(
     restart_every: int | None,
     warmup: int,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` after a clip by its second moment, with restarts and a warm-up after each."""
+    """Wraps `inner` in a clip by its second moment, with restarts and a warm-up after each."""
     inner = as_transformation(name, inner)
     warmup = validate.integer(name, "warmup", warmup, low=0)
     restart_every = _validated_interval(name, restart_every)
@@ -139,9 +139,9 @@ def normalise_leaves(
     end: RestartFn,
     restart_every: int | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` after a clip of elements and a normalisation of every leaf by their moving averages, with restarts.
+    """Wraps `inner` in a clip of elements and a normalisation of leaves by moving averages, with restarts.
 
-    At a restart `begin` edits the state of `inner` before its step, and `end` the whole state after it.
+    At a restart, `begin` edits the state of `inner` before its step, and `end` the whole state after it.
     """
     inner = as_transformation(name, inner)
     below_one = {"low": 0, "high": 1, "open_high": True}
@@ -203,13 +203,13 @@ def normalise_leaves(
 
 
 def roots_of(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]:
-    """Per position the root of the corrected second moment: Inf where it has only seen zeros, NaN before a step."""
+    """The root of each corrected second moment: Inf if it has only seen zeros, NaN before the first step."""
     chosen = jax.tree.map(is_gradient, params)
     return [each.metric for each in responses(read, state, params, chosen, jnp.zeros((), jnp.int32))]
 
 
 def map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
-    """Maps over the floating-point leaves of `tree` with the entries of lists that follow `leaves_with_none`."""
+    """Maps over the floating-point leaves of `tree` and the entries of lists in the order of `leaves_with_none`."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
     mapped = [
         function(leaf, *others) if is_gradient(leaf) else leaf for leaf, *others in zip(leaves, *rest, strict=True)
@@ -218,7 +218,7 @@ def map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
 
 
 def at_size(leaf: jax.Array, size: jax.Array) -> jax.Array:
-    """The direction of every element at another size; Inf has the direction of its sign."""
+    """Every element with its direction and a new size; Inf has the direction of its sign."""
     return multiplied(direction(leaf), size)
 
 
@@ -231,7 +231,7 @@ def _validated_interval(name: str, restart_every: Any) -> int | None:
 
 
 def _restart(step: jax.Array, every: int | None, warmup: int) -> tuple[jax.Array, jax.Array]:
-    """Whether the moments restart at this call, and the factor of the warm-up after the last restart."""
+    """Whether the moments restart at this call, and the warm-up factor after the last restart."""
     if every is None:
         return jnp.zeros((), bool), jnp.ones((), jnp.float32)
     since = (step % every).astype(jnp.float32)
@@ -242,7 +242,7 @@ def _restart(step: jax.Array, every: int | None, warmup: int) -> tuple[jax.Array
 def restarted(
     state: PyTree, params: PyTree, restart: jax.Array, *, counts: bool = True, moments: bool = True
 ) -> PyTree:
-    """The state with moments and their counts zero where `restart`. A select: fused into the read of the moments."""
+    """The state with moments and counts zero if `restart`, by a select that fuses into the read of the moments."""
 
     def zero(leaf: jax.Array) -> jax.Array:
         return jnp.where(restart, jnp.zeros_like(leaf), leaf)
@@ -282,7 +282,7 @@ def _normalised(
     new_largest = gamma3 * largest + (1 - gamma3) * taken
     bound = corrected(new_largest, gamma3, t)
     one = jnp.where(most > 0, most, 1)
-    # Divided first: elements of 1e30 times a bound would overflow.
+    # Divided first, since elements of 1e30 times a bound would overflow.
     over = finite & (sizes > bound.astype(real))
     shape = jnp.where(finite, sizes, 0) / one.astype(real)
     shrunk = jnp.where(over, shape * bound.astype(real), jnp.where(finite, sizes, 0))

@@ -1,15 +1,15 @@
-"""Bounds on the finished update: what the optimizer is about to add to the parameters.
+"""Bounds on the finished update, which the optimizer is about to add to the parameters.
 
 ==========================  ===========================================================  ==============================
-Function                    Bounds the update by                                         Take it against
+Function                    Bounds the update by                                         Use it against
 ==========================  ===========================================================  ==============================
 `limit_step(max_change)`    the norm of the parameters, of the tree or of each leaf      a learning rate too large
-`clip_by_update_norm()`     its own history                                              spikes that pass the optimizer
+`clip_by_update_norm()`     its own history                                              spikes made by the optimizer
 `clippy()`                  every single weight, leaf by leaf                            one coordinate that blows up
 ==========================  ===========================================================  ==============================
 
-They go last, inside `guard`: `guard(optax.chain(optax.adamw(3e-4), limit_step(0.01)), ...)`. None is a rule, since a
-rule of `guard` judges the gradient. How often each takes hold is in `metrics`: `limit_step/bound_total` and its kin.
+They go last, inside `guard`: `guard(optax.chain(optax.adamw(3e-4), limit_step(0.01)), ...)`. They are not rules, since
+a rule of `guard` judges the gradient. `metrics` shows how often each of them acts, as in `limit_step/bound_total`.
 """
 
 from typing import Any, NamedTuple
@@ -43,34 +43,34 @@ __all__ = [
     "uncounted",
 ]
 
-_LEAST_LOG_NORM = 0.6931472  # an update within x2 of its level is never touched
+_LEAST_LOG_NORM = 0.6931472  # an update within x2 of its level is never scaled
 
 
 class LimitStepState(NamedTuple):
-    """What `limit_step` counts."""
+    """The counters of `limit_step`."""
 
-    limit_step_step: jax.Array  # i32[]: updates seen, the argument of a schedule
-    limit_step_bound_total: jax.Array  # i32[]: those that were scaled down
-    limit_step_scale: jax.Array  # f32[]: the smallest factor of the last one; 0 if it was NaN
+    limit_step_step: jax.Array  # i32[]: updates seen, which is the argument of a schedule
+    limit_step_bound_total: jax.Array  # i32[]: updates that were scaled down
+    limit_step_scale: jax.Array  # f32[]: the smallest factor in the last update; 0 if it was NaN
 
 
 class ClippyState(NamedTuple):
-    """What `clippy` counts."""
+    """The counters of `clippy`."""
 
-    clippy_step: jax.Array  # i32[]: updates seen, the argument of a schedule
-    clippy_bound_total: jax.Array  # i32[]: those of which a leaf was scaled down
-    clippy_scale: jax.Array  # f32[]: the smallest factor of a leaf of the last one; 0 if it was NaN
+    clippy_step: jax.Array  # i32[]: updates seen, which is the argument of a schedule
+    clippy_bound_total: jax.Array  # i32[]: updates of which a leaf was scaled down
+    clippy_scale: jax.Array  # f32[]: the smallest factor of a leaf in the last update; 0 if it was NaN
 
 
 class UpdateNormState(NamedTuple):
-    """What `clip_by_update_norm` remembers: logarithms of the norms of updates."""
+    """The history of `clip_by_update_norm`: logarithms of the norms of updates."""
 
-    update_norms_kept: jax.Array  # f32[window]: after the clip, a ring
-    update_norms_recent: jax.Array  # f32[2 * accept_after - 1]: before the clip, a ring
-    update_norms_kept_total: jax.Array  # i32[]: how many were kept; a place in the ring once it is full
+    update_norms_kept: jax.Array  # f32[window]: norms after the clip, as a ring buffer
+    update_norms_recent: jax.Array  # f32[2 * accept_after - 1]: norms before the clip, as a ring buffer
+    update_norms_kept_total: jax.Array  # i32[]: the number of kept norms, or the place in the ring once it is full
     update_norms_recent_total: jax.Array  # i32[]
     update_norm_bound_total: jax.Array  # i32[]: updates that were scaled down
-    update_norm_scale: jax.Array  # f32[]: the factor of the last one
+    update_norm_scale: jax.Array  # f32[]: the factor of the last update
 
 
 def limit_step(
@@ -80,13 +80,13 @@ def limit_step(
 
     u <- u * min(1, max_change * max(||w||_2, floor * sqrt(size)) / ||u||_2)         over the tree, or for every leaf
 
-    A clip bounds the gradient, and so the step only where it happens to fit the learning rate. This bounds the step
-    itself: where it binds, the learning rate no longer matters, and a schedule of `max_change` takes its place.
+    A clip bounds the gradient, which bounds the step only if the learning rate is right. This bounds the step itself:
+    while it acts, the learning rate does not matter, and a schedule of `max_change` takes its place.
 
     Guarantees:
       - ||u|| <= max_change * max(||w||, floor * sqrt(size)) (1 + 4 eps of the dtype), for the tree or for every leaf.
       - An update within the bound is returned bit for bit; its direction (of the tree, or of every leaf) never changes.
-      - Weights that are all zero can move: `floor` stands for their root mean square.
+      - Weights that are all zero can move, since `floor` replaces their root mean square.
 
     =================================  ================================================================================
     Case                               Result
@@ -94,31 +94,31 @@ def limit_step(
     zero update, empty tree            unchanged
     `max_change` = 0                   zero
     schedule or array below 0          as 0
-    schedule or array NaN              NaN, which `guard(..., check_updates=True)` holds
-    NaN in a leaf of the update        that leaf is left as it is; the others are bounded by the norm of the rest
-    Inf in the update, or > 1.8e19     zero: its squares overflow; the elements that are Inf become NaN
-    NaN or Inf in the parameters       those leaves count as zero ("leaf": they are bounded by the floor)
-    finite parameters above 1.8e19     likewise: their squares overflow
+    schedule or array NaN              NaN; `guard(..., check_updates=True)` holds such a step
+    NaN in a leaf of the update        that leaf is unchanged; the others are bounded by the norm of the rest
+    Inf in the update, or > 1.8e19     zero, since its squares overflow; elements that are Inf become NaN
+    NaN or Inf in the parameters       those leaves count as zero (with "leaf" they are bounded by the floor)
+    finite parameters above 1.8e19     likewise, since their squares overflow
     norm above 8e37 times the bound    zero: the factor is below the smallest normal float32
     =================================  ================================================================================
 
     Args:
-      max_change: bound on the relative change of one step, >= 0: a number, a 0-d array or a schedule of this
-        transformation's own step count. There is no default, since no number serves all: 0.001 to 0.003 was best for a
-        recurrent net, where 0.01 was too loose, and 0.01 for a transformer, which 0.001 slowed.
-      scope: "tree": one bound for all; layers keep their share of the step. "leaf": each its own; a leaf of small
-        weights cannot be swept away by a step that is small for the tree.
-      floor: the smallest root mean square of weights assumed, > 0. The default is what 1 / sqrt(fan_in) gives a layer
-        of width 10 000: small beside ordinary weights, and enough that a bias from zero grows to 0.01 in 1 / max_change
-        steps.
-      axis_name: as in `gradient_statistics`; parameters and updates are sharded alike.
+      max_change: the bound on the relative change in one step, >= 0: a number, a 0-d array or a schedule of this
+        transformation's own step count. There is no default, since no value suits all models: 0.001 to 0.003 was best
+        for a recurrent network, for which 0.01 was too loose, and 0.01 for a transformer, which 0.001 slowed down.
+      scope: "tree" uses one bound for all leaves, so that layers keep their share of the step. "leaf" bounds each leaf
+        separately, so that a step that is small for the tree cannot overwhelm a leaf of small weights.
+      floor: the smallest root mean square of weights that is assumed, > 0. The default corresponds to 1 / sqrt(fan_in)
+        of a layer of width 10 000: it is small compared with ordinary weights, yet a bias can grow from zero to 0.01 in
+        1 / max_change steps.
+      axis_name: as in `gradient_statistics`; parameters and updates must have the same sharding.
 
     Returns:
-      A transformation; its `update` needs `params`. Under `optax.inject_hyperparams` list `scope` and `axis_name` in
+      A transformation; its `update` needs `params`. Under `optax.inject_hyperparams`, list `scope` and `axis_name` in
       `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; `params` missing in `update`, or of another structure.
+      ValueError: a static argument is invalid, or `params` are missing in `update` or have another structure.
 
     Example:
       >>> tx = optax.chain(optax.sgd(1.0), limit_step(0.1))
@@ -130,11 +130,11 @@ def limit_step(
     References:
       You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", 2019, arXiv 1904.00962
       (LAMB) and Bernstein et al., "On the distance between two neural networks and the stability of learning", 2020,
-      arXiv 2002.03432 (Fromage) set the relative length of the step of every layer. Deviation: this one only bounds
-      it, so that a healthy run is left alone.
+      arXiv 2002.03432 (Fromage) set the relative length of every layer's step. Deviation: this function only bounds it,
+      so that a healthy run is not changed.
 
     See Also:
-      `optax.scale_by_trust_ratio`, which sets the ratio and so takes the place of the learning rate always.
+      `optax.scale_by_trust_ratio`, which sets the ratio and so always replaces the learning rate.
     """
     name = "limit_step"
     max_change = validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
@@ -177,50 +177,51 @@ def clip_by_update_norm(
     accept_after: int = 8,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale an update down to what its own history allows.
+    """Scale an update down to a limit that follows its own history.
 
     u <- u * min(1, limit / ||u||_2);  with x = log ||u||_2, over the last `window` values of min(x, log limit)
 
         log limit = q50 + max(deviations * (q90 - q50) / 1.28 * (1 + 8 / n), log 2)
 
-    Once more than half of the last 2 * accept_after - 1 norms, before the clip, lie above it, that is a new level, and
-    the limit is measured from their median: see `skip_spikes`, which shares the equations.
+    If more than half of the last 2 * accept_after - 1 norms before the clip lie above the limit, they are a new level,
+    and the limit is measured from their median; `skip_spikes` has the equations.
 
-    An optimizer can turn an ordinary gradient into a large update (Adam, when its second moment has fallen behind), so
-    this sees what a clip of the gradient does not.
+    An optimizer can turn an ordinary gradient into a large update (as Adam does when its second moment has fallen
+    behind), which a clip of the gradient does not see.
 
     Guarantees:
-      - Nothing that is not finite enters the history, and a non-finite update changes none of it.
-      - ||u|| <= limit (1 + 4 eps of the dtype); an update within it is returned bit for bit.
-      - Up to `accept_after` - 1 spikes within 2 * accept_after - 1 steps, of any size, are remembered as values *at*
-        the limit. Seven raise that of a full window by at most x1.02 (norms of log-sd 0.1) or x2.3 (0.3). In a young
-        window each raises the next: by x3 to x15 in all after 60 norms, x4 to x1000 after 30, without bound after 15.
-      - A lasting rise is followed after `accept_after` clipped steps where the noise is small against it.
-      - An update within x2 of the median is never touched, nor are the first 2 * accept_after - 1.
+      - Nothing that is not finite enters the history, and a non-finite update does not change it.
+      - ||u|| <= limit (1 + 4 eps of the dtype); an update within the limit is returned bit for bit.
+      - Up to `accept_after` - 1 spikes within 2 * accept_after - 1 steps, of any size, enter the history *at* the
+        limit. Seven of them raise the limit of a full window by at most x1.02 (norms of log-sd 0.1) or x2.3 (0.3). In a
+        young window each raises the next: by x3 to x15 in total after 60 norms, x4 to x1000 after 30, and without bound
+        after 15.
+      - A lasting rise is followed after `accept_after` clipped steps if the noise is small relative to it.
+      - An update within x2 of the median is never scaled, nor are the first 2 * accept_after - 1 updates.
 
     ==============================  ==================================================================================
     Case                            Result
     ==============================  ==================================================================================
     first 2 * accept_after - 1      unchanged
-    NaN in a leaf                   that leaf is left as it is; the others are clipped by the norm of the rest
-    Inf in the update, or > 1.8e19  zero: its squares overflow; the elements that are Inf become NaN; no observation
-    zero update                     unchanged, and no observation
-    all norms alike                 an update above x2 of them is clipped to x2
+    NaN in a leaf                   that leaf is unchanged; the others are clipped by the norm of the rest
+    Inf in the update, or > 1.8e19  zero, since its squares overflow; elements that are Inf become NaN; not recorded
+    zero update                     unchanged, and not recorded
+    all norms equal                 an update above x2 of them is clipped to x2
     norm > 8e37 times the limit     zero: the factor is below the smallest normal float32
     ==============================  ==================================================================================
 
     Args:
-      window: how many norms are remembered (>= 2).
-      deviations: width of the limit above the history, > 0, a number or a 0-d array.
+      window: the number of norms to remember (>= 2).
+      deviations: the distance of the limit from the history, in deviations, > 0; a number or a 0-d array.
       accept_after: after how many steps in a row a rise is taken for a new level (>= 1).
       axis_name: as in `gradient_statistics`.
 
     Returns:
-      A transformation, for the end of the chain. Under `optax.inject_hyperparams` all arguments but `deviations` go
-      into `static_args`.
+      A transformation that goes last in the chain. Under `optax.inject_hyperparams`, list all arguments except
+      `deviations` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> tx = clip_by_update_norm()
@@ -231,12 +232,12 @@ def clip_by_update_norm(
       Array([2.], dtype=float32)
 
     References:
-      Levanter, `clip_update_norm`, 2025; used in Marin's 32B run with 2 deviations. Deviations: those of `skip_spikes`;
-      it remembers clipped norms.
+      Levanter, `clip_update_norm`, 2025; used in Marin's 32B run with 2 deviations. Deviations: those of `skip_spikes`,
+      and clipped norms enter the history.
 
     See Also:
-      `published.clip_by_update_norm`, the rule as published; `skip_spikes`, which holds the step, and judges the
-      gradient.
+      `published.clip_by_update_norm`, the transformation as published; `skip_spikes`, which judges the gradient and
+      holds the step.
     """
     name = "clip_by_update_norm"
     window = validate.integer(name, "window", window, low=2, high=validate.MILLION)
@@ -273,7 +274,7 @@ def clip_by_update_norm(
 def clippy(
     relative: ScalarOrSchedule = 0.1, *, absolute: float = 1e-7, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Clippy: scale every leaf of the update so that no element exceeds a share of its weight.
+    """Scale every leaf of the update so that no element exceeds a fraction of its weight (Clippy).
 
     u_i <- u_i * min(1, min_j (relative * |w_ij| + absolute) / |u_ij|)                               for every leaf i
 
@@ -286,23 +287,24 @@ def clippy(
     Case                              Result
     ================================  ================================================================================
     zero update                       unchanged
-    a weight that is exactly zero     its whole leaf moves at most `absolute` there: with the published 1e-7 a leaf that
-                                      holds one zero hardly moves at all; raise `absolute` where leaves start at zero
-    NaN or Inf in the update          those elements stay and do not count
+    a weight that is exactly zero     moves by at most `absolute`, which limits its whole leaf: with the published 1e-7
+                                      a leaf with one zero hardly moves; raise `absolute` if leaves start at zero
+    NaN or Inf in the update          those elements are unchanged and do not count
     NaN or Inf in a weight            its element is not bounded
     schedule or array below 0         as 0
     ================================  ================================================================================
 
     Args:
-      relative: bound on |u| / |w|, >= 0: a number, a 0-d array or a schedule of this transformation's own step count.
-      absolute: what a weight of zero may move by, > 0.
+      relative: the bound on |u| / |w|, >= 0: a number, a 0-d array or a schedule of this transformation's own step
+        count.
+      absolute: the largest change of a weight that is zero, > 0.
       axis_name: as in `gradient_statistics`.
 
     Returns:
       A transformation; its `update` needs `params`.
 
     Raises:
-      ValueError: wrong static arguments; `params` missing in `update`, or of another structure.
+      ValueError: a static argument is invalid, or `params` are missing in `update` or have another structure.
 
     Example:
       >>> tx = clippy(0.1)
@@ -312,11 +314,11 @@ def clippy(
 
     References:
       Tang et al., "Improving training stability for multitask ranking models in recommender systems", 2023, arXiv
-      2302.09178, algorithm 1. Deviations: no term in the square root of Adagrad's accumulator (its published
-      coefficient is 0), and elements that are not finite do not count, where they made the leaf NaN.
+      2302.09178, algorithm 1. Deviations: there is no term in the square root of Adagrad's accumulator (its published
+      coefficient is 0), and elements that are not finite do not count (in the paper they make the leaf NaN).
 
     See Also:
-      `limit_step(scope="leaf")`, which compares norms and so lets zeros among the weights move.
+      `limit_step(scope="leaf")`, which compares norms and so lets single zero weights move.
     """
     name = "clippy"
     relative = validate.scalar_or_schedule(name, "relative", relative, low=0)
@@ -364,12 +366,12 @@ def clippy(
 
 
 def uncounted() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Updates seen, those that were scaled down, the smallest factor of the last one."""
+    """Initial counters: updates seen, updates scaled down, the smallest factor in the last update."""
     return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
 
 
 def counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same after one more, of one factor or one a leaf."""
+    """The counters after one more update, scaled by one factor or one per leaf."""
     step, total, _ = counts
     least = lax.stop_gradient(jnp.min(scale.astype(jnp.float32), initial=1))
     least = jnp.where(jnp.isnan(least), 0, least)
@@ -377,18 +379,18 @@ def counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def squares_of(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
-    """Per leaf the sum of squares, without a second look: a finite update whose squares overflow is scaled to 0."""
+    """The sum of squares of each leaf in one pass, so that a finite update whose squares overflow is scaled to 0."""
     return one_pass_statistics(updates, axis_name).sum_squares
 
 
 def _scale(bound: jax.Array, norm: jax.Array) -> jax.Array:
-    """min(1, bound / norm); 1 for a norm that is NaN, which keeps a leaf as it is."""
+    """min(1, bound / norm), or 1 if the norm is NaN, which leaves the leaf unchanged."""
     over = norm > bound
     return jnp.where(over | jnp.isnan(bound), bound / jnp.where(over, norm, 1), 1)
 
 
 def _where_updated(params: PyTree, updates: PyTree) -> PyTree:
-    """The parameters, `None` where the update has no number: what is frozen does not count."""
+    """The parameters, with `None` where the update has no number, so that frozen leaves do not count."""
 
     def keep(update: Any, param: Any) -> Any:
         return param if is_gradient(update) else None
@@ -397,7 +399,7 @@ def _where_updated(params: PyTree, updates: PyTree) -> PyTree:
 
 
 def _sizes(updates: PyTree, params: PyTree, axis_name: AxisName | None) -> jax.Array:
-    """The number of elements of every leaf on all devices together."""
+    """The number of elements of each leaf over all devices."""
     parts = sharding_of(_where_updated(params, updates), axis_name).parts
     leaves = zip(leaves_with_none(updates), parts, strict=True)
     return jnp.array([x.size * n if is_gradient(x) else 0 for x, n in leaves], jnp.float32)

@@ -252,7 +252,7 @@ def test_every_published_form_has_its_authors_algorithm_here() -> None:
     assert set(functions) == set(FORMS)
     for name, text in functions.items():
         assert inspect.isfunction(getattr(og, name)), f"{name} has no repaired form"
-        assert all(part in text for part in ("What goes wrong:", "References:", "Deviation")), name
+        assert all(part in text for part in ("Faults:", "References:", "Deviation")), name
     switched = [name for name in og.__all__ if "faithful" in parameters_of(getattr(og, name))]
     assert not switched, "two algorithms behind a switch"
 
