@@ -1,12 +1,12 @@
-# make demo   the quickstart: four arms, one table, quickstart.png
+# make demo   the quickstart: five ways to take the step, one table, quickstart.png
 # make test   the test suite                make lint   format, lint, types
-# make test-all  the same with what takes long
+# make test-all  the same, including the slow tests
 # make upstream  Optax's own tests, with its optimizers guarded
-# make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts what no test notices
-# make dist   builds sdist and wheel in dist/, checks both, tests the one unpacked and the other in an empty environment
-# make lowest a part of the tests with the lowest supported JAX, Optax and Flax, in an environment of its own
-# make docs   the documentation site, in site/   make api  its reference pages alone, in docs/api/
-# make article  the article's programme: docs/benchmarks/article.md, its picture and numbers, a few minutes
+# make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts the changes that no test detects
+# make dist   builds sdist and wheel in dist/ and checks both: the sdist unpacked, the wheel in an empty environment
+# make lowest some of the tests with the lowest supported JAX, Optax and Flax, in a separate environment
+# make docs   the documentation site, in site/   make api  only its reference pages, in docs/api/
+# make article  the article's experiments: docs/benchmarks/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/benchmarks/performance.md, its pictures and numbers, some 25 minutes
 # make bench-stability  StabilityBench: docs/benchmarks/stability_bench.md, its pictures and numbers, 2.3 core hours
 # make bench-histories  the table of docs/rules/norm_history.md, two minutes
