@@ -158,23 +158,41 @@ def page_text(page: str, module: ModuleType, names: list[str]) -> str:
 
 
 def index_text(pages: dict[str, tuple[ModuleType, list[str]]]) -> str:
-    """All names, alphabetical, with their first sentence."""
-    rows = []
+    """The names that the README shows first, then all names, alphabetical; each with its first sentence."""
+    rows = {}
     for page, (module, names) in pages.items():
         room = page if page in TOP_LEVEL else "published" if is_published(page) else page.partition("/")[0]
         for name in names:
             text = description(getattr(module, name)).split("\n")[0]
             at_top = name in og.__all__ and page not in TOP_LEVEL and not is_published(page)
             shown = name if at_top else f"{room}.{name}"
-            rows.append((name.lower(), f"| [`{shown}`]({page}.md#{name}) | {text.replace('|', chr(92) + '|')} |"))
-    lines = [row for _, row in sorted(rows)]
-    return "# All names\n\n| name | |\n|---|---|\n" + "\n".join(lines) + "\n"
+            rows[shown] = f"| [`{shown}`]({page}.md#{name}) | {text.replace('|', chr(92) + '|')} |"
+    first = [rows[name] for name in first_names()]
+    every = [rows[shown] for shown in sorted(rows, key=lambda shown: (shown.rpartition(".")[2].lower(), shown))]
+    head = "| name | |\n|---|---|\n"
+    return (
+        "# Names\n\n## The names that most programs need\n\n"
+        + head
+        + "\n".join(first)
+        + "\n\n## All names\n\n"
+        + head
+        + "\n".join(every)
+        + "\n"
+    )
+
+
+def first_names() -> list[str]:
+    """The names in the list with which README begins."""
+    listed = (HERE.parent / "README.md").read_text().partition("these twenty names:\n\n")[2].partition("\n\n")[0]
+    return re.findall(r"`(\w+)`", listed)
 
 
 def description(thing: Any) -> str:
-    """The docstring; for an option's type, its values."""
+    """The docstring; the values of an option's type, or of a constant."""
     if get_origin(thing) is Literal:
         return f"One of {', '.join(f'`{value!r}`' for value in get_args(thing))}."
+    if isinstance(thing, int | float | str):
+        return f"`{thing!r}`"
     return inspect.getdoc(thing) or ""
 
 
