@@ -106,6 +106,12 @@ OWNERS = {
     ),
     "accumulation/_calls.py": (*_CYCLE, "rules/test_masked.py::test_the_gradient_of_a_frozen_leaf_is_never_read"),
     "accumulation/_sums.py": _CYCLE,
+    "_step/gradient.py": (
+        "guard/test_guard_decisions.py",
+        "guard/test_loss_scaling.py",
+        "accumulation/test_accumulation_decisions.py",
+        "rules/test_masked.py",
+    ),
     "_loss_scaling.py": (
         "guard/test_loss_scaling.py",
         "guard/test_overflow.py::test_unscaling_by_a_scale_below_1_holds_what_overflows",
