@@ -223,9 +223,8 @@ def _roots(read: Reader, node: Any, constants: dict[str, Any], shapes: dict[Path
     """Yields (path, the divisor of the step), which is Inf where every gradient was zero."""
     kind = _MOMENTS[type(node)]
     eps = _constant(read.eps, constants, ("eps",), kind.eps)
-    fields = node._asdict()
-    second = dict(_arrays(fields[kind.field], shapes))
-    first = dict(_arrays(fields["mu"], shapes)) if kind.use_of_mean else {}
+    second = dict(_arrays(getattr(node, kind.field), shapes))
+    first = dict(_arrays(node.mu, shapes)) if kind.use_of_mean else {}
     correction = jnp.ones((), jnp.float32)
     if kind.b2 is not None:
         b2 = _constant(read.b2, constants, ("b2", "decay"), kind.b2)

@@ -189,7 +189,7 @@ def test_clear_halt_reaches_a_guard_inside_a_guard() -> None:
     inner = og.guard(optax.sgd(1.0), halt_after=1)
     tx = og.guard(optax.chain(inner), halt_after=1)
     state = tx.init(PARAMS)
-    state = og.state.GuardState(**{**state._asdict(), "halted": jnp.ones((), bool)})
+    state = state._replace(halted=jnp.ones((), bool))
     cleared = og.clear_halt(state)
     assert not cleared.halted
     chex.assert_trees_all_equal_structs(cleared, state)
