@@ -47,7 +47,7 @@ TITLES = {
     "transforms/published": "Published transformations",
     "transforms/spam": "State of SPAM",
 }
-SECTIONS = ("Guarantees", "What goes wrong", "Args", "Returns", "Raises", "Example", "References", "See Also")
+SECTIONS = ("Guarantees", "Faults", "Limitations", "Args", "Returns", "Raises", "Example", "References", "See Also")
 
 
 def main(arguments: list[str] | None = None) -> int:
