@@ -70,9 +70,7 @@ def scalar(
                 "real scalar."
             )
         kept = value.dtype in (jnp.float32, jnp.float64)
-        return (
-            value if kept else value.astype(jnp.float32)
-        )  # under strict promotion, only float32 combines with float32
+        return value if kept else value.astype(jnp.float32)  # strict promotion refuses any other type with a float32
     number = _concrete(value)
     if number is None:
         raise ValueError(f"{function}: `{argument}` must be {expected}; got {shown(value)}.")

@@ -41,9 +41,7 @@ class ActivationReport(NamedTuple):
     largest: float
     gradient_norm: float  # of the loss with respect to this activation
     dead_share: float  # share of units with the same value for every example and position
-    saturated_share: (
-        float | None
-    )  # share of elements within 1 % of -1 or 1 (or of 0 or 1); None if it does not saturate
+    saturated_share: float | None  # share of elements within 1 % of a bound (1, -1 or 0); None if it does not saturate
 
 
 class StableLearningRates(NamedTuple):
