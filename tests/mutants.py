@@ -69,8 +69,10 @@ _CYCLE = (
     "accumulation/test_calls.py::test_a_clip_inside_acts_on_the_mean_and_without_one_nothing_does",
     "accumulation/test_calls.py::test_every_1_gives_the_inner_updates_bit_for_bit",
     "accumulation/test_calls.py::test_complex_gradients_keep_their_imaginary_part",
+    "accumulation/test_calls.py::test_the_least_weight_whose_inverse_is_finite_steps",
     "recovery/test_control_logic.py::test_a_cycle_that_kept_no_loss_records_the_last_one",
     "guard/test_overflow.py::test_a_sum_of_float16_gradients_that_leaves_float16_loses_its_cycle",
+    "guard/test_overflow.py::test_unscaling_by_a_scale_below_1_holds_what_overflows",
 )
 _GUARD = (
     "guard/test_guard_decisions.py",

@@ -410,3 +410,9 @@ def test_the_loss_of_a_cycle_is_the_mean_over_what_was_kept() -> None:
             assert state.dropped_total == 1
     with pytest.raises(ValueError, match=r"accumulate: `value` must be the scalar loss; got an array of shape \(2,\)"):
         og.apply_gradients(tx, jnp.ones(2), state, params, value=jnp.ones(2))
+
+
+def test_the_least_weight_whose_inverse_is_finite_steps() -> None:
+    tx = og.accumulate(optax.sgd(1.0), 1)
+    params, _ = og.apply_gradients(tx, jnp.ones(2), tx.init(jnp.zeros(2)), jnp.zeros(2), weight=np.finfo("f4").tiny)
+    np.testing.assert_array_equal(params, [-1, -1])
