@@ -1,11 +1,11 @@
-"""Act: the guard around an optimizer. A step it holds leaves no trace.
+"""Act: the guard around an optimizer. A step that it holds leaves no trace.
 
 ===========================================  ==================================================================
-Function                                     Take it
+Function                                     Use it
 ===========================================  ==================================================================
 `guard(optimizer, *rules)`                   around the whole optimizer, inside `accumulate`
 `raise_if_halted(state, params)`             in the loop on the host, as often as you log
-`clear_halt(state)`                          after the cause is mended, to go on from the same state
+`clear_halt(state)`                          after fixing the cause, to continue from the same state
 ===========================================  ==================================================================
 """
 
@@ -50,24 +50,24 @@ _EVENT_ORDER = ("halted", "nonfinite", "nonfinite_update", "skipped", "recovery"
 
 
 class GuardState(NamedTuple):
-    """What `guard` carries: the inner state, one state per rule, ten numbers, the flight recorder, and what it sees."""
+    """The state of `guard`: the inner state, one state per rule, counters, the flight recorder, the leaves it sees."""
 
     guarded_state: Any  # the inner optimizer's state
     rule_states: tuple[Any, ...]  # one per rule, in order
-    guard_step: jax.Array  # i32[]: calls, held ones included
-    refused_in_row: jax.Array  # i32[]: finite steps refused by rules since the last one applied
+    guard_step: jax.Array  # i32[]: calls, including held steps
+    refused_in_row: jax.Array  # i32[]: finite steps refused by rules since the last applied step
     nonfinite_in_row: jax.Array  # i32[]: steps in a row that were not finite
-    clipped_total: jax.Array  # i32[]: steps applied with a gradient that a rule had scaled
+    clipped_total: jax.Array  # i32[]: steps applied with a gradient that a rule scaled
     skipped_total: jax.Array  # i32[]: held steps, for whatever reason
     nonfinite_total: jax.Array  # i32[]: steps held because the gradient (or the checked update) was not finite
-    let_through_total: jax.Array  # i32[]: refused steps applied after all, patience being over
+    let_through_total: jax.Array  # i32[]: refused steps that were applied because patience had run out
     halted: jax.Array  # bool[]: every further step is held
     recorder: FlightRecorder
     recovery_state: Any  # RecoveryState; () without `recovery`
-    seen_leaves: SeenLeaves  # which leaves `worst_leaf` and the rules' states count
+    seen_leaves: SeenLeaves  # the leaves to which `worst_leaf` and the rules' states refer
 
 
-HOLDING: dict[type, str] = {  # the states of what holds steps back, and its name
+HOLDING: dict[type, str] = {  # the states of wrappers that hold steps, and their names
     GuardState: "guard",
     AccumulateState: "accumulate",
     LossScalingState: "loss_scaling",
@@ -79,7 +79,7 @@ HOLDING: dict[type, str] = {  # the states of what holds steps back, and its nam
 class _Judgement(NamedTuple):
     rule_states: tuple[Any, ...]
     scale: jax.Array  # f32[] or f32[n_leaves]
-    norm: jax.Array  # f32[]: of the gradient as it came
+    norm: jax.Array  # f32[]: the norm before the rules
     clipped_norm: jax.Array  # f32[]
     finite: jax.Array  # bool[]
     refused: jax.Array  # bool[]
@@ -91,10 +91,10 @@ class _Judgement(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What became of a step."""
+    """The outcome of a step."""
 
-    applied: jax.Array  # bool[]: whether the inner optimizer was asked
-    bad_leaf: jax.Array  # i32[]: the first leaf whose update was not finite, and held; -1 if there is none
+    applied: jax.Array  # bool[]: whether the inner optimizer ran
+    bad_leaf: jax.Array  # i32[]: the first leaf whose update was held as not finite; -1 if there is none
     inner_state: Any
     plan: _ladder.Plan | None
     recovery_state: Any
@@ -113,67 +113,71 @@ def guard(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that a bad gradient cannot harm it.
 
-    g' = g * scale_1 * ... * scale_n                         (the rules, each judging what the one before left)
-    params, inner <- inner step with g'   if g is finite and no rule skips,   else the very same bits as before
+    g' = g * scale_1 * ... * scale_n                         (each rule judges the result of the previous one)
+    params, inner <- inner step with g'   if g is finite and no rule skips,   else unchanged
 
     Guarantees:
-      - Non-finite gradients are never applied, however many come in a row, with or without rules; nor is a gradient
-        whose loss (`value=`, or `loss=`) is not finite.
-      - A held step leaves no trace: parameters, moments, counters, schedules, weight decay and keys keep their bits.
-      - n rules read the gradient once; their result equals the rules chained before `inner` (for finite sums of
-        squares; a stateful rule after one that skips sees the gradient here, zeros in a chain).
-      - No NaN or Inf enters any state, the flight recorder included.
-      - With all rules silent the result equals `inner` alone: without rules and through `apply_gradients` bit for bit;
-        with rules, or through `update` and `optax.apply_updates` in one `jit`, up to the rounding of single operations,
-        since a product with 1 or the end of a branch takes a multiply-add apart that the compiler had fused
-        (`optax.apply_if_finite` does so too; docs/sharp_edges.md).
+      - Non-finite gradients are never applied, however many come in a row, with or without rules. Neither is a gradient
+        whose loss (`value=` or `loss=`) is not finite.
+      - A held step leaves no trace: parameters, moments, counters, schedules and keys are bit-for-bit unchanged, and
+        weight decay is not applied.
+      - All rules share one read of the gradient. Their result equals that of the rules chained before `inner` (for
+        finite sums of squares; a stateful rule after one that skips sees the gradient here, but zeros in a chain).
+      - No NaN or Inf enters any state, including the flight recorder.
+      - While no rule acts, the result equals that of `inner` alone. Without rules and through `apply_gradients` it is
+        equal bit for bit. With rules, or through `update` and `optax.apply_updates` in one `jit`, it is equal up to the
+        rounding of single operations, since a product with 1 or the end of a branch can split a fused multiply-add
+        (as in `optax.apply_if_finite`; see docs/sharp_edges.md).
 
     =======================================  ==========================================================================
     Case                                     Result
     =======================================  ==========================================================================
-    NaN or Inf in any leaf                   held, counted, recorded with the leaf; rules' histories untouched
+    NaN or Inf in any leaf                   held, counted, recorded with the leaf; the rules' histories do not change
     loss NaN or Inf, gradient finite         held and counted as non-finite; the log's `value` shows it
-    finite, but its squares overflow f32     held and counted like a non-finite one (elements above 1.8e19)
+    finite, but its squares overflow f32     held and counted as non-finite (elements above 1.8e19)
     a rule skips a finite step               held; after `patience` in a row one is let through, as the rules scale it
     `halt_after` non-finite steps in a row   `halted`: all later steps are held until `clear_halt`
-    a rule answers with a NaN scale          held and counted as non-finite
+    a rule returns a NaN scale               held and counted as non-finite
     a rule scales up, beyond what the        the same: the norm of a leaf must stay below 1.8e19, and in float16 below
     leaf's dtype can hold or square          65504 if the scale exceeds 1
-    steps of trouble in a row, the loss up   nothing more, or what `recovery` says: reset, back off, rewind
+    steps of trouble in a row, a rising      nothing further without `recovery`, which can reset, back off or rewind
+    loss
     NaN, Inf, anything outside `mask`        not seen: neither held nor counted, and `inner` gets zeros there
     zero gradient, empty tree                the inner optimizer steps as it would alone
-    float16, update not finite               applied unless `check_updates=True`: held and counted
-    finite parameter + update beyond the     the largest number of the dtype; held and counted with
-    dtype, or an update of Inf               `check_updates=True`. Through `optax.apply_updates`: Inf, unless checked
+    float16, update not finite               applied, or held and counted with `check_updates=True`
+    finite parameter + update beyond the     the largest number of the dtype, or held and counted with
+    dtype, or an update of Inf               `check_updates=True`; Inf through `optax.apply_updates`, unless checked
     =======================================  ==========================================================================
 
     Args:
       inner: any Optax transformation, usually the whole optimizer.
-      *rules: applied in order, first to last. None is needed for the guarantees above.
-      recovery: what to do when holding steps is not enough: a tuple of `reset_moments(...)`, `back_off(...)` and
-        `rewind(...)`, in any order (docs/recovery/index.md). Without it, no state and no work.
-      patience: how many finite steps in a row the rules may refuse before one is let through (>= 0). A lasting change
-        must not stop a run. An applied step resets the count; a non-finite one neither counts nor resets.
-      halt_after: non-finite steps in a row until the guard halts (>= 1). A finite step resets the count.
-      recorder_rows: rows of the flight recorder (>= 1); each takes 40 bytes.
-      check_updates: also hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a zero
-        float16 gradient into NaN, or would take a finite parameter beyond its dtype. Costs a second copy of parameters
-        and inner state while it runs. None: only if `inner.update` has a parameter for gradients that it asks for
-        itself (`grad_fn`, as `optax.contrib.sam` does), which never pass through here.
+      *rules: the rules, applied in order. The guarantees above need none.
+      recovery: what to do if holding steps is not enough: a tuple of `reset_moments(...)`, `back_off(...)` and
+        `rewind(...)`, in any order (docs/recovery/index.md). By default it adds neither state nor work.
+      patience: the number of finite steps in a row that the rules may refuse before one is let through (>= 0), so that
+        a lasting change cannot stop a run. An applied step resets the count; a non-finite one neither counts nor
+        resets.
+      halt_after: the number of non-finite steps in a row at which the guard halts (>= 1). A finite step resets the
+        count.
+      recorder_rows: the number of rows of the flight recorder (>= 1); each takes 40 bytes.
+      check_updates: whether to hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a
+        zero float16 gradient into NaN, or would take a finite parameter beyond its dtype. This needs a second copy of
+        the parameters and the inner state while it runs. None checks only if `inner.update` has a parameter for
+        gradients that it computes itself (`grad_fn`, as in `optax.contrib.sam`), which the guard cannot see.
       mask: which leaves are trained: booleans in the structure of (a prefix of) the parameters, a function from the
-        parameters (or gradients) to these, or a pattern of paths such as `"*lora*"`. The gradients of all others are
-        never read: rules, norms and the flight log do not see them, and `inner` gets zeros in their place. Freeze the
-        leaves themselves inside (docs/guard/frozen_leaves.md). Default: all.
+        parameters (or gradients) to such a tree, or a pattern of paths such as `"*lora*"`. The gradients of all other
+        leaves are never read: rules, norms and the flight log do not see them, and `inner` gets zeros in their place.
+        Freeze the leaves themselves in `inner` (docs/guard/frozen_leaves.md). Default: all.
       axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`: all devices reach
         the same verdict, and the loss is averaged over the axis.
 
     Returns:
-      A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. `update` returns what
-      `inner` returns, and -0.0 for a held step, which `optax.apply_updates` adds without changing a bit.
+      A transformation for `apply_gradients` (fast) and for anything that takes an Optax transformation. `update`
+      returns the updates of `inner`, or -0.0 for a held step, which `optax.apply_updates` adds without changing a bit.
 
     Raises:
-      ValueError: wrong static arguments; `loss_scaling` or `accumulate` inside `inner`, which go around the guard;
-        trees that do not match, with the first differing path.
+      ValueError: a static argument is invalid, `inner` holds `loss_scaling` or `accumulate`, which go around the guard,
+        or trees do not match (the message names the first leaf that differs).
 
     Example:
       >>> import optax_guard as og
@@ -188,15 +192,15 @@ def guard(
       1
 
     See Also:
-      `optax.apply_if_finite`: no rules, lets a non-finite gradient in after a number of them, and copies parameters
-      and moments at every step.
+      `optax.apply_if_finite`, which has no rules, applies a non-finite gradient after a number of them, and copies
+      parameters and moments at every step.
     """
     settings = Settings(recovery, patience, halt_after, recorder_rows, check_updates, mask, axis_name)
     return guarded("guard", inner, rules, settings)
 
 
 class Settings(NamedTuple):
-    """The arguments that `guard` and `stabilize` share, as they were given."""
+    """The arguments that `guard` and `stabilize` share, unchecked."""
 
     recovery: tuple[_ladder.Rung, ...]
     patience: int
@@ -210,14 +214,14 @@ class Settings(NamedTuple):
 def guarded(
     name: str, inner: Any, rules: tuple[Rule, ...], settings: Settings
 ) -> optax.GradientTransformationExtraArgs:
-    """`guard`, whose messages name the function that was called."""
+    """`guard`, with messages that name the function that was called."""
     recovery, patience, halt_after, recorder_rows, check_updates, mask, axis_name = settings
     patience = validate.integer(name, "patience", patience, low=0)
     halt_after = validate.integer(name, "halt_after", halt_after, low=1)
     recorder_rows = validate.integer(name, "recorder_rows", recorder_rows, low=1, high=validate.MILLION)
     validate.axis_name(name, axis_name)
     inner = as_transformation(name, inner)
-    if check_updates is None:  # an optimizer that asks for gradients by itself: none of these is seen here
+    if check_updates is None:  # an optimizer that computes gradients itself, which are not seen here
         checks = any("grad_fn" in parameter for parameter in named_by(inner))
     else:
         checks = validate.boolean(name, "check_updates", check_updates)
@@ -227,7 +231,7 @@ def guarded(
         if judgement is None:
             raise ValueError(
                 f"{name}: rule {position} must be made by `rule` (as `clip_by_global_norm` is); got "
-                f"{validate.shown(each)}. Other transformations are no `rules` and go inside: "
+                f"{validate.shown(each)}. Other transformations are not rules and go inside: "
                 "guard(optax.chain(transformation, optimizer))."
             )
         if judgement.axis_name is not None and judgement.axis_name != axis_name:
@@ -242,7 +246,7 @@ def guarded(
 
     def init(params: optax.Params) -> GuardState:
         params = as_params(name, params)
-        only_chosen(name, mask, params)  # a mask that does not match is told here
+        only_chosen(name, mask, params)  # raises if the mask does not match
         inner_state = inner.init(params)
         refuse_inside(name, "inner", inner_state, {LossScalingState: "loss_scaling", AccumulateState: "accumulate"})
         return GuardState(
@@ -262,7 +266,7 @@ def guarded(
         )
 
     def step(gradient: Gradient, state: GuardState, start: Start, extra: dict[str, Any]) -> tuple[PyTree, GuardState]:
-        if part_of(inner, FastStep) is None:  # a fast one checks the extra arguments by itself
+        if part_of(inner, FastStep) is None:  # a fast step checks the extra arguments itself
             warn_of_misspellings(extra, inner)
         extra, loss = with_value(extra), loss_in(name, extra, axis_name)
         if axis_name is not None and loss is not None:
@@ -310,8 +314,8 @@ def guarded(
         applied = judged.finite & ~state.halted & (~judged.refused | (state.refused_in_row >= patience))
         if plan is not None:
             applied = applied & ~plan.replaces
-        # The order of the branches decides a factor of 5: with `lax.cond(skip, hold, act)` jax 0.10 copies all that
-        # the branches alias (4.7 to 5.7 times a bare AdamW step, against 1.1 to 1.3; `make bench`).
+        # The order of the branches matters: with `lax.cond(skip, hold, act)` JAX 0.10 copies all that the branches
+        # alias (4.7 to 5.7 times a bare AdamW step, instead of 1.1 to 1.3; `make bench`).
         result, new_state, bad_leaf = lax.cond(applied, act, hold)
         happened = applied & (bad_leaf < 0)
 
@@ -337,7 +341,7 @@ def _judge(
     extra: dict[str, Any],
     loss: jax.Array | None,
 ) -> _Judgement:
-    """Every rule on one look at the gradient, and on the loss, which must be finite like it."""
+    """Applies every rule to one look at the gradient; the loss must be finite too."""
     before = statistics = gradient.seen()
     scale = jnp.ones((), statistics.sum_squares.dtype)
     finite = jnp.all(statistics.finite)
@@ -351,8 +355,8 @@ def _judge(
         verdict, new = each.judge(statistics, old, params, **extra)
         statistics = scale_statistics(statistics, verdict.scale)
         scale = scale * verdict.scale.astype(scale.dtype)
-        # A rule that answers NaN knows nothing: the step is held like a non-finite one.
-        # Nor is there a gradient to judge further once it has overflowed, though a later rule may scale it down again.
+        # If a rule returns NaN, the step is held like a non-finite one.
+        # A gradient that has overflowed cannot be judged further, even if a later rule would scale it down again.
         finite = finite & jnp.all(jnp.isfinite(verdict.scale)) & jnp.all(jnp.isfinite(statistics.leaf_norms))
         acts = verdict.skip | jnp.any(verdict.scale != 1)
         acted = jnp.where((acted < 0) & acts & ~refused | verdict.skip & ~refused, position, acted)
@@ -396,7 +400,7 @@ def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_afte
     happened = applied & ~bad_update
     nonfinite = ~judged.finite | bad_update
     counted = jnp.where(nonfinite, next_step(state.nonfinite_in_row), 0)
-    in_row = jnp.where(state.halted, state.nonfinite_in_row, counted)  # what led to the halt stays told
+    in_row = jnp.where(state.halted, state.nonfinite_in_row, counted)  # keeps the count that led to the halt
     refused = judged.finite & judged.refused & ~applied & ~state.halted
     event = jnp.select(
         [state.halted, ~judged.finite, bad_update, refused, ~applied, judged.refused, judged.clipped],
@@ -432,7 +436,7 @@ def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_afte
 
 
 def _first(bad: list[jax.Array], axis_name: AxisName | None) -> jax.Array:
-    """The position of the first that is bad, -1 if none is."""
+    """The position of the first bad leaf; -1 if there is none."""
     if not bad:
         return jnp.full((), -1, jnp.int32)
     here = on_any_device(jnp.stack(bad), axis_name)

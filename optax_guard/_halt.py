@@ -1,4 +1,4 @@
-"""Halts, on the host: what happened, and how to go on."""
+"""Halts on the host: what happened, and how to continue."""
 
 from typing import Any
 
@@ -30,27 +30,28 @@ class TrainingHalted(RuntimeError):  # noqa: N818 (named after what happened, as
 def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:
     """Raises `TrainingHalted` on the host if a guard in `state` has halted.
 
-    Waits for the step that made `state`; call it as often as you log. What it looks at besides the flags, it looks at
-    only after a halt.
+    It waits for the step that produced `state`, so call it as often as you log. It reads only the `halted` flags, and
+    everything else only after a halt.
 
     ============================================  =====================================================================
     Case                                          The message says
     ============================================  =====================================================================
-    gradients that were not finite                step, leaf and what it held; the parameters are those before
-    NaN or Inf in `params` themselves             which leaf: restore an earlier checkpoint
-    NaN or Inf in a moment of the optimizer       which one: restore, or let `reset_moments` start it anew
-    `optax.MultiSteps` around the guard           that it never loses a NaN: take `accumulate` in its place
-    a state of many runs (`vmap`, `pmap`)         which members halted, and the story of the first
-    the state of an `nnx.Optimizer`               how to go on in place: `optax_guard.flax.clear_halt(optimizer)`
+    gradients that were not finite                the step, the leaf and what it held; the parameters are intact
+    NaN or Inf in `params` themselves             which leaf, and to restore an earlier checkpoint
+    NaN or Inf in a moment of the optimizer       which moment, and to restore or use `reset_moments`
+    `optax.MultiSteps` around the guard           that it keeps a NaN for ever, and to use `accumulate` instead
+    a state of many runs (`vmap`, `pmap`)         which members halted, and what happened to the first
+    the state of an `nnx.Optimizer`               to continue with `optax_guard.flax.clear_halt(optimizer)`
     ============================================  =====================================================================
 
     Args:
       state: any optimizer state that holds a guard.
-      params: the parameters, for the name of the leaf and a look at them; without them the message gives its index.
+      params: the parameters, which are checked for NaN and give the leaf its name; without them the message has its
+        index.
 
     Raises:
-      TrainingHalted: names the step, the leaf's path and what was seen there.
-      ValueError: there is no guard in `state`.
+      TrainingHalted: a guard has halted. The message names the step, the leaf and what was seen there.
+      ValueError: `state` holds no guard.
 
     Example:
       >>> import optax_guard as og
@@ -77,16 +78,16 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
 
 
 def clear_halt(state: State) -> State:
-    """The same state with every guard's `halted` cleared and its counts of non-finite steps and of rewinds at 0.
+    """Clears the `halted` flag of every guard in a state and resets its counts of non-finite steps and rewinds.
 
-    Of an `nnx.Optimizer` take `optax_guard.flax.clear_halt(optimizer)`, which writes into its Variables: a step under
-    `nnx.cached_partial` never sees others put in their place.
+    For an `nnx.Optimizer`, use `optax_guard.flax.clear_halt(optimizer)`, which writes into its Variables: a step under
+    `nnx.cached_partial` would not see new Variables.
 
     Args:
-      state: any optimizer state; of many runs at once (`jax.vmap`, `jax.pmap`) all are cleared.
+      state: any optimizer state; in a state of many runs at once (`jax.vmap`, `jax.pmap`) all are cleared.
 
     Returns:
-      A state of the same structure; everything else in it is unchanged.
+      A state of the same structure, with everything else unchanged.
 
     Example:
       >>> import optax_guard as og
@@ -111,7 +112,7 @@ def clear_halt(state: State) -> State:
 
 
 def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, params: PyTree | None) -> str:
-    """What the last rows of the recorder tell of a member's halt, in words, and how to go on."""
+    """Describes a member's halt from the last rows of its recorder, and how to continue."""
     recorder, in_row = member((guard_state.recorder, guard_state.nonfinite_in_row), index)
     rows = read_rows(recorder)
     in_place = type(guard_state.halted).__module__.startswith("flax.nnx")
@@ -120,12 +121,12 @@ def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, param
     if given_up:
         return (
             f"halted at step {int(given_up[0]['step'])}: the loss diverged again after every rewind, so the batches "
-            f"were not the cause. Lower the learning rate or look at the data, and go on with {clear}: it "
-            "takes the loss as it is for the new level."
+            f"were not the cause. Lower the learning rate or look at the data, and continue with {clear}, which "
+            "takes the present loss as the new level."
         )
     bad = np.flatnonzero((rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update"))
     if len(bad) == 0:
-        return "halted; the flight recorder no longer reaches back to the cause."
+        return "halted; the cause is no longer in the flight recorder."
     last, loss_given = rows[bad[-1]], bool(losses_given(recorder)[bad[-1]])
     count = int(field_array(in_row))
     steps = "step" if count == 1 else "steps"
@@ -151,20 +152,20 @@ def _what_was_seen(row: Any, loss_given: bool, guard_state: GuardState, params: 
         return f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
     if loss_given and not np.isfinite(row["value"]):
         return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
-    return "the gradient was finite, but a rule answered with a scale that was not, or that made it overflow"
+    return "the gradient was finite, but a rule returned a scale that was not, or that made it overflow"
 
 
 def _what_to_do(
     guard_state: GuardState, index: tuple[int, ...], state: PyTree, params: PyTree | None, clear: str
 ) -> str:
-    """The cause that can be found in the state itself, else where to look."""
+    """The cause, if it can be found in the state itself, or else where to look."""
     for around in find_states(state, optax.MultiStepsState):
         if find_states(around, GuardState) and nonfinite_leaf(around.acc_grads) is not None:
             return (
-                "The cause is `optax.MultiSteps` around the guard: its sum took in a number that is not finite, which "
-                "it keeps for ever (0 * NaN is NaN), so that every later cycle is lost. The parameters are those "
-                "before the first of them. Take `accumulate(guard(...), every)` in its place, which drops such a "
-                "micro-batch; `add_guard_state` brings the optimizer's state over."
+                "The cause is `optax.MultiSteps` around the guard: its sum received a number that is not finite and "
+                "keeps it for ever (0 * NaN is NaN), so that every later cycle is lost. The parameters are those "
+                "before the first lost cycle. Use `accumulate(guard(...), every)` instead, which drops such a "
+                "micro-batch; `add_guard_state` moves the optimizer's state into it."
             )
     shape = np.shape(field_array(guard_state.halted))
     many = all(np.shape(leaf)[: len(shape)] == shape for leaf in jax.tree.leaves(params))
@@ -172,16 +173,16 @@ def _what_to_do(
     if bad is not None:
         return (
             f"The parameters themselves hold {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint. "
-            "If they were finite before, the optimizer made that of a finite gradient: `check_updates=True` holds it."
+            "If they were finite before, the optimizer's update was not: `check_updates=True` holds such a step."
         )
     inside = member(guard_state.guarded_state, index)
     bad = nonfinite_moment(inside, {} if params is None else params)
     if bad is not None:
         return (
             f"The optimizer's own state holds {bad[1]}, the first in `{bad[0]}`: restore an earlier checkpoint, or "
-            "start its moments anew: `add_guard_state` into a guard with `recovery=(reset_moments(),)`."
+            "reset its moments: `add_guard_state` into a guard with `recovery=(reset_moments(),)`."
         )
     return (
-        "The parameters are those before the first of them. Look at `flight_log(state)`, mend the cause, and go on "
+        "The parameters are those before the first of them. Look at `flight_log(state)`, fix the cause, and continue "
         f"with {clear}."
     )

@@ -1,11 +1,11 @@
-"""Float16: gradients that would underflow are computed of a scaled loss, and unscaled before anything else sees them.
+"""Float16: gradients that would underflow are computed from a scaled loss, and unscaled before anything else sees them.
 
-float16 has no number below 6e-8, and a gradient of a trained model is mostly smaller. Multiplying the loss by a large
-number shifts all gradients into range; when one overflows, the step is held and the number halved. bfloat16 has
-float32's range and needs none of this.
+float16 has no positive number below 6e-8, and most gradients of a trained model are smaller. Multiplying the loss by a
+large number shifts all gradients into range; if one overflows, the step is held and the number is halved. bfloat16 has
+float32's range and does not need this.
 
 ==================================  =========================================================================
-Function                            Take it for
+Function                            Use it for
 ==================================  =========================================================================
 `scale_loss(state, loss)`           the number to differentiate
 `loss_scaling(optimizer)`           the optimizer that takes those gradients: outermost, around `accumulate`
@@ -38,16 +38,16 @@ from optax_guard._step.observe import squarable
 
 __all__ = ["LossScalingState", "loss_scaling", "scale_loss"]
 
-_LARGEST_SCALE = 2.0**126  # beyond it the inverse, by which gradients are multiplied, is 0 in float32
+_LARGEST_SCALE = 2.0**126  # beyond it the inverse, which multiplies the gradients, is 0 in float32
 
 
 class LossScalingState(NamedTuple):
-    """What `loss_scaling` carries."""
+    """The state of `loss_scaling`."""
 
-    unscaled_state: Any  # the inner optimizer's state, of float32 parameters
-    loss_scale: jax.Array  # f32[]: what `scale_loss` multiplies by, and the next gradients are divided by
+    unscaled_state: Any  # the inner optimizer's state, for float32 parameters
+    loss_scale: jax.Array  # f32[]: the factor of `scale_loss`, by which the next gradients are divided
     clean_in_row: jax.Array  # i32[]: finite steps since the scale last changed
-    overflows_left: jax.Array  # i32[]: overflows until the scale falls; 0 or 1: at the next
+    overflows_left: jax.Array  # i32[]: overflows until the scale falls; 0 or 1 means at the next
     overflowed: jax.Array  # bool[]: whether the last step's scaled gradient was not finite
     overflow_total: jax.Array  # i32[]: steps whose scaled gradient was not finite
 
@@ -64,52 +64,52 @@ def loss_scaling(
     hysteresis: int = 1,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Dynamic loss scaling: the optimizer for gradients of `scale_loss(state, loss)`.
+    """Wraps an optimizer for gradients of `scale_loss(state, loss)` (dynamic loss scaling).
 
     g = float32(scaled gradient) / scale
     finite:      one step of `inner` with g;  scale <- min(scale * growth_factor, max_scale) after `growth_interval`
                                               in a row
     not finite:  held;                        scale <- max(scale * backoff_factor, min_scale)
 
-    With `hysteresis` h > 1 the first h - 1 overflows since the scale last grew leave it as it is.
+    With `hysteresis` h > 1, the first h - 1 overflows since the scale last grew do not change it.
 
     Guarantees:
-      - Gradients are divided by the scale they were made with; a new scale is used from the next step on.
+      - Gradients are divided by the scale with which they were computed; a new scale is used from the next step on.
       - `inner` works in float32 throughout: it is initialised with float32 parameters and sees float32 gradients.
-      - A step that overflowed leaves no trace in parameters and inner state; its NaN enters no state.
+      - A step that overflowed leaves no trace in the parameters and the inner state, and its NaN enters no state.
       - The scale grows exactly at the interval: with `growth_interval=3`, the third finite step in a row raises it.
-      - It is never 0 or Inf: it stays in [min_scale, max_scale].
-      - One read of the gradient tells that it is finite, and serves a `guard` or `accumulate` inside too.
+      - The scale stays in [min_scale, max_scale], so it is never 0 or Inf.
+      - One read of the gradient shows that it is finite, and also serves a `guard` or `accumulate` inside.
 
     ============================================  ====================================================================
     Case                                          Result
     ============================================  ====================================================================
-    overflow, `inner` is `guard`                  the guard holds, counts and records it; `halt_after` in a row halt it
+    overflow, `inner` is `guard`                  the guard holds, counts and records it, and halts at `halt_after`
     overflow, `inner` is `accumulate`             that micro-batch is dropped and keeps its place in the cycle
     overflow, any other `inner`                   held here
-    the loss (`value=`) is NaN or Inf             like an overflow: the scale falls to `min_scale`, at worst
-    float32 or bfloat16 gradients                 the same; the scale then changes nothing but rounding
-    float16 parameters                            updated in float32, rounded once. Better: keep them in float32
+    the loss (`value=`) is NaN or Inf             like an overflow; the scale falls to `min_scale` at worst
+    float32 or bfloat16 gradients                 the same; the scale then changes only rounding
+    float16 parameters                            updated in float32 and rounded once; better kept in float32
     ============================================  ====================================================================
 
     Args:
       inner: any Optax transformation; `accumulate` and `guard` go inside.
-      init: the first scale, in [min_scale, max_scale].
-      growth_interval: finite steps in a row until the scale grows (>= 1).
-      growth_factor: by which it grows, in (1, inf). Powers of two round nothing.
-      backoff_factor: by which it falls, in (0, 1).
-      min_scale: the least scale, in [2^-126, 2^126].
-      max_scale: the greatest, in [min_scale, 2^126]: its inverse is a normal float32.
-      hysteresis: overflows since the scale last grew (or since the start) at which it begins to fall, >= 1. With 2, as
-        Megatron-LM has it, a lone bad batch does not cost a halving.
+      init: the initial scale, in [min_scale, max_scale].
+      growth_interval: the number of finite steps in a row after which the scale grows (>= 1).
+      growth_factor: the factor by which the scale grows, in (1, inf). Powers of two cause no rounding.
+      backoff_factor: the factor by which the scale falls, in (0, 1).
+      min_scale: the smallest scale, in [2^-126, 2^126].
+      max_scale: the largest scale, in [min_scale, 2^126], whose inverse is a normal float32.
+      hysteresis: the number of overflows since the scale last grew (or since the start) at which it falls, >= 1. With
+        2, as in Megatron-LM, a single bad batch does not halve the scale.
       axis_name: as in `gradient_statistics`, for gradients sharded over an axis of `jax.shard_map`.
 
     Returns:
-      A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. Its updates have the wider
-      dtype of gradients and parameters.
+      A transformation for `apply_gradients` (fast) and for anything that takes an Optax transformation. Its updates
+      have the wider dtype of gradients and parameters.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> import optax_guard as og
@@ -123,8 +123,8 @@ def loss_scaling(
 
     References:
       Micikevicius et al., Mixed Precision Training, 2018, arXiv 1710.03740, section 3.2. The schedule (double after
-      2000 clean steps, halve on overflow) is the one in use since, that of PyTorch's `GradScaler`; the bounds are ours,
-      the hysteresis is that of Megatron-LM's `DynamicGradScaler`.
+      2000 clean steps, halve on overflow) is that of PyTorch's `GradScaler`, and the hysteresis that of Megatron-LM's
+      `DynamicGradScaler`. Deviation: the bounds on the scale.
 
     See Also:
       `flax.training.dynamic_scale.DynamicScale` and `jmp.DynamicLossScale`, which scale outside the optimizer.
@@ -153,7 +153,7 @@ def loss_scaling(
         params = as_params(name, params)
         unscaled_state = inner.init(jax.tree.map(_widened, params))
         if find_states(unscaled_state, LossScalingState):
-            raise ValueError(f"{name}: `inner` holds another `{name}`; gradients are scaled once.")
+            raise ValueError(f"{name}: `inner` holds another `{name}`; gradients must be scaled once.")
         return LossScalingState(
             unscaled_state=unscaled_state,
             loss_scale=jnp.full((), first_scale, jnp.float32),
@@ -181,7 +181,7 @@ def loss_scaling(
             result = result if start.in_place else _narrowed(result, gradient.like, start.params)
             return result, checked_state(name, new, state.unscaled_state)
 
-        if inside_holds:  # it holds what is not finite by itself, and counts it
+        if inside_holds:  # it holds and counts non-finite steps itself
             result, inner_state = take()
         else:
             result, inner_state = step_if(finite, take, state.unscaled_state, start, gradient.like)
@@ -203,20 +203,20 @@ def loss_scaling(
 
 
 def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:
-    """The loss times the scale in `state`, in float32 or wider: what to differentiate.
+    """Multiplies the loss by the scale in `state`, in float32 or wider, for differentiation.
 
-    The last operations of the model should be in float32 (cast the logits before the cross-entropy): the derivative of
-    a float16 loss is the scale itself, which float16 holds up to 65504 only.
+    The last operations of the model should be in float32 (cast the logits before the cross-entropy), since the
+    derivative of a float16 loss is the scale itself, which float16 holds only up to 65504.
 
     Args:
       state: an optimizer state that holds one `loss_scaling`, in any nesting.
       loss: a real scalar (or an array of them).
 
     Returns:
-      `loss * scale`, float32 for a 16-bit loss. Log the loss, not this.
+      `loss * scale`, in float32 for a 16-bit loss. Log the loss itself instead.
 
     Raises:
-      ValueError: there is no `loss_scaling` in `state`, or more than one; the loss is not real.
+      ValueError: `state` holds no `loss_scaling` or more than one, or the loss is not real.
 
     Example:
       >>> import optax_guard as og
@@ -237,7 +237,7 @@ def scale_loss(state: optax.OptState, loss: jax.Array) -> jax.Array:
 
 
 def _widened(leaf: Any) -> Any:
-    """float32 for a 16-bit leaf; also of shapes, which `init` may be given."""
+    """The leaf in float32 if it has 16 bits; it may also be a shape, which `init` accepts."""
     if not (hasattr(leaf, "dtype") and is_gradient(leaf)) or wider_dtype(leaf.dtype, jnp.float32) == leaf.dtype:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):

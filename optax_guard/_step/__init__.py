@@ -1,1 +1,1 @@
-"""One step, in one pass: observe the gradient, judge it, act or hold, record the row."""
+"""One step in one pass: observe the gradient, judge it, act or hold, and record a row."""

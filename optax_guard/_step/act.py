@@ -1,9 +1,9 @@
-"""Act: taking the step with the parameters in hand.
+"""Act: takes the step with direct access to the parameters.
 
-The Optax protocol hands `updates` from one function to the next, so a step that may or may not happen costs a second
-copy of the parameters and the moments. A transformation that is given the parameters can put one `lax.cond` around
-"inner update + apply", in place under buffer donation: `guard`, `accumulate` and the like carry such a function, a
-`StepFn`, beside `update`.
+The Optax protocol passes `updates` from one function to the next, so a step that may or may not happen costs a second
+copy of the parameters and the moments. A transformation that receives the parameters can put one `lax.cond` around
+"inner update + apply", which runs in place under buffer donation. `guard`, `accumulate` and similar wrappers carry such
+a function, a `StepFn`, besides `update`.
 """
 
 import functools
@@ -46,26 +46,26 @@ __all__ = [
     "take_step",
 ]
 
-_MOMENTS = ("mu", "nu", "trace", "ema", "sum_of_squares")  # fields of Optax's states in the structure of the gradient
+_MOMENTS = ("mu", "nu", "trace", "ema", "sum_of_squares")  # fields of Optax's states that have the gradient's structure
 
 
 class Start(NamedTuple):
-    """Where a step starts, and what its caller wants back: new parameters, made in place, or Optax's updates."""
+    """Where a step starts, and what its caller needs: new parameters, made in place, or Optax's updates."""
 
     params: PyTree | None  # None only if not `in_place`
     in_place: bool
 
     def moved(self, updates: PyTree) -> PyTree:
-        """What the caller gets for a step that was taken."""
+        """The result for a step that was taken."""
         return add_updates(self.params, updates) if self.in_place else updates
 
     def held(self, step: Callable[[], Any], like: PyTree) -> PyTree:
-        """What the caller gets where `step` was not taken: the very same parameters, or updates of -0.0."""
+        """The result if `step` was not taken: the unchanged parameters, or updates of -0.0."""
         return self.params if self.in_place else no_updates(jax.eval_shape(step)[0], like)
 
 
 class StepFn(Protocol):
-    """One step of a transformation: what `start` asks for, and the new state."""
+    """One step of a transformation, which returns what `start` asks for and the new state."""
 
     def __call__(self, gradient: Gradient, state: Any, start: Start, extra: dict[str, Any]) -> tuple[PyTree, Any]:
         """Takes the step."""
@@ -73,12 +73,12 @@ class StepFn(Protocol):
 
 
 class FastStep(NamedTuple):
-    """What makes a transformation fast; kept on its `update`, so that it outlasts the tuple.
+    """The fast step of a transformation, attached to its `update` so that it survives when the tuple is rebuilt.
 
-    If `holds_nonfinite` is True, this transformation holds any step whose gradient is not finite, and counts it. A
-    wrapper that has already computed the statistics of `total` passes them on, which saves a read. Where it has no
-    gradient to give, it passes on statistics that are not finite, and the step is counted and held. Leaves outside
-    `mask` are judged neither here nor by a wrapper.
+    If `holds_nonfinite` is True, this transformation holds and counts any step whose gradient is not finite. A wrapper
+    that has already computed the statistics of `total` passes them on, which saves a read. A wrapper without a gradient
+    passes on statistics that are not finite, so that the step is counted and held. Leaves outside `mask` are judged
+    neither here nor by a wrapper.
     """
 
     step: StepFn
@@ -98,7 +98,7 @@ def fast_transformation(
     flush: Any = None,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Both ways to take a step, Optax's and the fast one, from one function."""
+    """Makes a transformation with both ways to take a step, Optax's and the fast one, from one function."""
     check = state_check(function, init, whole=holds_nonfinite)
 
     def on_own_state(gradient: Gradient, state: Any, start: Start, extra: dict[str, Any]) -> tuple[PyTree, Any]:
@@ -123,7 +123,7 @@ def fast_transformation(
 
 
 def inner_holds(function: str, inner: Any, axis_name: AxisName | None) -> tuple[bool, Mask | None]:
-    """Whether `inner` itself holds steps that are not finite, and its mask; if it does, both must have one axis."""
+    """Whether `inner` itself holds steps that are not finite, and its mask; if so, both must have the same axis."""
     inside = part_of(inner, FastStep)
     if inside is None:
         return False, None
@@ -133,7 +133,7 @@ def inner_holds(function: str, inner: Any, axis_name: AxisName | None) -> tuple[
 
 
 def as_transformation(function: str, inner: Any, argument: str = "inner") -> optax.GradientTransformationExtraArgs:
-    """`inner` as a pair whose `update` takes params and extra arguments, from whatever has `init` and `update`."""
+    """`inner`, any object with `init` and `update`, as a pair whose `update` takes params and extra arguments."""
     functions: tuple[Any, Any] = getattr(inner, "init", None), getattr(inner, "update", None)
     if isinstance(inner, type) or not all(map(callable, functions)):
         raise ValueError(f"{function}: `{argument}` must be an optax.GradientTransformation; got {inner!r}.")
@@ -148,7 +148,7 @@ def as_transformation(function: str, inner: Any, argument: str = "inner") -> opt
 
 
 def _telling_float0(function: str, argument: str, update: Callable[..., Any]) -> Callable[..., Any]:
-    """An `update` that names the gradient of an integer, on which it stumbles: few optimizers pass one on."""
+    """An `update` that names the gradient of an integer if it fails on one, since few optimizers pass them on."""
 
     def call(updates: optax.Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         try:
@@ -157,8 +157,8 @@ def _telling_float0(function: str, argument: str, update: Callable[..., Any]) ->
             for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
                 if getattr(leaf, "dtype", None) == jax.dtypes.float0:
                     raise ValueError(
-                        f"{function}: `{argument}` cannot take the gradient of leaf `{path_name(path)}`, an integer's "
-                        f"`float0`. Keep such leaves from it: `optax.masked({argument}, mask)`."
+                        f"{function}: `{argument}` cannot take the gradient of leaf `{path_name(path)}`, the `float0` "
+                        f"of an integer. Keep such leaves from it: `optax.masked({argument}, mask)`."
                     ) from error
             raise
 
@@ -166,13 +166,13 @@ def _telling_float0(function: str, argument: str, update: Callable[..., Any]) ->
 
 
 def _with_what_it_takes(update: Callable[..., Any]) -> Callable[..., Any]:
-    """An `update` that is given parameters and extra arguments only if its signature has them.
+    """An `update` that receives parameters and extra arguments only if its signature has them.
 
-    As Optax asks of a pair: `params` may be the third argument or a keyword; all extra arguments, or those it names.
+    As in Optax, `params` may be the third argument or a keyword, and extra arguments may be all or named ones.
     """
     try:
         parameters = list(inspect.signature(update).parameters.values())
-    except (TypeError, ValueError):  # a function of C code: nothing to ask
+    except (TypeError, ValueError):  # a C function without a signature
         return update
     kinds = {parameter.kind for parameter in parameters}
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -193,7 +193,7 @@ def _with_what_it_takes(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_inside(function: str, argument: str, state: Any, outer: dict[type, str]) -> None:
-    """Raises if the optimizer's state holds that of a wrapper that has to be around this one."""
+    """Raises if the optimizer's state holds that of a wrapper that must go around this one."""
     for kind, wrapper in outer.items():
         if find_states(state, kind):
             raise ValueError(
@@ -205,37 +205,36 @@ def refuse_inside(function: str, argument: str, state: Any, outer: dict[type, st
 def apply_gradients(
     tx: optax.GradientTransformation, grads: PyTree, state: State, params: Params, **extra: Any
 ) -> tuple[Params, State]:
-    """Takes one optimizer step: the fast way, for any Optax transformation.
+    """Takes one optimizer step with any Optax transformation, in place if it supports that.
 
     params, state <- apply_updates(params, u), state'     where  u, state' = tx.update(grads, state, params, **extra)
 
     Guarantees:
-      - The same numbers as `tx.update` and `optax.apply_updates` (to rounding: a compiler may fuse a multiply-add), but
-        for a finite parameter and a finite update whose sum is beyond the parameter's dtype: it becomes the largest
-        number of that dtype, where `optax.apply_updates` gives Inf.
-      - With `guard` or `accumulate` outermost, no copy of parameters or moments is made: under
+      - The result equals that of `tx.update` and `optax.apply_updates` (up to rounding, since a compiler may fuse a
+        multiply-add), with one exception: if the sum of a finite parameter and a finite update is beyond the
+        parameter's dtype, it becomes the largest number of that dtype, where `optax.apply_updates` gives Inf.
+      - With `guard` or `accumulate` outermost, neither parameters nor moments are copied: under
         `jax.jit(..., donate_argnums=...)` the step runs in place.
-      - A held step returns the very bits of `params` and of the inner state.
+      - A held step returns `params` and the inner state bit-for-bit unchanged.
 
-    The jitted function around it should return (params, state) in the order in which it takes them: donated buffers
-    are matched to outputs of the same shape *in order*, and with (state, params) -> (params, state) XLA copies
-    everything (5.7 times the time of a bare AdamW step).
+    The jitted function around it should return (params, state) in the order in which it takes them. Donated buffers are
+    matched to outputs of the same shape *in order*, so with (state, params) -> (params, state) XLA copies everything.
 
     Args:
-      tx: any Optax transformation; those without a fast way go through `update` and `optax.apply_updates`.
-      grads: gradients in the structure and shapes of `params` (of `params.fast` under `optax.lookahead`); None stands
-        for a part without a gradient. Python numbers count as 0-d arrays, in both.
-      state: the state from `tx.init(params)` or the step before.
+      tx: any Optax transformation; those without a fast step use `update` and `optax.apply_updates`.
+      grads: gradients with the structure and shapes of `params` (of `params.fast` under `optax.lookahead`); None stands
+        for a part without a gradient. Python numbers count as 0-d arrays in both trees.
+      state: the state from `tx.init(params)` or the previous step.
       params: the parameters.
-      **extra: forwarded to `tx.update`. The loss is called `value`; a number called `loss` is taken for it where there
-        is none. A keyword within two letters of `value`, `weight` or `loss` warns once.
+      **extra: forwarded to `tx.update`. The loss is called `value`; a number called `loss` is used as `value` if there
+        is none. A keyword within two letters of `value`, `weight` or `loss` causes one warning.
 
     Returns:
       The new (params, state).
 
     Raises:
-      ValueError: `grads` has another structure or shape than `params`, or a leaf that is not an array (with the leaf's
-        path); `params` is None.
+      ValueError: `grads` differs from `params` in structure or shape or has a leaf that is not an array (the message
+        names the leaf), or `params` is None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -246,7 +245,7 @@ def apply_gradients(
       Array([0.5, 0.5], dtype=float32)
     """
     if params is None:
-        raise ValueError("apply_gradients: `params` must be the parameters, which the step is taken from; got None.")
+        raise ValueError("apply_gradients: `params` must be the parameters from which the step starts; got None.")
     grads, params = checked("apply_gradients", grads, params, called="grads")
     return take_step(tx, Gradient(grads, grads), state, Start(params, in_place=True), extra)
 
@@ -254,7 +253,7 @@ def apply_gradients(
 def take_step(
     tx: optax.GradientTransformation, gradient: Gradient, state: Any, start: Start, extra: dict[str, Any]
 ) -> tuple[PyTree, Any]:
-    """`StepFn` for any transformation."""
+    """The `StepFn` of any transformation."""
     fast = part_of(tx, FastStep)
     if fast is not None:
         return fast.step(gradient, state, start, extra)
@@ -267,13 +266,13 @@ def take_step(
 def step_if(
     applied: jax.Array, step: Callable[[], tuple[PyTree, Any]], state: Any, start: Start, like: PyTree
 ) -> tuple[PyTree, Any]:
-    """The result of `step` where `applied`; elsewhere nothing is done, and `state` stays as it is."""
+    """The result of `step` if `applied`; otherwise nothing is done, and `state` does not change."""
     held = start.held(step, like)
     return lax.cond(applied, step, lambda: (held, state))
 
 
 def step_without_params(function: str, step: Callable[[], Any], updates: PyTree, state: Any) -> Any:
-    """One step for which there are no parameters to compare the gradients with; the moments tell where they differ."""
+    """Takes a step without parameters to compare the gradients with; on an error the moments show where they differ."""
 
     def story() -> str | None:
         for node in find_states(state, tuple):
@@ -286,7 +285,7 @@ def step_without_params(function: str, step: Callable[[], Any], updates: PyTree,
 
     try:
         new_updates, new_state = step()
-        # A gradient that was broadcast against a moment comes back in its shape, or the moment in the gradient's.
+        # A gradient that was broadcast against a moment returns in the moment's shape, or the moment in the gradient's.
         check_same_shapes(function, "updates", updates, "what the optimizer makes of it", new_updates)
         if jax.tree.structure(new_state) == jax.tree.structure(state):
             check_same_shapes(function, "the new state", new_state, "the state", state)
@@ -299,7 +298,7 @@ def step_without_params(function: str, step: Callable[[], Any], updates: PyTree,
 
 
 def checked_state(function: str, new_state: Any, old_state: Any) -> Any:
-    """The new inner state with the dtypes of the old one, or an error that says why it cannot be held."""
+    """The new inner state with the dtypes of the old one; an error says why a step cannot be held."""
     if jax.tree.structure(new_state) != jax.tree.structure(old_state):
         raise ValueError(
             f"{function}: the inner optimizer changes the structure of its state in `update`, so a step cannot be held "

@@ -14,16 +14,16 @@ __all__ = ["Gradient"]
 
 
 class Gradient(NamedTuple):
-    """The gradient `total * factor` in the dtypes of `like`, and what is already known about it.
+    """The gradient `total * factor` in the dtypes of `like`, and its statistics if they are known.
 
-    It is kept in parts so that the mean of an accumulation is never written to memory: whoever reads it multiplies on
-    the way in.
+    The two parts are kept separate so that the mean of an accumulation is never written to memory: readers multiply on
+    the fly.
     """
 
     total: PyTree
     like: PyTree
     factor: jax.Array | None = None  # f32[] or f32[n_leaves]; None stands for 1
-    statistics: GradientStatistics | None = None  # those of `total`, if it has been read
+    statistics: GradientStatistics | None = None  # the statistics of `total`, if it has been read
 
     def times(self, scale: jax.Array) -> "Gradient":
         """The gradient multiplied by one number, or by one per leaf."""
@@ -37,7 +37,7 @@ class Gradient(NamedTuple):
         return cast_like(self.total if self.factor is None else scale_leaves(self.total, self.factor), self.like)
 
     def look(self, function: str, mask: Mask | None, axis_name: AxisName | None) -> "Gradient":
-        """The gradient with its statistics, and zeros outside `mask`: one read, unless somebody has read it before."""
+        """The gradient with its statistics and zeros outside `mask`, in one read or none if they are known."""
         statistics = self.statistics
         if statistics is None:
             statistics = one_pass_statistics(only_chosen(function, mask, self.total), axis_name)
@@ -46,6 +46,6 @@ class Gradient(NamedTuple):
         return self._replace(total=zeros_elsewhere(function, mask, self.total), statistics=statistics)
 
     def seen(self) -> GradientStatistics:
-        """The statistics of the gradient itself; only after `look`."""
+        """The statistics of the gradient itself, available only after `look`."""
         assert self.statistics is not None, "`look` comes first"
         return self.statistics if self.factor is None else scale_statistics(self.statistics, self.factor)

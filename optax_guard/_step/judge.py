@@ -1,13 +1,13 @@
-"""Judge: a rule answers (statistics, its own state) with a factor per leaf and whether to hold the step.
+"""Judge: a rule maps (statistics, its own state) to a factor per leaf and a decision whether to hold the step.
 
-A rule is written once, as a `judge`. `rule` makes an ordinary Optax transformation of it, so that it works alone in
-`optax.chain`; `guard` calls the `judge`s of many rules on the statistics of one read of the gradient.
+A rule is written once, as a `judge`. `rule` turns it into an ordinary Optax transformation, which also works in
+`optax.chain`; `guard` calls the `judge`s of many rules with the statistics from one read of the gradient.
 
 =================  ==========================================  ==============================================
-A rule may         inside `guard`                              alone in a chain
+A rule may         inside `guard`                              in a chain
 =================  ==========================================  ==============================================
-scale leaves       the gradient is scaled on its way in        the same
-skip the step      no trace: params and inner state keep bits  zero updates (what follows still advances)
+scale leaves       the gradient is scaled as it is read        the same
+skip the step      params and inner state are unchanged        zero updates (what follows still advances)
 remember           its state is kept over held NaN steps       it must ignore non-finite statistics itself
 =================  ==========================================  ==============================================
 """
@@ -33,10 +33,10 @@ __all__ = ["Judge", "Judgement", "Rule", "Verdict", "rule", "scale_leaves"]
 
 
 class Verdict(NamedTuple):
-    """What a rule says of a step."""
+    """The decision of a rule on a step."""
 
-    scale: jax.Array  # f32[] or f32[n_leaves], in [0, 1] for clips: multiplies the gradient
-    skip: jax.Array  # bool[]: True means that this step must leave no trace
+    scale: jax.Array  # f32[] or f32[n_leaves], in [0, 1] for clips: the factor of the gradient
+    skip: jax.Array  # bool[]: True if this step must leave no trace
 
 
 class Judge(Protocol):
@@ -45,12 +45,12 @@ class Judge(Protocol):
     def __call__(
         self, statistics: GradientStatistics, state: Any, params: PyTree | None = None, /, **extra: Any
     ) -> tuple[Verdict, Any]:
-        """Judges one step; must accept and ignore extra arguments it does not know."""
+        """Judges one step; must accept and ignore unknown extra arguments."""
         ...
 
 
 class Judgement(NamedTuple):
-    """What makes a rule of a transformation; kept on its `update`, so that it outlasts the tuple."""
+    """The judge of a rule, attached to its `update` so that it survives when the tuple is rebuilt."""
 
     judge: Judge
     axis_name: AxisName | None
@@ -58,11 +58,11 @@ class Judgement(NamedTuple):
 
 
 class Rule(optax.GradientTransformationExtraArgs):
-    """An Optax transformation `(init, update)` that also carries the `judge` it was made from."""
+    """An Optax transformation `(init, update)` that also carries the `judge` from which it was made."""
 
     @property
     def judge(self) -> Judge:
-        """The judgement alone, as `guard` calls it."""
+        """The judge alone, as `guard` calls it."""
         found = part_of(self, Judgement)
         assert found is not None, "made by `rule` alone"
         return found.judge
@@ -71,26 +71,26 @@ class Rule(optax.GradientTransformationExtraArgs):
 def rule(
     init: Callable[[PyTree], Any], judge: Judge, *, axis_name: AxisName | None = None, sees_nonfinite: bool = False
 ) -> Rule:
-    """Makes a rule from a judgement.
+    """Makes a rule from a `judge`.
 
-    g_i <- 0 if skip else g_i * scale_i          (alone; under `guard` a skip leaves no trace at all)
+    g_i <- 0 if skip else g_i * scale_i          (in a chain; under `guard` a skipped step leaves no trace)
 
     Guarantees:
       - A leaf whose scale is 1 is returned bit for bit.
-      - A scale above 1 makes no Inf: where the norm of a leaf would exceed the largest number of its dtype, the step is
-        skipped (under `guard`: held and counted as non-finite, as soon as its squares would).
-      - Zeros of a skipped step are selected, never multiplied: no NaN or Inf survives a skip.
-      - Updates keep their dtypes; integer, `float0` and `None` leaves pass through.
+      - A scale above 1 produces no Inf: if the norm of a leaf would exceed the largest number of its dtype, the step is
+        skipped. Under `guard` it is held and counted as non-finite if the squares of the leaf would overflow.
+      - The zeros of a skipped step are selected and not multiplied, so no NaN or Inf survives a skip.
+      - Updates keep their dtypes; integer, `float0` and `None` leaves are unchanged.
 
     Args:
-      init: parameters -> the rule's state (`optax.EmptyState()` for none). It must not look at values.
+      init: a function from the parameters to the rule's state (`optax.EmptyState()` for none). It must not read values.
       judge: see `Judge`. It must not change its state on non-finite statistics.
       axis_name: as in `gradient_statistics`; under `guard` it must equal the guard's.
-      sees_nonfinite: True for a rule that records: `guard` then keeps its new state on non-finite and halted steps too.
-        Whatever judges by its state leaves it False.
+      sees_nonfinite: True for a rule that records, so that `guard` keeps its new state on non-finite and halted steps
+        too. It must be False for a rule that judges by its state.
 
     Returns:
-      A `Rule`, usable in `optax.chain` and in `guard`.
+      A `Rule` for `optax.chain` and `guard`.
 
     Example:
       A rule that halves every gradient whose norm exceeds 10:
@@ -111,7 +111,7 @@ def rule(
     validate.axis_name("rule", axis_name)
     sees_nonfinite = validate.boolean("rule", "sees_nonfinite", sees_nonfinite)
 
-    # What a person called, for messages: the function in which the judgement is written.
+    # The function in which the judge is defined, which the user called, for messages.
     name = getattr(judge, "__qualname__", "rule").partition(".<locals>")[0].removeprefix("_")
     check_state = state_check(name, init)
 
@@ -136,9 +136,9 @@ def rule(
 def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:
     """Multiplies leaf i by `scale` or `scale[i]`, in float32 or wider.
 
-    With `skip`, as a rule does it alone: zeros where it is True, and a leaf whose scale is 1 keeps its very bits.
-    Without, as `guard` does it on the way into arithmetic that flushes subnormals anyway: a plain product, which
-    compiles faster (0.7 of 8 seconds for 1 000 leaves).
+    With `skip`, as for a rule in a chain, the result is zeros if it is True, and a leaf whose scale is 1 is returned
+    bit for bit. Without `skip`, as in `guard`, where the arithmetic that follows flushes subnormals anyway, it is a
+    plain product, which compiles faster.
     """
     leaves, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
     scaled = []

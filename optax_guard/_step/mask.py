@@ -1,4 +1,4 @@
-"""Which leaves are trained: the others are neither judged nor read."""
+"""The mask of trained leaves: all others are neither judged nor read."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["chosen", "only_chosen", "select_statistics", "zeros_elsewhere"]
 
 
 def chosen(function: str, mask: Mask, tree: PyTree) -> np.ndarray:
-    """bool[n_leaves]: what a mask says of every position; False for a `None`."""
+    """bool[n_leaves]: the mask at every position; False for a `None`."""
     leaves = leaves_with_none(tree)
     if not leaves:  # Optax also calls `init` with a placeholder without leaves
         return np.zeros(0, bool)
@@ -22,7 +22,7 @@ def chosen(function: str, mask: Mask, tree: PyTree) -> np.ndarray:
 
 
 def only_chosen(function: str, mask: Mask | None, tree: PyTree) -> PyTree:
-    """The tree with `None` for every gradient outside the mask: it has no weight in any statistics, and is not read."""
+    """The tree with `None` for every gradient outside the mask, which is then neither counted nor read."""
     return tree if mask is None else _outside(chosen(function, mask, tree), tree, lambda _: None)
 
 
@@ -32,7 +32,7 @@ def zeros_elsewhere(function: str, mask: Mask | None, tree: PyTree) -> PyTree:
 
 
 def select_statistics(statistics: GradientStatistics, leaves: jax.Array | np.ndarray) -> GradientStatistics:
-    """The statistics of a gradient that is zero in all other leaves."""
+    """The statistics of the gradient if all other leaves were zero."""
     return GradientStatistics(
         sum_squares=jnp.where(leaves, statistics.sum_squares, 0), magnitude=jnp.where(leaves, statistics.magnitude, 1)
     )

@@ -1,10 +1,10 @@
-"""Which arrays of an optimizer's state are moments, how they start anew, and how one sees that they are dead.
+"""Finds the moments in an optimizer's state, resets them, and detects moments that are dead.
 
-A moment is a floating-point array with at least one dimension, or a 0-d one that stands for a 0-d parameter in a tree
-in the structure of the parameters.
-A counter that sits beside a moment in the same state (Adam's `count`) is the moment's age: it starts anew with it, or
-Adam's bias correction would no longer fit (zeroed moments under an old count give updates up to 6.5 times too large).
-Every other counter (a schedule's), key, flag and 0-d number (an injected learning rate) is kept.
+A moment is a floating-point array with at least one dimension, or a 0-d one that belongs to a 0-d parameter in a tree
+with the structure of the parameters.
+A counter beside a moment in the same state (Adam's `count`) is the moment's age. It is reset together with the moment,
+since Adam's bias correction would otherwise be wrong (zeroed moments with an old count give updates up to 6.5 times too
+large). All other counters (of schedules), keys, flags and 0-d numbers (an injected learning rate) are kept.
 """
 
 from typing import Any
@@ -21,12 +21,12 @@ from optax_guard._step.observe import one_pass_statistics
 
 __all__ = ["all_finite", "fingerprints", "moments", "moves_float32", "reset_state"]
 
-# Fields whose floats are no moments: of a guard inside, and of `optax.inject_hyperparams`.
+# Fields whose floats are not moments: those of an inner guard and of `optax.inject_hyperparams`.
 _NO_MOMENTS = ("rule_states", "recovery_state", "recorder", "hyperparams", "hyperparams_states")
 
 
 def reset_state(inner: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
-    """The state with its moments (and their ages) as `inner.init(params)` makes them."""
+    """The state with its moments and their ages as in `inner.init(params)`."""
     chosen = _moments_and_ages(state, params)[1]
     leaves, structure = jax.tree.flatten(state)
     fresh = jax.tree.leaves(inner.init(params))
@@ -44,18 +44,18 @@ def moments(state: PyTree, params: PyTree) -> list[Any]:
 
 def all_finite(leaves: list[Any], axis_name: AxisName | None) -> jax.Array:
     """Whether every number is finite, on all devices."""
-    # The largest magnitude tells it, and NaN wins every maximum. XLA's CPU backend fuses that into the reduction, while
-    # `jnp.isfinite` on the elements writes an array per leaf first.
+    # The largest magnitude shows it, since NaN wins every maximum. XLA's CPU backend fuses it into the reduction, while
+    # `jnp.isfinite` on the elements first writes an array per leaf.
     largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves if is_gradient(leaf)]
     bad = sum((~jnp.isfinite(x)).astype(jnp.int32) for x in largest) + jnp.zeros((), jnp.int32)
     return ~on_any_device(bad > 0, axis_name)
 
 
 def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
-    """f32[n_leaves, 2]: sum of squares and sum of each leaf; NaN and Inf read as 0.
+    """f32[n_leaves, 2]: the sum of squares and the sum of each leaf; NaN and Inf count as 0.
 
-    A leaf that keeps both to the last bit has moved by less than 1e-7 of itself, if at all. The sum is there because
-    weights before a normalisation turn without growing.
+    A leaf for which both are unchanged to the last bit has moved by less than 1e-7 of itself. The sum is needed because
+    weights before a normalisation can rotate without growing.
     """
     params = map_gradients(_rounded, params)
 
@@ -74,7 +74,7 @@ def fingerprints(params: PyTree, axis_name: AxisName | None) -> jax.Array:
 
 
 def moves_float32(updates: PyTree, params: PyTree, axis_name: AxisName | None) -> jax.Array:
-    """bool[n_leaves]: whether an update moves some element of its leaf in float32: it is at least 2^-24 of it."""
+    """bool[n_leaves]: whether an update is at least 2^-24 of some element of its leaf, and so moves it in float32."""
 
     def moves(update: Any, param: Any) -> jax.Array:
         if not (is_gradient(update) and is_gradient(param)):
@@ -87,9 +87,9 @@ def moves_float32(updates: PyTree, params: PyTree, axis_name: AxisName | None) -
 
 
 def _rounded(leaf: Any) -> Any:
-    """A leaf of 16 bits in float32, rounded as it is in memory.
+    """A 16-bit leaf in float32, rounded as it is in memory.
 
-    XLA may skip the rounding of a sum that it has in float32 when it reads it again; this rounding it keeps.
+    XLA may skip the rounding of a float32 sum that it reads again, but it keeps this one.
     """
     limits = jnp.finfo(leaf.dtype)
     if limits.bits >= 32:
@@ -98,12 +98,12 @@ def _rounded(leaf: Any) -> Any:
 
 
 def _moments_and_ages(state: PyTree, params: PyTree) -> tuple[set[int], set[int]]:
-    """Indices into the state's leaves: the moments, and the moments with their ages."""
+    """Indices into the state's leaves: the moments, and the moments together with their ages."""
     shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     found, homes = set(), set()
     counters: list[tuple[int, tuple[Any, ...]]] = []
     place = 0
-    # Trees in the structure of the parameters are met whole, so that no name of a parameter is taken for a state's.
+    # Trees with the parameters' structure are visited whole, so that a parameter's name is not taken for a field's.
     for path, part in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda node: is_like(node, params)):
         kept = any(getattr(key, "name", None) in _NO_MOMENTS for key in path)
         for below, leaf in jax.tree_util.tree_leaves_with_path(part):

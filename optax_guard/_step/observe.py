@@ -1,12 +1,12 @@
 """Observe: one reduction per leaf, from which every rule judges.
 
-A finite float32 sum of squares proves that every element is finite and that no square overflows, so it costs one read
-of the gradient to know the norm of every leaf *and* that all of it can be trusted; a sum that is not finite names its
-leaf. Whether that leaf holds NaN or Inf, or is finite and merely too large (or too small) to be squared, takes a
-second look, scaled by the largest element. It sits in a branch of its own and costs nothing while all is well.
+A finite float32 sum of squares proves that every element is finite and that no square overflows. One read of the
+gradient therefore gives the norm of every leaf *and* shows that all elements are finite; a sum that is not finite names
+its leaf. A second look, scaled by the largest element, tells whether that leaf holds NaN or Inf, or is finite but too
+large (or too small) to be squared. It is in a separate branch and costs nothing while all is well.
 
 ===========================  ==============================================================
-Function                     Take it for
+Function                     Use it for
 ===========================  ==============================================================
 `global_norm(tree)`          logging; a drop-in for `optax.tree.norm` that cannot overflow
 `gradient_statistics(tree)`  writing a rule, or the norms of all leaves at once
@@ -38,15 +38,15 @@ __all__ = [
     "squarable",
 ]
 
-# Squares of elements below 2^-63 are lost in float32; below this total they could matter.
+# Squares of elements below 2^-63 are lost in float32; below this total that could matter.
 _SMALL = 2.0**-80
 
 
 class GradientStatistics(NamedTuple):
-    """What one look at a gradient tells. Leaf i has squared norm `sum_squares[i] * magnitude[i]**2`.
+    """The statistics of a gradient. Leaf i has the squared norm `sum_squares[i] * magnitude[i]**2`.
 
-    Two numbers a leaf and not one, since the square of a representable norm need not be representable. Entries follow
-    `leaf_names(tree)`: leaves without a gradient (integers, `float0`, `None`) have sum 0.
+    There are two numbers per leaf, since the square of a representable norm need not be representable. Entries are in
+    the order of `leaf_names(tree)`; leaves without a gradient (integers, `float0`, `None`) have a sum of 0.
     """
 
     sum_squares: jax.Array  # f32[n_leaves] (f64 if a leaf is f64): NaN or Inf exactly where a leaf is not finite
@@ -54,7 +54,7 @@ class GradientStatistics(NamedTuple):
 
     @property
     def finite(self) -> jax.Array:
-        """bool[n_leaves]: whether each leaf can be trusted."""
+        """bool[n_leaves]: whether each leaf is finite."""
         return jnp.isfinite(self.sum_squares)
 
     @property
@@ -65,18 +65,18 @@ class GradientStatistics(NamedTuple):
 
     @property
     def norm(self) -> jax.Array:
-        """f32[]: the L2 norm of the whole tree; NaN or Inf if a leaf is."""
+        """f32[]: the L2 norm of the whole tree; NaN or Inf if that of a leaf is."""
         size, root = self._parts(jnp.ones_like(self.finite))
         return size * root
 
     @property
     def finite_norm_parts(self) -> tuple[jax.Array, jax.Array]:
-        """(size, root), f32[] each: the norm over the finite leaves is size * root, a product that may overflow."""
+        """(size, root), each f32[]: the norm over the finite leaves is size * root, a product that may overflow."""
         return self._parts(self.finite)
 
     @property
     def leaf_norm_parts(self) -> tuple[jax.Array, jax.Array]:
-        """(size, root), f32[n_leaves] each: the same for every leaf."""
+        """(size, root), each f32[n_leaves]: the same for every leaf."""
         return self.magnitude, safe_sqrt(self.sum_squares)
 
     def _parts(self, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,10 +108,9 @@ def overflows(statistics: GradientStatistics, scale: jax.Array, tree: PyTree) ->
 
 
 def squarable(statistics: GradientStatistics, tree: PyTree) -> jax.Array:
-    """bool[n_leaves]: whether a leaf can be trusted after it was multiplied.
+    """bool[n_leaves]: whether a leaf is finite, and its squares do not overflow, after a multiplication.
 
-    It is finite, and its squares stay within the dtype to reduce in: what `one_pass_statistics` tells of a leaf that
-    was not multiplied.
+    This is what `one_pass_statistics` says of a leaf that was not multiplied.
     """
     norms = statistics.leaf_norms
     dtypes = [accumulator_dtype(leaf.dtype) if is_gradient(leaf) else None for leaf in leaves_with_none(tree)]
@@ -124,22 +123,23 @@ def _bounds(numbers: list[Any], dtype: Any) -> jax.Array:
 
 
 def one_pass_statistics(tree: PyTree, axis_name: AxisName | None = None) -> GradientStatistics:
-    """One read of the tree. A leaf whose squares overflow counts as not finite here, one whose squares vanish as 0."""
+    """The statistics from one read. A leaf whose squares overflow counts as not finite, and as 0 if they vanish."""
     sums = sum_over(_sum_squares(leaves_with_none(tree)), sharding_of(tree, axis_name))
     return GradientStatistics(sum_squares=sums, magnitude=jnp.ones_like(sums))
 
 
 def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> GradientStatistics:
-    """The squared norm of every leaf, for every dtype and magnitude.
+    """Computes the squared norm of every leaf, for every dtype and magnitude.
 
     sum_squares[i] * magnitude[i]^2 = sum_j |g_ij|^2
 
     Guarantees:
-      - Reduced in float32 for 16-bit leaves, in float64 for float64; complex leaves count |g|^2.
-      - Exact to rounding from the smallest normal number of a dtype to its largest: 1e30 has norm 1e30, not Inf, and
-        1.2e-38 has norm 1.2e-38, not 0. float16 is exact below that, too: in float32 its subnormals are normal.
+      - 16-bit leaves are reduced in float32 and float64 leaves in float64; for complex leaves, |g|^2 is summed.
+      - The result is exact up to rounding from a dtype's smallest normal number to its largest: 1e30 has norm 1e30 and
+        not Inf, and 1.2e-38 has norm 1.2e-38 and not 0. For float16 this includes subnormals, which are normal numbers
+        in float32.
       - `statistics.finite[i]` is False exactly if leaf i holds a NaN or an Inf.
-      - One read of the gradient while all is well; a second one, in a branch of its own, if some sum of squares
+      - The gradient is read once while all is well, and a second time, in a separate branch, if a sum of squares
         overflowed or the whole gradient is below 1e-12.
 
     ==========================================  ===================================================================
@@ -149,22 +149,22 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
     integer, `float0`, `None`, zero-size leaf   sum 0
     NaN or Inf in a leaf                        its sum is not finite
     subnormal float32, bfloat16 or float64      0 where XLA flushes it (CPU, TPU), else its value
-    a leaf below 1e-19 beside larger leaves     its own norm may read as 0; the norm of the tree is right
+    a leaf below 1e-19 beside larger leaves     its own norm may read as 0; the norm of the tree is correct
     ==========================================  ===================================================================
 
     Args:
       tree: gradients, updates or parameters: any tree of arrays of any shapes.
-      axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over which leaves are sharded: their
-        sums are `psum`med, so that all devices see the same statistics. JAX's types tell which leaf is sharded over
-        which of them, so that replicated leaves count once; where there are no types (`check_vma=False`, `pmap`), all
-        leaves count as sharded over all axes: say otherwise with `leaf_axes`. Leave it None under `jit`, where arrays
-        are global, and for gradients that were already averaged over the axis.
+      axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or tuple of axes) over which leaves are sharded. Their
+        sums are reduced by `psum`, so that all devices see the same statistics. JAX's types tell which leaf is sharded
+        over which axis, so that replicated leaves count once. Without types (`check_vma=False`, `pmap`) all leaves
+        count as sharded over all axes, unless `leaf_axes` says otherwise. Use None under `jit`, where arrays are
+        global, and for gradients that are already averaged over the axis.
 
     Returns:
       `GradientStatistics`, with `.norm`, `.leaf_norms` and `.finite`.
 
     Raises:
-      ValueError: a leaf is not an array (the message names its path).
+      ValueError: a leaf is not an array (the message names the leaf).
 
     Example:
       >>> statistics = gradient_statistics({"a": jnp.array([3.0, 4.0]), "b": jnp.full(4, 1e30)})
@@ -172,7 +172,8 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
       [5.e+00 2.e+30] 2e+30
 
     See Also:
-      `optax.tree.norm`, which reduces in the gradient's own dtype: float16 [300, 1] and float32 [1e20] have norm Inf.
+      `optax.tree.norm`, which reduces in the gradient's own dtype, so float16 [300, 1] and float32 [1e20] have norm
+      Inf.
     """
     validate.axis_name("gradient_statistics", axis_name)
     tree = as_arrays("gradient_statistics", tree)
@@ -181,17 +182,17 @@ def gradient_statistics(tree: PyTree, *, axis_name: AxisName | None = None) -> G
         return look
     total = jnp.sum(look.sum_squares)
     trouble = ~jnp.isfinite(total) | (total < _SMALL)
-    # Operands, and functions that are the same at each call: outside of jit, fresh lambdas would be compiled anew.
+    # Operands, and functions that are the same at each call, since outside jit new lambdas would be compiled again.
     leaves = [x if is_gradient(x) else None for x in leaves_with_none(tree)]
     return lax.cond(trouble, _second_look_at(sharding_of(tree, axis_name)), _keep_first_look, leaves, look)
 
 
 def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array:
-    """The L2 norm of a whole tree, correct for every dtype and magnitude.
+    """Computes the L2 norm of a whole tree, correctly for every dtype and magnitude.
 
     ||g|| = sqrt(sum_i sum_j |g_ij|^2)
 
-    Guarantees: those of `gradient_statistics`; and the derivative at a zero tree is 0, not NaN.
+    Guarantees: those of `gradient_statistics`; in addition, the derivative at a zero tree is 0 and not NaN.
 
     =============================  ==============================
     Case                           Result
@@ -211,14 +212,14 @@ def global_norm(tree: PyTree, *, axis_name: AxisName | None = None) -> jax.Array
       `f32[]` (`f64[]` if a leaf is float64 or complex128).
 
     Raises:
-      ValueError: a leaf is not an array (the message names its path).
+      ValueError: a leaf is not an array (the message names the leaf).
 
     Example:
       >>> float(global_norm({"w": jnp.array([300.0, 400.0], jnp.float16)}))
       500.0
 
     See Also:
-      `optax.tree.norm`: the same number for ordinary float32 trees.
+      `optax.tree.norm`, which gives the same number for ordinary float32 trees.
     """
     validate.axis_name("global_norm", axis_name)
     tree = as_arrays("global_norm", tree)
@@ -253,7 +254,7 @@ def _second_look_at(where: Sharding) -> Callable[[list[Any], GradientStatistics]
 
 
 def _second_look(leaves: list[Any], look: GradientStatistics, where: Sharding) -> GradientStatistics:
-    """Sums of squares of the leaves divided by (the power of two below) their largest element."""
+    """Sums of squares of the leaves, divided by the power of two below their largest element."""
     del look
     dtype = widest_accumulator(leaves)
     split = [_real_parts(x) for x in leaves]
@@ -269,7 +270,7 @@ def _second_look(leaves: list[Any], look: GradientStatistics, where: Sharding) -
 
 
 def _real_parts(x: Any) -> list[jax.Array]:
-    """The real arrays that a leaf consists of, in the dtype to reduce in; none if it has no numbers."""
+    """The real parts of a leaf, in the dtype to reduce in; none if it has no numbers."""
     if not is_gradient(x) or x.size == 0:
         return []
     real = functools.partial(jnp.asarray, dtype=accumulator_dtype(x.dtype))
@@ -281,10 +282,10 @@ def _largest(parts: list[jax.Array]) -> jax.Array:
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """The power of two at or below x (at most a quarter of the largest), 1 where x is 0, NaN or Inf: division is exact.
+    """The power of two at or below x (at most a quarter of the largest), by which division is exact; 1 for 0, NaN, Inf.
 
-    Read off the bits, since XLA's `exp2` is inexact for most whole numbers on a CPU and 0 at -126. A subnormal, where
-    the hardware keeps it, gets the smallest normal number.
+    It is read from the bits, since XLA's `exp2` is inexact for most whole numbers on a CPU and 0 at -126. A subnormal,
+    if the hardware keeps it, gives the smallest normal number.
     """
     info = jnp.finfo(x.dtype)
     word = {4: np.uint32, 8: np.uint64}[x.dtype.itemsize]

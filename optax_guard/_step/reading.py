@@ -1,7 +1,7 @@
-"""What the readers of a state share: which leaves a guard saw, whose state it is, and whether numbers in it are bad.
+"""Shared by the readers of a state: which leaves a guard saw, how many runs it covers, and whether numbers are bad.
 
-A state may be that of one run, or of many at once (`jax.vmap` over seeds, `jax.pmap`): then every leaf has leading
-axes, and so has the scalar field by which a reader tells.
+A state may cover one run or many at once (`jax.vmap` over seeds, `jax.pmap`). With many, every leaf has leading axes,
+including the scalar field by which a reader recognises this.
 """
 
 import zlib
@@ -33,24 +33,24 @@ __all__ = [
 
 
 class SeenLeaves(NamedTuple):
-    """The leaves that a guard was initialised with: under `masked`, `partition` or nnx's `wrt` not all there are."""
+    """The leaves with which a guard was initialised, which under `masked`, `partition` or nnx's `wrt` are not all."""
 
-    path_hashes: jax.Array  # u32[n_leaves]: CRC-32 of each leaf's path
+    path_hashes: jax.Array  # u32[n_leaves]: the CRC-32 of each leaf's path
 
 
 def saw_leaves(params: PyTree) -> SeenLeaves:
-    """What a guard notes at `init`, without looking at values."""
+    """The leaves that a guard notes at `init`, without reading values."""
     return SeenLeaves(jnp.asarray(_path_hashes(params)))
 
 
 def leaf_names(params: PyTree, state: PyTree | None = None) -> list[str]:
-    """The path of every leaf, in the order that `worst_leaf` and per-leaf statistics count in.
+    """Returns the path of every leaf, in the order used by `worst_leaf` and the statistics of leaves.
 
     >>> leaf_names({"dense": {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))}})
     ['dense/bias', 'dense/kernel']
 
     A guard inside `optax.masked`, `optax.partition` or an `nnx.Optimizer` with `wrt=` sees and counts only some of the
-    leaves. It knows which; with its state the names are those of the leaves that it saw:
+    leaves. With its state, the names are those of the leaves that it saw:
 
     >>> import optax
     >>> import optax_guard as og
@@ -60,15 +60,15 @@ def leaf_names(params: PyTree, state: PyTree | None = None) -> list[str]:
     ['b']
 
     Args:
-      params: the parameters, or anything with their structure (gradients, `jax.ShapeDtypeStruct`s).
-      state: an optimizer state that holds one guard (pass its part of the state if there are several).
+      params: the parameters, or any tree with their structure (gradients, `jax.ShapeDtypeStruct`s).
+      state: an optimizer state that holds one guard (if there are several, pass one guard's part of the state).
 
     Returns:
-      One string per position; a `None` in the tree has one too. A leaf that the guard saw and that is not in `params`
-      is called "leaf 3 of 7".
+      One string per position; a `None` in the tree has one too. A leaf that the guard saw but `params` do not have is
+      called "leaf 3 of 7".
 
     Raises:
-      ValueError: there is no guard in `state`, or more than one.
+      ValueError: `state` holds no guard or more than one.
     """
     if state is None:
         return _tree.leaf_names(params)
@@ -81,7 +81,7 @@ def leaf_names(params: PyTree, state: PyTree | None = None) -> list[str]:
 
 
 def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
-    """The names of the leaves that a guard saw, in its order; without `params`, or where they lack one, its index."""
+    """The names of the leaves that a guard saw, in its order; an index if `params` are missing or lack the leaf."""
     hashes = np.asarray(jax.device_get(field_array(seen)))
     hashes = hashes.reshape(-1, hashes.shape[-1])[0]  # all members of many saw the same
     unknown = [f"leaf {i} of {len(hashes)}" for i in range(len(hashes))]
@@ -90,33 +90,33 @@ def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
     names = _tree.leaf_names(params)
     known = dict(zip(_path_hashes(params).tolist(), names, strict=True))
     found = [known.get(code) for code in hashes.tolist()]
-    if not any(found) and len(names) == len(found):  # the same leaves under another root, as `params["params"]`
+    if not any(found) and len(names) == len(found):  # the same leaves under another root, such as `params["params"]`
         return names
     return [name or index for name, index in zip(found, unknown, strict=True)]
 
 
 def axes_in_front(scalar: Any) -> int:
-    """How many axes `vmap` or `pmap` have put in front of a field that is a scalar by itself."""
+    """The number of axes that `vmap` or `pmap` put in front of a field that is a scalar in a single run."""
     return np.ndim(field_array(scalar))
 
 
 def members(scalar: Any) -> Iterator[tuple[int, ...]]:
-    """The index of each member of a state of many; one empty index for a state of one run."""
+    """The index of each member of a state of many runs; one empty index for a single run."""
     return np.ndindex(*np.shape(field_array(scalar)))
 
 
 def member(tree: PyTree, index: tuple[int, ...]) -> PyTree:
-    """One member of a state of many, as it would be alone."""
+    """One member of a state of many runs, as in a single run."""
     return jax.tree.map(lambda leaf: leaf[index], tree) if index else tree
 
 
 def is_traced(tree: PyTree) -> bool:
-    """Whether a tree holds values that are not known yet."""
+    """Whether a tree holds traced values."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def nonfinite_leaf(tree: PyTree, only: set[int] | None = None) -> tuple[str, str] | None:
-    """The path of the first leaf that is not finite, and what it holds, "NaN" or "Inf"; looked at on the host."""
+    """The path of the first leaf that is not finite and what it holds, "NaN" or "Inf"; computed on the host."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         held = _what_is_bad(leaf) if only is None or id(leaf) in only else None
         if held is not None:
@@ -125,7 +125,7 @@ def nonfinite_leaf(tree: PyTree, only: set[int] | None = None) -> tuple[str, str
 
 
 def nonfinite_moment(state: PyTree, params: PyTree) -> tuple[str, str] | None:
-    """The same for the moments of an optimizer's state; other numbers in it may be infinite by design."""
+    """The same for the moments in an optimizer's state, whose other numbers may be infinite by design."""
     return nonfinite_leaf(state, only={id(leaf) for leaf in moments(state, params)})
 
 
@@ -144,6 +144,6 @@ def _path_hashes(params: PyTree) -> np.ndarray:
 
 
 def _variable_free(path: tuple[Any, ...]) -> str:
-    """The path without the key that an nnx Variable adds: a guard may be initialised with Variables or without."""
+    """The path without the key that an nnx Variable adds, since a guard may be initialised with or without those."""
     wraps = len(path) > 1 and getattr(path[-1], "name", None) == "value"
     return path_name(path[:-1] if wraps else path)

@@ -1,7 +1,7 @@
-"""The flight recorder: a ring buffer in the guard's state, so that a checkpoint itself tells what happened.
+"""The flight recorder: a ring buffer in the guard's state, so that any checkpoint tells what happened.
 
-One row a step. No number in it is ever NaN or Inf, since a checkpoint must stay clean: what was seen is stored as a
-code, and reading gives NaN and Inf back.
+It has one row per step. No number in it is ever NaN or Inf, since a checkpoint must stay clean: these are stored as
+codes, and reading restores them.
 """
 
 from typing import Any, NamedTuple
@@ -26,60 +26,60 @@ __all__ = [
 ]
 
 EVENTS = (
-    "applied",  # the gradient went in as it was
-    "clipped",  # a rule scaled it
-    "skipped",  # a rule refused it: held
-    "let_through",  # a rule refused it, for longer than `patience`: applied, as the rules scaled it
-    "nonfinite",  # NaN, Inf, or too large to square: held
-    "nonfinite_update",  # the inner optimizer's update was not finite: held (with `check_updates=True`)
-    "halted",  # the guard had halted before: held
-    "recovery",  # the gradient was good, but the ladder acted in place of the step: held
+    "applied",  # applied with the unchanged gradient
+    "clipped",  # applied with a gradient that a rule scaled
+    "skipped",  # held: a rule refused it
+    "let_through",  # applied as the rules scaled it, although a rule refused it, since `patience` had run out
+    "nonfinite",  # held: the gradient was NaN, Inf, or too large to square
+    "nonfinite_update",  # held: the inner optimizer's update was not finite (with `check_updates=True`)
+    "halted",  # held: the guard had halted before
+    "recovery",  # held: the gradient was good, but the ladder acted in place of the step
 )
 HELD = ("skipped", "nonfinite", "nonfinite_update", "halted", "recovery")  # events that left no trace
-RECOVERIES = (  # what the ladder did; several may come together
-    "reset_refused",  # moments re-initialised: steps refused or not finite in a row
-    "reset_nonfinite",  # the same: a moment was not finite
-    "reset_frozen",  # the same: parameters had stopped moving
-    "back_off",  # updates are scaled down from here on
-    "rewind_refused",  # back to a snapshot: steps refused or not finite in a row
-    "rewind_diverged",  # the same: the smoothed loss had diverged
-    "gave_up",  # diverged again after all rewinds: the guard halts
+RECOVERIES = (  # what the ladder did; several may occur together
+    "reset_refused",  # moments reset, after refused or non-finite steps in a row
+    "reset_nonfinite",  # moments reset, since one was not finite
+    "reset_frozen",  # moments reset, since the parameters had stopped moving
+    "back_off",  # updates scaled down from here on
+    "rewind_refused",  # back to a snapshot, after refused or non-finite steps in a row
+    "rewind_diverged",  # back to a snapshot, since the smoothed loss had diverged
+    "gave_up",  # halted, since the loss diverged again after all rewinds
 )
 _NUMBERS = ("value", "grad_norm", "clipped_norm", "scale")
 _FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)  # the kind of a number
-_BITS = 3  # that a kind takes in the column of kinds
+_BITS = 3  # the number of bits of a kind in the column of kinds
 
 
 class Row(NamedTuple):
     """One step as the guard saw it."""
 
-    step: jax.Array  # i32[]: calls before this one
+    step: jax.Array  # i32[]: the number of calls before this one
     value: jax.Array | None  # f32[]: the loss, if it was passed
-    grad_norm: jax.Array  # f32[]: before the rules; NaN or Inf tell what a bad gradient held
-    clipped_norm: jax.Array  # f32[]: what went into the optimizer; 0 for a held step
+    grad_norm: jax.Array  # f32[]: the norm before the rules; NaN or Inf if the gradient held them
+    clipped_norm: jax.Array  # f32[]: the norm that went into the optimizer; 0 for a held step
     scale: jax.Array  # f32[]: the smallest factor of a leaf; 0 for a held step
     event: jax.Array  # i32[]: index into EVENTS
-    rule: jax.Array  # i32[]: position of the rule that refused, else of the first that scaled; -1 if none
-    worst_leaf: jax.Array  # i32[]: the first leaf that is not finite, else the one of largest norm; -1 without leaves
+    rule: jax.Array  # i32[]: the position of the rule that refused, else of the first that scaled; -1 if none
+    worst_leaf: jax.Array  # i32[]: the first leaf that is not finite, else that of largest norm; -1 without leaves
     recovery: jax.Array | int = 0  # i32[]: bits of RECOVERIES
 
 
 class FlightRecorder(NamedTuple):
-    """The last `history` rows. Row of step t is at t % history; `codes[:, 0]` is -1 where nothing was written."""
+    """The last `history` rows. The row of step t is at t % history; `codes[:, 0]` is -1 in unwritten rows."""
 
     numbers: jax.Array  # f32[history, 4]: value, grad_norm, clipped_norm, scale; 0 where not finite
     codes: jax.Array  # i32[history, 6]: step, event, rule, worst_leaf, the kinds of the four numbers, recovery
 
 
 def empty_recorder(history: int) -> FlightRecorder:
-    """A recorder with no rows."""
+    """A recorder without rows."""
     return FlightRecorder(
         numbers=jnp.zeros((history, len(_NUMBERS)), jnp.float32), codes=jnp.full((history, 6), -1, jnp.int32)
     )
 
 
 def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
-    """Writes one row, in place where the state is donated."""
+    """Writes one row, in place if the state is donated."""
     absent = row.value is None
     value = jnp.zeros((), jnp.float32) if absent else row.value
     numbers = jnp.stack([jnp.asarray(n, jnp.float32) for n in (value, row.grad_norm, row.clipped_norm, row.scale)])
@@ -135,7 +135,7 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
 
 
 def losses_given(recorder: FlightRecorder) -> np.ndarray:
-    """For every row of `read_rows`, whether a loss was passed: one that was not reads as NaN there."""
+    """Whether a loss was passed, for every row of `read_rows`, where a missing loss reads as NaN."""
     codes = np.asarray(jax.device_get(field_array(recorder.codes)))
     codes = codes[codes[:, 0] >= 0]
     return _kind(codes[np.argsort(codes[:, 0], kind="stable"), 4], 0) != _ABSENT
@@ -150,7 +150,7 @@ def _kind(packed: Any, position: int) -> Any:
 
 
 def _unpack(numbers: Any, packed: Any, xp: Any) -> list[Any]:
-    """Gives NaN and Inf back; a number that was never passed reads as NaN."""
+    """Restores NaN and Inf; a number that was never passed reads as NaN."""
     columns = []
     for i in range(len(_NUMBERS)):
         kind = _kind(packed, i)

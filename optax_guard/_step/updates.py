@@ -1,4 +1,4 @@
-"""What a step leaves behind: parameters with an update added, or updates that change nothing."""
+"""The results of a step: parameters with an update added, or updates that change nothing."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ __all__ = ["add_updates", "bad_updates", "no_updates"]
 
 
 def add_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """`optax.apply_updates`, which also leaves alone what has no update: `None`, and the `float0` of an integer.
+    """`optax.apply_updates`, which also accepts leaves without an update: `None`, and the `float0` of an integer.
 
-    A finite parameter that would become Inf becomes the largest number of its dtype instead. That is part of the fused
-    write: the same bytes, temporaries and time (guarded AdamW, CPU, JAX 0.10.2).
+    A finite parameter that would become Inf becomes the largest number of its dtype instead. This is part of the fused
+    write and costs no further bytes, temporaries or time.
     """
 
     def add(update: Any, param: Any) -> Any:
@@ -25,7 +25,7 @@ def add_updates(params: PyTree, updates: PyTree) -> PyTree:
         total = _sum(param, update)
         if not is_gradient(param):
             return total.astype(param.dtype)
-        # The update is not asked, which a second use would take out of its fused multiply-add: other bits than Optax's.
+        # The update itself is not tested: a second use would take it out of its fused multiply-add and change bits.
         saturated = _saturated(total, float(jnp.finfo(param.dtype).max))
         return jnp.where(jnp.isfinite(param), saturated, total).astype(param.dtype)
 
@@ -33,7 +33,7 @@ def add_updates(params: PyTree, updates: PyTree) -> PyTree:
 
 
 def bad_updates(params: PyTree | None, updates: PyTree) -> list[jax.Array]:
-    """For each position, bool[]: whether the update holds a NaN or an Inf, or would make one of a finite parameter."""
+    """bool[] for each position: whether the update is not finite, or would make a finite parameter so."""
 
     def bad(update: Any, param: Any = None) -> jax.Array:
         if not is_gradient(update):
@@ -48,7 +48,7 @@ def bad_updates(params: PyTree | None, updates: PyTree) -> list[jax.Array]:
 
 
 def no_updates(shapes: PyTree, updates: PyTree) -> PyTree:
-    """-0.0 everywhere: the one number that, added, changes no other, not even the sign of a zero."""
+    """-0.0 everywhere, the only number whose addition changes no other, not even the sign of a zero."""
     alike = jax.tree.structure(shapes) == jax.tree.structure(updates)
 
     def zero(shape: jax.ShapeDtypeStruct, leaf: Any) -> Any:

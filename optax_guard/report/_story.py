@@ -179,7 +179,7 @@ def _cause(log: TrainingLog, rows: np.ndarray, bad: np.ndarray, factor: float) -
         if np.isfinite(row["grad_norm"]) and passed and not np.isfinite(row["value"]):
             return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
         if np.isfinite(row["grad_norm"]):
-            return "a rule answered with a scale that was not finite, or that made the gradient overflow"
+            return "a rule returned a scale that was not finite, or that made the gradient overflow"
         others = _others(log, int(row["step"]))
         if others == _ALL:
             return f"the gradient of every leaf held {seen}, so look at the batch or the loss"

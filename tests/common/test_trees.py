@@ -393,6 +393,6 @@ def test_the_gradient_of_an_integer_is_named_where_the_optimizer_cannot_take_it(
         tx = entry.make(inner=make_inner)
         return jax.eval_shape(lambda: og.apply_gradients(tx, grads, tx.init(params), params, value=jnp.ones(())))
 
-    with pytest.raises(ValueError, match="cannot take the gradient of leaf `table`, an integer's `float0`"):
+    with pytest.raises(ValueError, match="cannot take the gradient of leaf `table`, the `float0`"):
         step(optax.sgd)
     step(lambda rate: optax.masked(optax.sgd(rate), {"kernel": True, "table": False}))

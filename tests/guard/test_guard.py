@@ -230,7 +230,7 @@ def test_a_rule_that_answers_nan_is_held_and_counted() -> None:
     assert og.metrics(state)["guard/nonfinite_total"] == 1
     tx = og.guard(optax.sgd(1.0), og.clip_by_global_norm(lambda step: jnp.nan * step), halt_after=1)
     _, state = og.apply_gradients(tx, filled(PARAMS, 1.0), tx.init(PARAMS), PARAMS)
-    with pytest.raises(og.TrainingHalted, match="gradient was finite, but a rule answered with a scale that was not"):
+    with pytest.raises(og.TrainingHalted, match="gradient was finite, but a rule returned a scale that was not"):
         og.raise_if_halted(state, PARAMS)
 
 

@@ -150,7 +150,7 @@ def test_a_nan_that_multi_steps_never_loses_is_called_so() -> None:
         _, state = step(BAD if i == 0 else GRADS, state)
     story = halted(state, PARAMS)
     assert "The cause is `optax.MultiSteps` around the guard" in story
-    assert "Take `accumulate(guard(...), every)` in its place" in story
+    assert "Use `accumulate(guard(...), every)` instead" in story
 
 
 def test_a_halt_looks_at_parameters_and_moments() -> None:
