@@ -1,14 +1,14 @@
 """Accumulation across calls: one optimizer step from many small batches.
 
-`accumulate` wraps everything else. The optimizer inside does not run on the calls in between: it sees one gradient a
-cycle, so clips, penalties, noise and schedules act once per applied step.
+`accumulate` goes around everything else. The inner optimizer does not run in the calls in between: it sees one gradient
+per cycle, so clips, penalties, noise and schedules act once per applied step.
 
 =====================================  ============================================================
-You have                               Take
+You have                               Use
 =====================================  ============================================================
 a loop that calls the step each batch  `accumulate(tx, every=4)`, and `apply_gradients`
 batches of unequal token counts        the same, and `weight=` the number of tokens in the call
-an epoch that ends within a cycle      `flush`: a step with what the cycle holds
+an epoch that ends within a cycle      `flush`: a step with the micro-batches so far
 a batch too large for one pass         `accumulate_gradients`, inside one call
 =====================================  ============================================================
 """
@@ -68,25 +68,25 @@ __all__ = ["AccumulateState", "accumulate", "flush", "has_updated"]
 
 
 class AccumulateState(NamedTuple):
-    """What `accumulate` carries: the inner state, one buffer in the shape of the parameters, and counters."""
+    """The state of `accumulate`: the inner state, a buffer with the shapes of the parameters, and counters."""
 
     accumulated_state: Any  # the inner optimizer's state
-    gradient_sum: PyTree  # f32 (or wider) in the parameters' shapes: weighted sum; stale while `added` is 0
-    accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): sum of the weights in `gradient_sum`
-    value_mean: jax.Array  # f32[] (f64[]): weighted mean of the losses of those micro-batches that came with `value=`
+    gradient_sum: PyTree  # f32 (or wider) in the parameters' shapes: the weighted sum; stale while `added` is 0
+    accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): the sum of the weights in `gradient_sum`
+    value_mean: jax.Array  # f32[] (f64[]): the weighted mean loss of the micro-batches that came with `value=`
     value_weight: jax.Array  # f32[] (f64[]): the sum of their weights
     added: jax.Array  # i32[]: micro-batches in `gradient_sum`
-    micro_step: jax.Array  # i32[]: calls in this cycle, dropped ones included
+    micro_step: jax.Array  # i32[]: calls in this cycle, including dropped micro-batches
     dropped_in_cycle: jax.Array  # i32[]: micro-batches of this cycle that were dropped
     emitted: jax.Array  # bool[]: whether the last call ran the inner optimizer
-    micro_batch_lost: jax.Array  # bool[]: whether it dropped its micro-batch, or ended a cycle without a step
+    micro_batch_lost: jax.Array  # bool[]: whether the last call dropped its micro-batch or ended a cycle without a step
     emitted_total: jax.Array  # i32[]: runs of the inner optimizer
     dropped_total: jax.Array  # i32[]: micro-batches dropped (not finite, or a negative or non-finite weight)
     empty_total: jax.Array  # i32[]: cycles that ended with nothing to step with
 
 
 class _Cycle(NamedTuple):
-    """A cycle as it stands after a call."""
+    """A cycle after a call."""
 
     total: PyTree  # the weighted sum, in the structure of the gradient
     weight: jax.Array  # f32[] (f64[]): and the fields below as in `AccumulateState`
@@ -95,9 +95,9 @@ class _Cycle(NamedTuple):
     added: jax.Array
     micro_step: jax.Array
     dropped: jax.Array
-    statistics: GradientStatistics | None = None  # of `total`, if the inner optimizer holds what is not finite
+    statistics: GradientStatistics | None = None  # of `total`, if the inner optimizer holds non-finite steps
     seen: GradientStatistics | None = None  # of the last micro-batch, if it was read
-    loss: jax.Array | None = None  # of the last micro-batch, if it brought one
+    loss: jax.Array | None = None  # of the last micro-batch, if it had one
 
 
 def accumulate(
@@ -109,68 +109,69 @@ def accumulate(
     accumulator_dtype: DTypeLike = jnp.float32,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """One step of `inner` with the (weighted) mean of the gradients of `every` calls.
+    """Makes one step of `inner` with the (weighted) mean of the gradients of `every` calls.
 
     g = sum_i w_i g_i / sum_i w_i        over the calls i of a cycle whose gradient is finite; w_i = 1 if none is given
 
     Guarantees:
-      - `inner` runs only in the call that fills a cycle; in between, parameters and inner state keep their bits.
-      - Unequal micro-batches whose `weight` is their number of tokens (or rows) equal the full batch.
-      - A micro-batch that is not finite never touches any state: it is dropped with its weight, and counted. It keeps
-        its place: a cycle is `every` calls.
-      - A stream that stays bad ends: a `guard` as `inner` counts every cycle that lost all its micro-batches like a
-        non-finite step, and halts after `halt_after` of them.
-      - Sums are held in float32 (float64 for float64, complex for complex leaves), and `inner` receives the mean in the
-        gradient's dtype. With `every=1` its updates are those of `inner` alone, bit for bit.
-      - The loss that `inner` receives as `value=` is the weighted mean of the losses of the micro-batches kept.
+      - `inner` runs only in the call that completes a cycle; in between, the parameters and the inner state are
+        bit-for-bit unchanged.
+      - Unequal micro-batches whose `weight` is their number of tokens (or rows) give the gradient of the full batch.
+      - A micro-batch that is not finite never enters any state: it is dropped with its weight, and counted. It keeps
+        its place, so that a cycle is always `every` calls.
+      - A persistently bad stream ends in a halt: a `guard` as `inner` counts every cycle that lost all its
+        micro-batches as a non-finite step, and halts after `halt_after` of them.
+      - Sums are kept in float32 (float64 for float64, complex for complex leaves), and `inner` receives the mean in the
+        gradient's dtype. With `every=1` the updates are those of `inner` alone, bit for bit.
+      - The loss that `inner` receives as `value=` is the weighted mean loss of the micro-batches that were kept.
       - `has_updated(state)` is True exactly after a call that ran `inner`.
-      - Selected, never multiplied: nothing that was dropped can come back as 0 * NaN.
+      - Dropped micro-batches are deselected and not multiplied by 0, so they cannot return as 0 * NaN.
 
     =========================================  =======================================================================
     Case                                       Result
     =========================================  =======================================================================
-    NaN or Inf in a micro-batch                as `on_nonfinite` says, below; its loss (`value=`) counts as part of it
+    NaN or Inf in a micro-batch                see `on_nonfinite` below; its loss (`value=`) counts as part of it
     `weight` negative or not finite            that micro-batch is dropped and counted, whatever `on_nonfinite` says
-    `weight` times gradient above 1.8e19       the same as a gradient that is not finite: it could not be squared
+    `weight` times gradient above 1.8e19       like a gradient that is not finite, since its square overflows
     a "sum" of float16 gradients above 65504   the cycle is lost: a held step, which a guard inside counts
     nothing left at the end of a cycle         a held step: `inner` does not run; counted in `empty_total`
-    all weights of a cycle are zero            the same; nothing was bad, so a guard inside does not count it
-    a leaf outside the `mask` of a guard       neither read nor summed: it can drop no micro-batch
-    a leaf is an integer, `float0` or `None`   passed to `inner` as the emitting call brought it
-    the last, unfilled cycle of an epoch       `flush` steps with it; else it goes on with the next call
+    all weights of a cycle are zero            the same, but a guard inside does not count it, as nothing was bad
+    a leaf outside the `mask` of a guard       neither read nor summed, so it cannot drop a micro-batch
+    a leaf is an integer, `float0` or `None`   passed to `inner` as in the call that completes the cycle
+    the last, incomplete cycle of an epoch     `flush` steps with it; otherwise it continues with the next call
     =========================================  =======================================================================
 
     ================  ================================================================================================
     `on_nonfinite`    A micro-batch with a NaN or an Inf
     ================  ================================================================================================
-    "drop_micro"      is left out with its weight: the mean is over the others
-    "drop_cycle"      spoils its cycle: the others wait for its end, which is a held step (`empty_total`)
-    "propagate"       goes into the sum (its loss into the mean), unread, where it stays until the cycle ends: the
-                      cheapest. A guard inside holds the cycle; a bare optimizer is
-                      poisoned. The next cycle starts clean
+    "drop_micro"      is left out with its weight; the mean is over the others
+    "drop_cycle"      invalidates its cycle, which ends in a held step (`empty_total`)
+    "propagate"       enters the sum (and its loss the mean) without being read, until the cycle ends. This is the
+                      cheapest. A guard inside holds the cycle; a bare optimizer is corrupted. The next cycle
+                      starts clean
     ================  ================================================================================================
 
     Args:
       inner: any Optax transformation: usually `guard(optimizer, rules...)`.
-      every: calls per cycle (>= 1), or a schedule that maps the number of emitted steps to it (values below 1 count
-        as 1).
+      every: the number of calls per cycle (>= 1), or a schedule from the number of emitted steps to it (values below 1
+        count as 1).
       on_nonfinite: "drop_micro", "drop_cycle" or "propagate".
-      reduction: "mean"; "sum" (weighted, not divided); "max" (elementwise); "last"; or a tree of these in the structure
-        of (a prefix of) the parameters, or a function from the parameters to it. FP8 scales and other numbers that
-        travel as gradients must not be averaged: give their leaves "max" or "last". Micro-batches of weight 0 count for
-        none of them.
-      accumulator_dtype: the narrowest dtype to sum in; a leaf of a wider dtype is summed in its own.
-      axis_name: as in `gradient_statistics`: needed inside `jax.shard_map` on sharded gradients, so that all devices
-        drop the same micro-batches. A guard inside must have the same.
+      reduction: "mean"; "sum" (weighted, not divided); "max" (elementwise); "last"; or a tree of these with the
+        structure of (a prefix of) the parameters, or a function from the parameters to such a tree. FP8 scales and
+        other values that are passed as gradients must not be averaged: use "max" or "last" for their leaves.
+        Micro-batches of weight 0 are left out of all reductions.
+      accumulator_dtype: the narrowest dtype for the sum; a leaf of a wider dtype is summed in its own.
+      axis_name: as in `gradient_statistics`. It is needed inside `jax.shard_map` with sharded gradients, so that all
+        devices drop the same micro-batches. A guard inside must have the same.
 
     Returns:
-      A transformation for `apply_gradients` (fast) and for anything that takes an Optax one. Its `update` takes
-      `weight=`, a non-negative scalar, and forwards every other extra argument to `inner` in the emitting call. Between
-      emissions it returns -0.0, which `optax.apply_updates` adds without changing a bit.
+      A transformation for `apply_gradients` (fast) and for anything that takes an Optax transformation. Its `update`
+      takes `weight=`, a non-negative scalar, and forwards all other extra arguments to `inner` in the call that
+      completes a cycle. In between it returns -0.0, which `optax.apply_updates` adds without changing a bit.
 
     Raises:
-      ValueError: wrong static arguments; gradients whose structure or shapes differ from the parameters', with the
-        path of the first leaf that does.
+      ValueError: a static argument is invalid, or the gradients differ from the parameters in structure or shapes (the
+        message names the first leaf that differs).
 
     Example:
       >>> import optax_guard as og
@@ -183,9 +184,8 @@ def accumulate(
       (Array([-2., -2.], dtype=float32), True)
 
     See Also:
-      `accumulate_gradients`: the same mean inside one call, with one all-reduce.
-      `optax.MultiSteps`: equal weights, runs the inner optimizer at every call and discards the result, and keeps a NaN
-      for ever.
+      `accumulate_gradients`, which computes the same mean inside one call, with one all-reduce; `optax.MultiSteps`,
+      which has equal weights, runs the inner optimizer at every call and discards the result, and keeps a NaN for ever.
     """
     name = "accumulate"
     inner = as_transformation(name, inner)
@@ -200,7 +200,7 @@ def accumulate(
 
     def buffer(leaf: Any) -> jax.Array:
         if not is_gradient(leaf):
-            return jnp.zeros((), jnp.float32)  # a placeholder: the emitting call's leaf is passed on
+            return jnp.zeros((), jnp.float32)  # a placeholder, since the leaf of the emitting call is passed on
         return jnp.zeros_like(leaf, dtype=wider_dtype(accumulator_dtype, leaf.dtype))
 
     def init(params: optax.Params) -> AccumulateState:
@@ -261,7 +261,9 @@ def accumulate(
             seen=seen,
             loss=loss,
         )
-        whole = call.alone and not call.weighted  # its mean is itself: a product with 1 changes what XLA fuses
+        whole = (
+            call.alone and not call.weighted
+        )  # the mean is the gradient itself; a product with 1 would change what XLA fuses
         result, inner_state, emit = end(cycle, full, state, start, updates, extra, divides=not whole)
         state = state._replace(accumulated_state=inner_state, gradient_sum=call.stored(sums))
         return result, _after_call(state, cycle, full, emit, lost=~good)
@@ -275,7 +277,7 @@ def accumulate(
         extra: dict[str, Any],
         divides: bool = True,
     ) -> tuple[PyTree, Any, jax.Array]:
-        """Where the cycle ends, a step of the inner optimizer, if there is something to step with."""
+        """At the end of a cycle, takes a step of the inner optimizer unless the cycle is empty."""
         emit = ends & (cycle.weight >= jnp.finfo(cycle.weight.dtype).tiny)
         if on_nonfinite == "drop_cycle":
             emit = emit & (cycle.dropped == 0)
@@ -286,7 +288,7 @@ def accumulate(
             emit, lost = emit & ~overflow, lost | overflow
         active, statistics = emit, None
         if cycle.statistics is not None:
-            # A cycle lost to bad numbers is told to the guard as what it is, a step that was not finite.
+            # A cycle lost to bad numbers is reported to the guard as a step that was not finite.
             active = emit | (ends & lost)
             statistics = _where(emit, cycle.statistics, _never_finite(cycle.statistics, cycle.seen, cycle.loss))
         if cycle.loss is not None:
@@ -338,29 +340,29 @@ def flush(
     like: PyTree | None = None,
     **extra: Any,
 ) -> tuple[Params, State]:
-    """Ends the cycle here: one step with the micro-batches it holds, as for the last batch of an epoch.
+    """Ends the cycle with a step on the micro-batches so far, as at the end of an epoch.
 
     params, inner <- inner step with sum_i w_i g_i / sum_i w_i       over the calls since the last step
 
     Guarantees:
-      - The same numbers as a cycle of just that many calls.
-      - A cycle that holds nothing (flushed right after a step) changes nothing: parameters and inner state keep their
-        bits, and `has_updated` is False.
+      - The result is that of a cycle with exactly that many calls.
+      - If the cycle is empty (right after a step), nothing changes: the parameters and the inner state are bit-for-bit
+        unchanged, and `has_updated` is False.
       - The next call starts a new cycle.
 
     Args:
-      tx: what `accumulate` returned; it must be outermost.
-      state: its state. Of a linen `TrainState` pass `tx`, `opt_state` and `params`.
+      tx: the transformation from `accumulate`, which must be outermost.
+      state: its state. For a linen `TrainState`, pass its `tx`, `opt_state` and `params`.
       params: the parameters.
-      like: gradients (or their shapes) of any call, if their dtypes or `None`s differ from the parameters'.
-      **extra: forwarded to the inner optimizer as it is. A rule that judges the loss needs `value=` here too: whether
-        the cycle's calls brought losses is not known when this is compiled.
+      like: gradients (or their shapes) of any call, if their dtypes or `None`s differ from those of the parameters.
+      **extra: forwarded unchanged to the inner optimizer. A rule that judges the loss needs `value=` here too, since it
+        is not known at compile time whether the cycle's calls had losses.
 
     Returns:
       The new (params, state).
 
     Raises:
-      ValueError: `tx` or `state` is not of `accumulate`; `like` does not match the parameters.
+      ValueError: `tx` or `state` is not from `accumulate`, or `like` does not match the parameters.
 
     Example:
       >>> import optax_guard as og
@@ -380,7 +382,7 @@ def flush(
             f"{type(tx).__name__} and {type(state).__name__}."
         )
     if params is None:
-        raise ValueError("flush: `params` must be the parameters, from which the step is taken; got None.")
+        raise ValueError("flush: `params` must be the parameters from which the step starts; got None.")
     params = as_params("flush", params)
     check_same_structure("flush", "params", params, "params at init", state.gradient_sum)
     if like is None:
@@ -391,7 +393,7 @@ def flush(
 
 
 def has_updated(state: optax.OptState) -> jax.Array:
-    """Whether the call that returned this state ran the inner optimizer.
+    """Tells whether the call that returned this state ran the inner optimizer.
 
     Args:
       state: an optimizer state that holds one `accumulate`, in any nesting.
@@ -400,7 +402,7 @@ def has_updated(state: optax.OptState) -> jax.Array:
       `bool[]`.
 
     Raises:
-      ValueError: there is no `accumulate` in `state`, or more than one.
+      ValueError: `state` holds no `accumulate` or more than one.
 
     Example:
       >>> import optax_guard as og
@@ -427,7 +429,7 @@ def _weight(state: AccumulateState) -> jax.Array:
 def _after_call(
     state: AccumulateState, cycle: _Cycle, ends: jax.Array, emit: jax.Array, lost: jax.Array
 ) -> AccumulateState:
-    """The state with the counters of the next call: a cycle that ends leaves nothing behind."""
+    """The state with the counters for the next call, which a cycle that ends resets."""
 
     def kept(number: jax.Array) -> jax.Array:
         return jnp.where(ends, 0, number)
@@ -454,9 +456,9 @@ def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
 def _never_finite(
     statistics: GradientStatistics, seen: GradientStatistics | None, loss: jax.Array | None
 ) -> GradientStatistics:
-    """Statistics that are not finite: those of the last micro-batch if its gradient is bad, which names the leaf.
+    """Statistics that are not finite: those of the last micro-batch if its gradient is bad, to name the leaf.
 
-    If only its loss is, which is handed on beside them, they are its own too.
+    They are also its own if only its loss is bad, which is passed on besides them.
     """
     nan, one = jnp.full_like(statistics.sum_squares, jnp.nan), jnp.ones_like(statistics.magnitude)
     if seen is None:
@@ -469,9 +471,9 @@ def _never_finite(
 def _with_loss(
     state: AccumulateState, loss: jax.Array | None, weight: jax.Array, adds: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The cycle's weighted mean of losses, and the sum of their weights, with this call's in it.
+    """The cycle's weighted mean loss and sum of weights, including this call.
 
-    A running mean, since weight times loss may overflow where the mean does not.
+    It is a running mean, since weight times loss may overflow when the mean does not.
     """
     first = state.added == 0
     mean, weights = jnp.where(first, 0, state.value_mean), jnp.where(first, 0, state.value_weight)

@@ -1,11 +1,11 @@
-"""Accumulation inside one call: the gradient of a large batch from small ones, in a `lax.scan`, with one all-reduce.
+"""Accumulation inside one call: the gradient of a large batch from small ones by `lax.scan`, with one all-reduce.
 
 =========================================  =========================================================================
-You have                                   Take
+You have                                   Use
 =========================================  =========================================================================
 a batch too large for memory               `accumulate_gradients(loss_fn, 8)` in place of `jax.value_and_grad(loss_fn)`
-data parallelism (`jit` or `shard_map`)    the same with `axis_name=`: one all-reduce a step, whatever the number
-batches that come one call at a time       `accumulate`, whose gradients were already reduced
+data parallelism (`jit` or `shard_map`)    the same with `axis_name=`: always one all-reduce per step
+batches that come one call at a time       `accumulate`, with gradients that are already reduced
 =========================================  =========================================================================
 """
 
@@ -41,65 +41,70 @@ def accumulate_gradients(
     axis_name: str | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """`jax.value_and_grad` of a mean loss over a batch, one micro-batch at a time.
+    """Computes `jax.value_and_grad` of a mean loss over a batch, one micro-batch at a time.
 
     value = sum_i w_i loss(params, batch_i) / sum_i w_i          grads = sum_i w_i grad_i / sum_i w_i
 
     over the micro-batches i whose loss and gradient are finite.
 
     Guarantees:
-      - Equals the gradient of the whole batch, if `loss_fn` is a mean and `weight_fn` says of how many.
-      - Sums are held in float32 or wider, divided once, and given back in the parameters' dtypes.
-      - With `axis_name`, one all-reduce of all sums at the end, and none in the loop: each device drops its own.
-      - A micro-batch of weight 0, or one that is dropped, is selected away: its NaN does not come back as 0 * NaN.
-      - A stream that stays bad is not lost in silence: with no micro-batch left, value and gradient are NaN, so that a
-        `guard` holds the step, counts it, and halts in the end.
-      - Micro-batch i draws from `fold_in(key, i)`: the same numbers in a scan, a loop, or a resumed run.
+      - The result is the gradient of the whole batch if `loss_fn` is a mean and `weight_fn` returns its count.
+      - Sums are kept in float32 or wider, divided once, and returned in the parameters' dtypes.
+      - With `axis_name`, there is one all-reduce of all sums at the end and none in the loop; each device drops its own
+        micro-batches.
+      - A micro-batch that is dropped or has weight 0 is deselected, so its NaN does not return as 0 * NaN.
+      - A persistently bad stream is noticed: if no micro-batch is left, value and gradient are NaN, so that a `guard`
+        holds and counts the step, and eventually halts.
+      - Micro-batch i draws from `fold_in(key, i)`, so a scan, a loop and a resumed run draw the same numbers.
 
     ============================================  ====================================================================
     Case                                          Result
     ============================================  ====================================================================
-    NaN or Inf in a micro-batch                   as `on_nonfinite` says, below; its loss counts as part of it
+    NaN or Inf in a micro-batch                   see `on_nonfinite` below; its loss counts as part of it
     weight negative or not finite                 the same
-    weight times gradient above 1.8e19            the same: it could not be squared
+    weight times gradient above 1.8e19            the same, since its square overflows
     all micro-batches dropped                     value and gradient are NaN: `guard` holds and counts the step
     all weights zero                              value 0, gradient 0
-    batch not divisible                           an error, or zero rows by `remainder="pad"`
+    batch not divisible                           an error, or zero rows with `remainder="pad"`
     more micro-batches than rows                  an error
     ============================================  ====================================================================
 
     ================  ================================================================================================
     `on_nonfinite`    A micro-batch (of one device) with a NaN or an Inf
     ================  ================================================================================================
-    "drop_micro"      is left out with its weight: the means are over the others
-    "drop_cycle"      spoils the whole: value and gradient are NaN
-    "propagate"       goes into the sums, unread: the cheapest. The gradient is NaN or Inf; a NaN weight makes all NaN
+    "drop_micro"      is left out with its weight; the means are over the others
+    "drop_cycle"      invalidates the whole batch: value and gradient are NaN
+    "propagate"       enters the sums without being read, which is the cheapest. The gradient is NaN or Inf, and all NaN
+                      if the weight is
     ================  ================================================================================================
 
     Args:
-      loss_fn: (params, micro_batch, *args) -> mean loss, or (loss, aux) with `has_aux`; takes `key=` if one is given.
-      num_micro_batches: n (>= 1). Micro-batch i holds rows i, i + n, i + 2n, ...: so the rows of a sharded batch stay
-        on their devices.
+      loss_fn: (params, micro_batch, *args) -> mean loss, or (loss, aux) with `has_aux`; it receives `key=` if one is
+        given.
+      num_micro_batches: n (>= 1). Micro-batch i holds rows i, i + n, i + 2n, ..., so that the rows of a sharded batch
+        stay on their devices.
       has_aux: as in `jax.value_and_grad`.
-      weight_fn: micro_batch -> its weight, for instance the number of tokens that its mask leaves. None: equal weights.
+      weight_fn: a function from a micro-batch to its weight, for instance its number of unmasked tokens. None gives
+        equal weights.
       on_nonfinite: "drop_micro", "drop_cycle" or "propagate", as for `accumulate`. The first two read each
-        micro-gradient once more. Nothing counts what was dropped: return `jnp.isfinite(loss)` as `aux` to see it.
+        micro-gradient once more. Dropped micro-batches are not counted: return `jnp.isfinite(loss)` as `aux` to see
+        them.
       remainder: "error" refuses a batch that is not divisible; "pad" appends rows of zeros, which `weight_fn`
-        (required) and `loss_fn` must count as nothing, as a mask in the batch does.
+        (required) and `loss_fn` must ignore, as with a mask in the batch.
       axis_name: the mesh axis over which the batch is split (axis 0 of every leaf) and the parameters are not. Inside
-        `jax.shard_map` its manual axis; under `jit` the gradient then runs in a `shard_map` over that axis alone, other
-        axes (tensor parallelism) stay with `jit`. None under `jit`: XLA places the communication, one per micro-batch.
-        With parameters sharded over the same axis (FSDP) leave it None: they are gathered and scattered per micro-batch
-        anyway.
-      mesh: under `jit`, the mesh that has the axis; None takes the one of `jax.set_mesh`.
+        `jax.shard_map` it is a manual axis. Under `jit` the gradient runs in a `shard_map` over that axis alone, and
+        other axes (tensor parallelism) are left to `jit`. With None under `jit`, XLA places the communication, once per
+        micro-batch. Use None if parameters are sharded over the same axis (FSDP), since they are gathered and scattered
+        per micro-batch anyway.
+      mesh: under `jit`, the mesh that has the axis; None uses that of `jax.set_mesh`.
 
     Returns:
-      (params, batch, *args, key=None) -> (value, grads), or ((value, aux), grads). Each leaf of `aux` has a new first
-      axis: one entry per micro-batch (and device, under `jit` with `axis_name`), dropped ones included, as it came.
+      A function (params, batch, *args, key=None) -> (value, grads), or ((value, aux), grads). Each leaf of `aux` has a
+      new first axis with an entry per micro-batch (and device, under `jit` with `axis_name`), including dropped ones.
 
     Raises:
-      ValueError: wrong arguments; leaves of the batch that disagree in their first axis, by path.
-      NameError: JAX's, if `axis_name` is an axis of no mesh.
+      ValueError: an argument is invalid, or leaves of the batch disagree in their first axis (the message names them).
+      NameError: from JAX, if no mesh has the axis `axis_name`.
 
     Example:
       >>> import optax_guard as og
@@ -112,7 +117,8 @@ def accumulate_gradients(
       (True, True)
 
     See Also:
-      `optax.microbatch`: sums in the dtype of the output (256 bfloat16 gradients may stall), equal weights.
+      `optax.microbatch`, which sums in the dtype of the output (a sum of 256 bfloat16 gradients may stall) and has
+      equal weights.
     """
     name = "accumulate_gradients"
     n = validate.integer(name, "num_micro_batches", num_micro_batches, low=1)
@@ -135,7 +141,7 @@ def accumulate_gradients(
     gradient = jax.value_and_grad(_returning(loss_fn, has_aux), has_aux=has_aux)
 
     def local(params: PyTree, batch: PyTree, args: tuple[Any, ...], key: Any) -> tuple[Any, PyTree, Any]:
-        """Sums over this device's rows and then over all devices, divided."""
+        """The means over this device's rows and all devices."""
         micro_batches = jax.tree.map(lambda x: _split(x, n), batch)
         params = _varying(params, axis_name)
 
@@ -151,7 +157,7 @@ def accumulate_gradients(
             shares = jax.tree.map(lambda s, x: _plus(s, x, weight), sums[:-1], (value, grads, jnp.ones(())))
             return (*shares, sums[-1] + bad), aux
 
-        no_gradient = jax.tree.map(_zeros, params)  # first, since it refuses parameters that have none
+        no_gradient = jax.tree.map(_zeros, params)  # first, since it refuses parameters without a gradient
         value_type = jax.eval_shape(lambda: _first(gradient, params, micro_batches, args, key, has_aux))
         zeros = (
             jnp.zeros((), wider_dtype(value_type.dtype, jnp.float32)),
@@ -190,7 +196,7 @@ def accumulate_gradients(
 
 
 def _returning(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """The loss function; what it returns is looked at before JAX does."""
+    """The loss function, whose result is checked before JAX sees it."""
 
     @functools.wraps(loss_fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -203,12 +209,12 @@ def _returning(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
-    """[rows, ...] -> [n, rows / n, ...], rows i, i + n, ... together: a sharded first axis keeps its devices."""
+    """[rows, ...] -> [n, rows / n, ...], rows i, i + n, ... together, so that a sharded axis keeps its devices."""
     return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
 
 def _padded(batch: PyTree, n: int, devices: int, remainder: Remainder) -> PyTree:
-    """The batch with its first axis divisible by n on every device, or an error."""
+    """The batch with a first axis that is divisible by n on every device, or an error."""
     name = "accumulate_gradients"
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
@@ -241,13 +247,13 @@ def _padded(batch: PyTree, n: int, devices: int, remainder: Remainder) -> PyTree
 
 
 def _plus(total: jax.Array, share: jax.Array, weight: jax.Array) -> jax.Array:
-    """Selected, since a weight of 0 must also silence a NaN."""
+    """The total with this share, selected, since a weight of 0 must also remove a NaN."""
     weight = weight.astype(total.dtype)
     return total + jnp.where(weight == 0, 0, weight * share.astype(total.dtype))
 
 
 def _fits(value: jax.Array, grads: PyTree, weight: jax.Array) -> jax.Array:
-    """Whether loss and weight are finite, and weight times gradient can be squared in the dtype of its sum."""
+    """Whether loss and weight are finite, and weight times gradient has finite squares in the dtype of its sum."""
     statistics = one_pass_statistics(grads)
     scaled = scale_statistics(statistics, weight.astype(statistics.sum_squares.dtype))
     return jnp.all(squarable(scaled, grads)) & jnp.isfinite(value) & jnp.isfinite(weight)
@@ -281,7 +287,7 @@ def _first(gradient: Any, params: Any, micro_batches: Any, args: Any, key: Any, 
 
 
 def _fold_in(key: jax.Array, index: jax.Array, axis_name: str | None) -> jax.Array:
-    if axis_name is not None:  # devices hold different rows: their dropout must differ too
+    if axis_name is not None:  # devices hold different rows, so their dropout must differ too
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
     return jax.random.fold_in(key, index)
 
@@ -306,7 +312,7 @@ def _mesh_with(axis_name: str, mesh: Mesh | None) -> Any:
 
 
 def _varying(tree: PyTree, axis_name: str | None) -> PyTree:
-    """Typed as differing between devices, so that JAX sums the gradient of no micro-batch over them."""
+    """Types the tree as differing between devices, so that JAX does not sum micro-batch gradients over them."""
     if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
         return tree
 

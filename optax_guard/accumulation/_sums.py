@@ -1,4 +1,4 @@
-"""The sums of an accumulation cycle: how one micro-batch goes into them, leaf by leaf."""
+"""The sums of an accumulation cycle, and how a micro-batch is added to them, leaf by leaf."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args
@@ -44,7 +44,7 @@ class _Dataclass(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-# A tree of reductions, or a function to one: `PyTree` would let a checker pass every string.
+# A tree of reductions, or a function to one; with `PyTree` a type checker would accept every string.
 Labels: TypeAlias = Mapping[Any, Any] | tuple[Any, ...] | list[Any] | _Dataclass | Callable[[PyTree], PyTree]
 
 
@@ -62,23 +62,23 @@ class MicroBatch:
         self.kinds = labels(reduction, state.gradient_sum)
 
     def written(self, adds: jax.Array) -> list[Any]:
-        """The sums with this micro-batch in them, if it adds."""
+        """The sums, including this micro-batch if it counts."""
         if self.alone:
             return self._each(self._share)
-        # One branch per outcome: a `where` over the buffer would cost a second copy of it.
+        # One branch per outcome, since a `where` over the buffer would cost a second copy of it.
         return lax.cond(adds, lambda: self._each(self._added), lambda: self.sums)
 
     def stored(self, sums: list[Any]) -> PyTree:
-        """The buffer after this call; cycles of one call need none."""
+        """The buffer after this call, which cycles of one call do not need."""
         return self.state.gradient_sum if self.alone else with_other_leaves(sums, self.state.gradient_sum)
 
     def in_dtype_of_sums(self, statistics: GradientStatistics) -> GradientStatistics:
-        """A cycle is judged in one dtype, that of its sums."""
+        """The statistics in the dtype of the sums, in which the whole cycle is judged."""
         dtype = widest_accumulator(self.state.gradient_sum)
         return jax.tree.map(lambda x: x.astype(dtype), statistics)
 
     def look_if(self, wanted: jax.Array, sums: list[Any], axis_name: AxisName | None) -> GradientStatistics:
-        """The statistics of the sums if they are wanted, and of no finite number otherwise."""
+        """The statistics of the sums if they are wanted, and non-finite ones otherwise."""
 
         def look() -> GradientStatistics:
             return self.in_dtype_of_sums(one_pass_statistics(with_other_leaves(sums, self.updates), axis_name))
@@ -87,9 +87,9 @@ class MicroBatch:
         return lax.cond(wanted, look, lambda: _varying_like(nothing, sums, axis_name))
 
     def fits(self, seen: GradientStatistics, scaled: bool) -> jax.Array:
-        """Whether weight times gradient is finite and can be squared in the dtype of its sum.
+        """Whether weight times gradient is finite and has finite squares in the dtype of its sum.
 
-        `scaled` tells that `seen` is of a gradient multiplied since it was looked at.
+        `scaled` says that the gradient has been multiplied since `seen` was computed.
         """
         if not (self.weighted or scaled):
             return jnp.all(seen.finite)
@@ -107,13 +107,13 @@ class MicroBatch:
     def _added(self, leaf: Any, old: Any, kind: str) -> jax.Array:
         share = self._share(leaf, old, kind)
         both = {"max": jnp.maximum, "last": lambda _, new: new}.get(kind, jnp.add)(old, share)
-        return jnp.where(self.first, share, both)  # the first of a cycle overwrites what was there
+        return jnp.where(self.first, share, both)  # the first of a cycle overwrites the old sum
 
 
 def too_large(
     wanted: jax.Array, total: PyTree, like: PyTree, kinds: list[str], axis_name: AxisName | None
 ) -> jax.Array | None:
-    """If `wanted`, whether a sum that is not divided leaves the range of its gradient's dtype; None if none could."""
+    """If `wanted`, whether an undivided sum exceeds its gradient's dtype; None if no leaf can."""
     narrow = [
         (leaf, jnp.finfo(old.dtype))
         for leaf, old, kind in zip(leaves_with_none(total), leaves_with_none(like), kinds, strict=True)
@@ -171,7 +171,7 @@ def weight_of(extra: dict[str, Any], dtype: Any) -> jax.Array:
 
 
 def _varying_like(statistics: GradientStatistics, leaves: list[Any], axis_name: AxisName | None) -> GradientStatistics:
-    """Constants beside numbers that differ between the devices of a `shard_map` must be typed as differing too."""
+    """Types constants as differing between the devices of a `shard_map`, like the numbers beside them."""
     axes = {axis for leaf in leaves if is_gradient(leaf) for axis in varying_axes(leaf)} - set(axis_names(axis_name))
     return lax.pcast(statistics, tuple(axes), to="varying") if axes else statistics
 
@@ -181,14 +181,14 @@ def _structure(tree: PyTree) -> Any:
 
 
 def with_other_leaves(sums: list[jax.Array | None], updates: PyTree) -> PyTree:
-    """The sums in the structure of `updates`, whose own leaves stay where they carry no gradient."""
+    """The sums with the structure of `updates`, whose own leaves remain where they carry no gradient."""
     leaves = leaves_with_none(updates)
     chosen = [total if is_gradient(leaf) else leaf for leaf, total in zip(leaves, sums, strict=True)]
     return jax.tree.unflatten(_structure(updates), chosen)
 
 
 def check_shapes(gradient_sum: PyTree, updates: PyTree) -> None:
-    """Adding would broadcast silently where shapes differ."""
-    gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, updates)  # passengers have no sum
+    """Raises if shapes differ, since adding would broadcast silently."""
+    gradients = jax.tree.map(lambda leaf: leaf if is_gradient(leaf) else None, updates)  # other leaves have no sum
     check_same_shapes("accumulate", "updates", gradients, "params at init", gradient_sum)
     check_leaf_count("accumulate", len(leaves_with_none(gradient_sum)), len(leaves_with_none(updates)))

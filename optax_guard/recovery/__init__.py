@@ -1,20 +1,20 @@
-"""Escalation: what a guard does when clipping and holding steps are not enough.
+"""Recovery: what a guard does if clipping and holding steps are not enough.
 
-The ladder, in the order in which its rungs act when several are due in one step (whatever the order of the arguments):
+The ladder, in the order in which its rungs act if several are due in one step (whatever the order of the arguments):
 clip and skip (the rules), reset the moments, back off, rewind, halt.
 
 ==================  ==============================================================  =================================
-Function            Take it against                                                 State it needs
+Function            Use it against                                                  Its state
 ==================  ==============================================================  =================================
-`reset_moments`     moments that took in something bad, or stop the parameters      9 bytes per leaf
-`back_off`          trouble that smaller steps survive; alone in a chain, too       12 bytes
-`rewind`            a loss that rose and stays up, in a run that nobody watches     `keep` copies of params and state
+`reset_moments`     corrupted moments, or moments that stop the parameters          9 bytes per leaf
+`back_off`          trouble that smaller steps survive; also works in a chain       12 bytes
+`rewind`            a loss that rose and does not fall, in an unattended run        `keep` copies of params and state
 ==================  ==============================================================  =================================
 
-All of it is opt-in: `guard(optimizer, rules..., recovery=(reset_moments(), back_off(), rewind()))`. A rung that resets
-or rewinds does so *in place of* the step: nothing of that step's gradient is applied.
+Recovery is opt-in: `guard(optimizer, rules..., recovery=(reset_moments(), back_off(), rewind()))`. A rung that resets
+or rewinds acts *in place of* the step, whose gradient is not applied.
 
-Trouble is a step that was not finite or that a rule refused, also one that the guard's `patience` lets through. A
+A step of trouble is one that is not finite or that a rule refuses, even if the guard's `patience` lets it through. A
 step that is applied without trouble ends the row.
 """
 

@@ -1,4 +1,4 @@
-"""The rung `back_off`: scales updates down after trouble, and gives the scale back over healthy steps."""
+"""The rung `back_off`: scales updates down after trouble, and restores the scale over healthy steps."""
 
 import math
 from typing import Any, NamedTuple
@@ -23,16 +23,16 @@ __all__ = ["BackOff", "BackOffState", "back_off", "empty_back_off", "reasons_to_
 
 
 class BackOffState(NamedTuple):
-    """What `back_off` carries. The scale is factor ** (owed / recover_after)."""
+    """The state of `back_off`. The scale is factor ** (owed / recover_after)."""
 
-    healthy_steps_owed: jax.Array  # i32[]: healthy steps until updates are whole again
-    back_off_total: jax.Array  # i32[]: how often it stepped down
-    update_scale: jax.Array  # f32[]: what the last update was multiplied by
-    back_off_watch: Any  # LossWatch, if `diverged` was given and it stands alone; else ()
+    healthy_steps_owed: jax.Array  # i32[]: healthy steps until the scale is 1 again
+    back_off_total: jax.Array  # i32[]: the number of reductions
+    update_scale: jax.Array  # f32[]: the factor of the last update
+    back_off_watch: Any  # LossWatch with `diverged` in a chain; else ()
 
 
 class BackOff(NamedTuple):
-    """The settings of `back_off`, kept on its `update`."""
+    """The settings of `back_off`, attached to its `update`."""
 
     factor: float
     recover_after: int
@@ -50,49 +50,50 @@ def back_off(
     diverged: float | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale the finished updates down after trouble, and back to 1 over healthy steps.
+    """Scale the finished updates down after trouble, and restore the scale over healthy steps.
 
     owed <- min(owed + recover_after, most)      at trouble
     u    <- u * factor ** (owed / recover_after)
     owed <- max(owed - 1, 0)                     after a healthy step
 
-    That is a learning rate that is reduced when it must be, and given back.
+    In effect, the learning rate is reduced when necessary and restored afterwards.
 
     Guarantees:
-      - The scale is exactly 1, and updates keep their bits, until there is trouble, and again `recover_after` healthy
-        steps after each step down.
-      - It never falls below `lowest`.
+      - Until there is trouble, the scale is exactly 1 and updates are unchanged bit for bit; so they are again after
+        `recover_after` healthy steps for each reduction.
+      - The scale never falls below `lowest`.
 
-    What trouble is, under `guard(..., recovery=(back_off(),))`: the `after`-th step of trouble in a row (once a row: a
-    shard of a hundred bad batches steps down once), a reset because of dead moments, a rewind, and with `diverged` the
-    step at which the smoothed loss comes to exceed `diverged` times its best. The *finished* update is scaled, weight
-    decay and penalties with it; moments are not.
-    Alone, last in a chain: an update or a loss (`value=`) that is not finite, and the loss as above. `value=` is not
-    demanded.
+    Under `guard(..., recovery=(back_off(),))`, these count as trouble: the `after`-th step of trouble in a row (once
+    per row, so that a hundred bad batches cause one reduction), a reset because of dead moments, a rewind and, with
+    `diverged`, the step at which the smoothed loss first exceeds `diverged` times its best. The *finished* update is
+    scaled, including weight decay and penalties; moments are not.
+
+    Without a guard, last in a chain, an update or a loss (`value=`) that is not finite counts as trouble, as does a
+    diverged loss. `value=` is optional.
 
     ==========================  ==========================================================
     Case                        Result
     ==========================  ==========================================================
-    NaN or Inf in the update    alone: all zeros, one step down; under `guard`: held
+    NaN or Inf in the update    in a chain: all zeros and a reduction; under `guard`: held
     loss NaN or Inf             the same
     zero update, empty tree     unchanged
-    no `value=`                 `diverged` has nothing to judge
-    around `proximal_*`         weights land on exact zeros only while the scale is 1
+    no `value=`                 `diverged` has no effect
+    around `proximal_*`         weights become exactly zero only while the scale is 1
     ==========================  ==========================================================
 
     Args:
-      factor: what each step down multiplies the scale by, in (0, 1).
-      recover_after: healthy steps that make up for one step down (>= 1).
-      after: steps of trouble in a row until it steps down (>= 1); alone in a chain every step of trouble does.
-      lowest: bound on the scale, in (0, 1).
-      diverged: also step down when the smoothed loss exceeds this multiple (> 1) of its best; None does not look.
-      axis_name: as in `gradient_statistics`, for use alone; the loss is averaged over the axis.
+      factor: the factor of the scale in each reduction, in (0, 1).
+      recover_after: the number of healthy steps that make up for one reduction (>= 1).
+      after: the number of steps of trouble in a row that cause a reduction (>= 1); in a chain, every one does.
+      lowest: a lower bound on the scale, in (0, 1).
+      diverged: the multiple (> 1) of the best smoothed loss at which to reduce as well; None ignores the loss.
+      axis_name: as in `gradient_statistics`, for use in a chain; the loss is averaged over the axis.
 
     Returns:
       A rung for `guard(..., recovery=(...,))`, which is also an Optax transformation.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> tx = optax.chain(optax.sgd(1.0), back_off(0.5, recover_after=2))
@@ -104,7 +105,7 @@ def back_off(
       [-1.0, 0.0, -0.5, -0.707, -1.0]
 
     See Also:
-      `optax.contrib.reduce_on_plateau`, which lowers the scale of updates for a loss that stopped falling, for good.
+      `optax.contrib.reduce_on_plateau`, which reduces the scale of updates permanently if the loss stops falling.
     """
     name = "back_off"
     inside = {"low": 0, "high": 1, "open_low": True, "open_high": True, "static": True}
@@ -119,7 +120,7 @@ def back_off(
     if most_owed + recover_after > validate.INT32:
         raise ValueError(
             f"{name}: `recover_after` {recover_after}, `factor` {factor:g} and `lowest` {lowest:g} would owe up to "
-            f"{most_owed} healthy steps, more than an int32 counts: a smaller `recover_after` or `factor` does not."
+            f"{most_owed} healthy steps, more than an int32 can count: use a smaller `recover_after` or `factor`."
         )
 
     def init(params: optax.Params) -> BackOffState:
@@ -161,12 +162,12 @@ def empty_back_off(watch: Any) -> BackOffState:
 
 
 def reasons_to_back_off(rung: BackOff, seen: Seen, trouble: Trouble, loss_rises: jax.Array) -> jax.Array:
-    """Before the step: whether to step down for a reason of one's own; a reset or a rewind is another."""
+    """Before the step: whether to reduce the scale for a reason other than a reset or a rewind."""
     return trouble.now & (trouble.in_row == rung.after) | seen.alive & loss_rises
 
 
 def step_down(rung: BackOff, state: BackOffState, trouble: jax.Array) -> BackOffState:
-    """The scale of this step's update, lowered at trouble."""
+    """The state with the scale of this step's update, reduced at trouble."""
     owed = jnp.minimum(state.healthy_steps_owed + jnp.where(trouble, rung.recover_after, 0), rung.most_owed)
     level = owed.astype(jnp.float32) / rung.recover_after
     return state._replace(
@@ -177,6 +178,6 @@ def step_down(rung: BackOff, state: BackOffState, trouble: jax.Array) -> BackOff
 
 
 def step_up(state: BackOffState, healthy: jax.Array, watch: Any) -> BackOffState:
-    """One step less owed after a healthy one."""
+    """The state after the step, with one step fewer owed if it was healthy."""
     owed = jnp.maximum(state.healthy_steps_owed - healthy.astype(jnp.int32), 0)
     return state._replace(healthy_steps_owed=owed, back_off_watch=watch)

@@ -1,7 +1,7 @@
-"""The order of the rungs: decide before the step, go back before it, look and remember after it.
+"""The order of the rungs: decide and recover before the step, check and take snapshots after it.
 
-`plan` looks only at scalars. `recover` is what the step starts from: parameters and state as they are, reset, or from a
-snapshot. `finish` looks at the moments and takes snapshots, when they are due. What a rung needs stands in its file.
+`plan` reads only scalars. `recover` returns the parameters and state from which the step starts: unchanged, reset, or
+from a snapshot. `finish` checks the moments and takes snapshots when they are due. Each rung is in a file of its own.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -55,20 +55,20 @@ _BIT = {name: 1 << position for position, name in enumerate(RECOVERIES)}
 
 
 class RecoveryState(NamedTuple):
-    """What the ladder of a guard carries; `()` for a rung that is not there."""
+    """The state of a guard's ladder; `()` for a missing rung."""
 
-    trouble_in_row: jax.Array  # i32[]: steps of trouble since the last healthy one
+    trouble_in_row: jax.Array  # i32[]: steps of trouble since the last healthy step
     bad_update_before: jax.Array  # bool[]: whether the last update was not finite (with `check_updates=True`)
     reset_state: Any  # ResetState
     back_off_state: Any  # BackOffState
     rewind_state: Any  # RewindState
-    loss_watch: Any  # LossWatch, if a rung looks at the loss
+    loss_watch: Any  # LossWatch, if a rung uses the loss
 
 
 class Ladder(NamedTuple):
-    """The rungs of a guard, and whose they are."""
+    """The rungs of a guard, and the function to which they were passed."""
 
-    function: str  # what the caller called
+    function: str  # the function that the user called
     reset: Reset | None
     back_off: BackOff | None
     rewind: Rewind | None
@@ -80,17 +80,17 @@ class Ladder(NamedTuple):
 class Plan(NamedTuple):
     """What the ladder does in this step."""
 
-    state: RecoveryState  # after all that is known before the step
+    state: RecoveryState  # updated with all that is known before the step
     resets: jax.Array  # bool[]
     rewinds: jax.Array  # bool[]
     gives_up: jax.Array  # bool[]: the guard halts
-    place: jax.Array  # i32[]: of the snapshot to go back to
+    place: jax.Array  # i32[]: the snapshot to which to return
     update_scale: jax.Array | None  # f32[]; None without `back_off`
     reason: jax.Array  # i32[]: bits of RECOVERIES
 
     @property
     def replaces(self) -> jax.Array:
-        """Whether the gradient of this step is not applied."""
+        """Whether the ladder acts in place of the step, whose gradient is then not applied."""
         return self.resets | self.rewinds | self.gives_up
 
 
@@ -102,7 +102,7 @@ def as_ladder(
     axis_name: AxisName | None,
     mask: Mask | None = None,
 ) -> Ladder | None:
-    """Sorts the rungs; None if there are none."""
+    """Sorts the rungs into a ladder; None if there are none."""
     names = {Reset: "reset_moments", BackOff: "back_off", Rewind: "rewind"}
     wanted = "a tuple of `reset_moments(...)`, `back_off(...)`, `rewind(...)`"
     if _rung(recovery) is not None or not isinstance(recovery, (tuple, list)):
@@ -114,7 +114,7 @@ def as_ladder(
             raise ValueError(f"{function}: `recovery` must be {wanted}; it holds {each!r}.")
         name = names[type(rung)]
         if name in found:
-            raise ValueError(f"{function}: `recovery` holds `{name}` twice; each rung may be there once.")
+            raise ValueError(f"{function}: `recovery` holds `{name}` twice; each rung may occur once.")
         if name != "back_off" and rung.after > halt_after:
             raise ValueError(
                 f"{function}: `{name}(after={rung.after})` would never act on non-finite steps, since `halt_after` is "
@@ -132,7 +132,7 @@ def _rung(each: Any) -> Reset | BackOff | Rewind | None:
 
 
 def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> RecoveryState | tuple[()]:
-    """The ladder's state before the first step; nothing at all without a ladder."""
+    """The ladder's state before the first step; empty without a ladder."""
     if ladder is None:
         return ()
     return RecoveryState(
@@ -146,7 +146,7 @@ def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> R
 
 
 def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree | None) -> Plan | None:
-    """What to do in this step, and the state that follows from what is known before it; None without a ladder."""
+    """What to do in this step, and the state with all that is known before it; None without a ladder."""
     if ladder is None:
         return None
     for rung, option in ((ladder.reset, "reset_moments"), (ladder.rewind, "rewind")):
@@ -204,10 +204,10 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
 def recover(
     ladder: Ladder | None, planned: Plan | None, state: RecoveryState, params: PyTree, inner_state: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Parameters and inner state to go on from: the very same, or reset, or those of a snapshot.
+    """The parameters and inner state from which the step starts: unchanged, reset, or from a snapshot.
 
-    One `lax.cond` after the other, each of the form (change, keep), before that of the step. As branches of the step's
-    own cond they cost JAX 0.10 up to three copies of the parameters.
+    There is one `lax.cond` after another, each of the form (change, keep), before that of the step. As branches of the
+    step's own cond, they would cost up to three copies of the parameters in JAX 0.10.
     """
     if ladder is None or planned is None:
         return params, inner_state
@@ -220,21 +220,21 @@ def recover(
 
 
 def held_updates(planned: Plan | None, before: PyTree, after: PyTree, untouched: PyTree) -> PyTree:
-    """Optax's updates for a step that was not applied: those that lead to a snapshot, or to where one is."""
+    """Optax's updates for a step that was not applied, which lead to a snapshot or change nothing."""
     if planned is None or before is None:
         return untouched
     return lax.cond(planned.rewinds, lambda: updates_to(after, before, untouched), lambda: untouched)
 
 
 def scaled(planned: Plan | None, updates: PyTree) -> PyTree:
-    """The finished updates as `back_off` scales them."""
+    """The finished updates, scaled by `back_off`."""
     if planned is None or planned.update_scale is None:
         return updates
     return scale_leaves(updates, planned.update_scale)
 
 
 def finish(ladder: Ladder | None, planned: Plan | None, seen: Seen, after: After) -> RecoveryState | tuple[()]:
-    """The state after the step: looks at the moments and takes a snapshot where they are due."""
+    """The state after the step: checks the moments and takes a snapshot when these are due."""
     if ladder is None or planned is None:
         return ()
     state = planned.state
@@ -259,7 +259,7 @@ def finish(ladder: Ladder | None, planned: Plan | None, seen: Seen, after: After
 
 
 def cleared(state: RecoveryState | tuple[()]) -> RecoveryState | tuple[()]:
-    """The state after `clear_halt`: rewinds are counted anew, and the loss as it now is becomes the level."""
+    """The state after `clear_halt`: the count of rewinds restarts, and the present loss becomes the level."""
     if not isinstance(state, RecoveryState):
         return state
     return state._replace(

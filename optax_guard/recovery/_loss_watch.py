@@ -1,13 +1,13 @@
-"""Watching the loss: has it risen well above its best, and stayed there?
+"""Watches the loss: has it risen well above its best and stayed there?
 
 s <- s + r * (min(loss, s + 3 c) - s)        r = max(1 / (n + 1), 1 / 50),  c = max(|s|, |first loss| / 100)
 b <- min(b, s)                               from the tenth loss on; before, b = s
 diverged:  s - b > (factor - 1) * max(|b|, |first loss| / 100)
 
-One loss moves s by at most 3 c / 50, so five spikes in a row, of any size, move it by a third; a lasting level of
-eight times the best is seen after 12 steps, one of three times after 35 (with factor 2). The floor keeps the noise of a
-loss near zero from counting; the absolute values give the rule a meaning for losses that are negative. A loss of
-exactly 0 is passed over: it is that of a batch with nothing in it, and as a level it would make any other a rise.
+One loss moves s by at most 3 c / 50, so five spikes in a row, of any size, move it by a third. With factor 2, a lasting
+level of eight times the best is noticed after 12 steps, and one of three times after 35. The floor ignores the noise of
+a loss near zero, and the absolute values make the rule work for negative losses. A loss of exactly 0 is ignored: it is
+that of an empty batch, and as a level it would make any other loss a rise.
 """
 
 from typing import NamedTuple
@@ -19,15 +19,15 @@ from optax_guard._common.counters import count_if
 
 __all__ = ["LossWatch", "anew", "empty_watch", "loss_above", "watch_loss"]
 
-_SPAN = 50  # steps the smoothing looks back
-_SETTLED = 10  # losses until the best is kept
-_JUDGED = 25  # losses until a verdict is given
+_SPAN = 50  # the number of steps in the average
+_SETTLED = 10  # losses before the best is kept
+_JUDGED = 25  # losses before a verdict is given
 _CAP = 3.0
 _FLOOR = 0.01
 
 
 class LossWatch(NamedTuple):
-    """The smoothed loss and its best. Losses that are not finite are never taken in."""
+    """The smoothed loss and its best value. Losses that are not finite never enter it."""
 
     smoothed_loss: jax.Array  # f32[]
     best_loss: jax.Array  # f32[]: the lowest smoothed loss
@@ -46,7 +46,7 @@ def empty_watch() -> LossWatch:
 
 
 def watch_loss(watch: LossWatch, value: jax.Array, learns: jax.Array) -> LossWatch:
-    """Takes in one loss, if it is finite, not 0 and `learns`."""
+    """Adds a loss if it is finite, not 0, and `learns`."""
     value = jnp.asarray(value).astype(jnp.float32)
     # Sums and multiples of larger losses could overflow, and no state may hold Inf.
     learns = learns & (jnp.abs(value) < 1e37) & (value != 0)
@@ -68,7 +68,7 @@ def watch_loss(watch: LossWatch, value: jax.Array, learns: jax.Array) -> LossWat
 
 
 def anew(watch: LossWatch) -> LossWatch:
-    """A watch that has seen nothing, in the shapes of `watch` (a vmapped one has more axes)."""
+    """A watch that has seen nothing, with the shapes of `watch` (a vmapped one has more axes)."""
     return jax.tree.map(jnp.zeros_like, watch)
 
 

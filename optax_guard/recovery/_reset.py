@@ -1,4 +1,4 @@
-"""The rung `reset_moments`: starts the optimizer's moments anew when they are bad, or stop the parameters."""
+"""The rung `reset_moments`: resets the optimizer's moments if they are bad or stop the parameters."""
 
 from typing import NamedTuple
 
@@ -28,83 +28,83 @@ __all__ = [
 
 
 class ResetState(NamedTuple):
-    """What `reset_moments` carries."""
+    """The state of `reset_moments`."""
 
     parameter_sums: jax.Array  # f32[n_leaves, 2]: sum of squares and sum at the last check
     leaf_moved: jax.Array  # bool[n_leaves]: whether the leaf was alive at the last check
-    moments_finite: jax.Array  # bool[]: what the last check saw; True after a reset
-    frozen_leaves: jax.Array  # i32[]: leaves with a gradient that had moved before and stood still at the last check
+    moments_finite: jax.Array  # bool[]: whether moments were finite at the last check; True after a reset
+    frozen_leaves: jax.Array  # i32[]: leaves with a gradient that had moved before but not by the last check
     standing_still: jax.Array  # i32[]: leaves too coarse (bfloat16) for updates that would move them in float32
-    parameters_frozen: jax.Array  # bool[]: whether the frozen were at least half; False after a reset
+    parameters_frozen: jax.Array  # bool[]: whether at least half of the leaves were frozen; False after a reset
     reset_total: jax.Array  # i32[]: resets, for whatever reason
     silent_death_total: jax.Array  # i32[]: resets because the moments were dead
 
 
 class Reset(NamedTuple):
-    """Made by `reset_moments`."""
+    """The settings of `reset_moments`."""
 
     after: int
     check_every: int
 
 
 def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
-    """Re-initialise the inner optimizer's moments after trouble, or when they are found dead.
+    """Reset the inner optimizer's moments after trouble, or if they are dead.
 
-    moments, ages <- those of inner.init(params)     after `after` steps of trouble in a row (once a row), or
+    moments, ages <- those of inner.init(params)     after `after` steps of trouble in a row (once per row), or
                                                      every `check_every` steps if the moments are dead
 
-    Silent death: with the bare `optax.adam` one finite gradient of 1e30 makes the second moment infinite, and every
-    later update is exactly zero. No loss, gradient or parameter is ever NaN. A guard holds such a gradient, but a
-    checkpoint may carry the damage in, and a gradient of 1e18, which can be squared, leaves a finite second moment that
-    needs 80 000 steps to decay. So every `check_every` steps the guard looks for
+    Moments can die silently: with the bare `optax.adam`, one finite gradient of 1e30 makes the second moment infinite,
+    and every later update is exactly zero, although no loss, gradient or parameter is ever NaN. A guard holds such a
+    gradient, but a checkpoint may contain the damage, and a gradient of 1e18, whose square is finite, leaves a second
+    moment that takes 80 000 steps to decay. Every `check_every` steps the guard therefore looks for
 
       - a moment that is not finite;
-      - frozen parameters: at least half of the leaves that had moved and have a gradient stood still since the last
-        look, though this step was applied: their sum and their sum of squares kept every bit, which means a change
-        below 1e-7 of the leaf. A leaf that never moved (a frozen layer) does not count, and one that was frozen counts
-        again only after it has moved again.
+      - frozen parameters: at least half of the leaves that had moved before and have a gradient did not move since the
+        last check, although this step was applied. Their sum and their sum of squares are unchanged to the last bit,
+        which means a change below 1e-7 of the leaf. A leaf that never moved (a frozen layer) does not count, and a
+        leaf that was frozen counts again only after it has moved.
 
-    A parameter of 16 bits stands still long before its moments are dead: at the end of a decaying schedule updates fall
+    A 16-bit parameter stops moving long before its moments are dead: at the end of a decaying schedule, updates fall
     below half a unit in its last place. Such a leaf is frozen only if the update could not move it in float32 either,
-    that is, below 2^-24 of every element; else it is counted as `guard/standing_still`, and nothing is reset. To see
-    which, the update is made once more, at that look. A leaf for which that number stays above 0 has stopped training:
-    keep a float32 copy of the parameters, or raise the learning rate.
+    being below 2^-24 of every element. Otherwise it counts in `guard/standing_still`, and nothing is reset. To find
+    out, that check computes the update once more. If the number stays above 0, those leaves have stopped training: keep
+    a float32 copy of the parameters, or raise the learning rate.
 
     Guarantees:
-      - Parameters, schedules' counters, keys, flags and injected hyperparameters keep their bits.
-      - After a reset the moments are those of a new optimizer, and so is Adam's bias correction.
-      - Dead moments are found within `check_every` (not finite) or twice that (frozen) steps, reset, and told by
-        `metrics` (`guard/silent_death_total`, `guard/frozen_leaves`, `guard/moments_finite`) and the flight log. If
-        the step of a look is held, the next one judges.
-      - `apply_gradients` and `update` with `optax.apply_updates` come to the same verdict.
+      - Parameters, the counters of schedules, keys, flags and injected hyperparameters are unchanged bit for bit.
+      - After a reset, the moments and Adam's bias correction are those of a new optimizer.
+      - Dead moments are found within `check_every` steps (not finite) or twice that (frozen), reset, and reported in
+        `metrics` (`guard/silent_death_total`, `guard/frozen_leaves`, `guard/moments_finite`) and the flight log. If the
+        step of a check is held, the next step is checked.
+      - `apply_gradients` gives the same verdict as `update` with `optax.apply_updates`.
 
-    What is a moment: a floating-point array with a dimension, or a 0-d one whose path ends in that of a 0-d parameter.
-    A counter beside moments in the same state (Adam's and Adafactor's `count`) is their age and starts anew with them:
-    zeroed moments under the old count would make the next updates up to 6.5 times too large. A counter in a state of
-    its own (a schedule's) is kept, so the learning rate goes on where it was.
+    A moment is a floating-point array with at least one dimension, or a 0-d one whose path ends in that of a 0-d
+    parameter. A counter beside moments in the same state (the `count` of Adam and Adafactor) is their age and is reset
+    with them, since zeroed moments with the old count would make the next updates up to 6.5 times too large. A counter
+    in a state of its own (of a schedule) is kept, so the learning rate continues from its value.
 
     ==========================================  ====================================================================
     Case                                        Result
     ==========================================  ====================================================================
-    the row of trouble goes on                  no second reset until a healthy step has ended it
-    an optimizer without moments (plain SGD)    nothing changes; counted
-    exponential averages of *parameters* inside a moment like any other: keep them outside of the guard
-    the learning rate falls to 0                one reset, since all leaves stop: harmless, as nothing moves
-    zero gradients                              no verdict, and no trouble, whatever the optimizer makes of them
-    16-bit leaves, `optax.apply_every(k)`       the look sees one update: take a multiple of k for `check_every`
-    no `params`                                 ValueError: it looks whether they move
+    the row of trouble continues                no second reset until a healthy step has ended it
+    an optimizer without moments (plain SGD)    nothing changes, but the reset is counted
+    moving averages of *parameters* inside      reset like any moment: keep them outside the guard
+    the learning rate falls to 0                one reset, since all leaves stop; harmless, as nothing moves
+    zero gradients                              no verdict and no trouble, whatever the optimizer makes of them
+    16-bit leaves, `optax.apply_every(k)`       a check sees one update: use a multiple of k for `check_every`
+    no `params`                                 ValueError, since they are checked for movement
     ==========================================  ====================================================================
 
     Args:
-      after: steps of trouble in a row (>= 1).
-      check_every: calls between two looks (>= 1). A look reads the parameters twice and the moments once, about 0.6 of
-        the traffic of an AdamW step: 0.6 % at 100.
+      after: the number of steps of trouble in a row that cause a reset (>= 1).
+      check_every: the number of calls between two checks (>= 1). A check reads the parameters twice and the moments
+        once, which is about 0.6 of the memory traffic of an AdamW step: 0.6 % with 100.
 
     Returns:
       A rung for `guard(..., recovery=(...,))`.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> import optax_guard as og
@@ -116,8 +116,8 @@ def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
       ('reset_refused', Array([0.], dtype=float32))
 
     References:
-      Huang et al. 2025, "SPAM: Spike-Aware Adam with Momentum Reset" (arXiv 2501.06842) resets both moments every 500
-      steps; here it happens on evidence, and Adam's step count goes with them.
+      Huang et al. 2025, "SPAM: Spike-Aware Adam with Momentum Reset" (arXiv 2501.06842). Deviations: the paper resets
+      both moments every 500 steps; here they are reset only on evidence, together with Adam's step count.
     """
     name = "reset_moments"
     return Reset(
@@ -142,7 +142,7 @@ def empty_reset(params: PyTree) -> ResetState:
 
 
 def reasons_to_reset(rung: Reset, state: ResetState, seen: Seen, trouble: Trouble) -> dict[str, jax.Array]:
-    """Before the step: which reasons there are, by their names in the flight log."""
+    """Before the step: the reasons to reset, by their names in the flight log."""
     return {
         "reset_refused": trouble.now & (trouble.in_row == rung.after),
         "reset_nonfinite": seen.alive & ~state.moments_finite,
@@ -153,12 +153,12 @@ def reasons_to_reset(rung: Reset, state: ResetState, seen: Seen, trouble: Troubl
 def start_anew(
     resets: jax.Array, inner: optax.GradientTransformation, params: PyTree, inner_state: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Instead of the step: the inner state with its moments as `init` makes them."""
+    """In place of the step: the inner state with its moments as in `init`."""
     return lax.cond(resets, lambda: (params, reset_state(inner, inner_state, params)), lambda: (params, inner_state))
 
 
 def after_reset(state: ResetState, resets: jax.Array, dead: jax.Array) -> ResetState:
-    """The state that a reset leaves, with the counters of resets."""
+    """The state after a reset, with its counters."""
     return state._replace(
         moments_finite=state.moments_finite | resets,
         parameters_frozen=state.parameters_frozen & ~resets,
@@ -168,7 +168,7 @@ def after_reset(state: ResetState, resets: jax.Array, dead: jax.Array) -> ResetS
 
 
 def look_at_moments(rung: Reset, axis_name: AxisName | None, state: ResetState, seen: Seen, after: After) -> ResetState:
-    """After the step, every `check_every`: are the moments finite, and did the parameters move since the last look?"""
+    """After the step, every `check_every`: are the moments finite, and did the parameters move since the last check?"""
     due = seen.alive & (seen.step % rung.check_every == 0)
 
     def look() -> tuple[jax.Array, jax.Array]:
@@ -176,9 +176,9 @@ def look_at_moments(rung: Reset, axis_name: AxisName | None, state: ResetState, 
         return all_finite(moments(after.inner_state, now), axis_name), fingerprints(now, axis_name)
 
     finite, sums = lax.cond(due, look, lambda: (state.moments_finite, state.parameter_sums))
-    # the first look has nothing to compare with
+    # the first check has nothing to compare with
     moved = jnp.any(sums != state.parameter_sums, axis=1) & (seen.step > 0)
-    judged = due & after.applied  # a step that was held says nothing of the optimizer
+    judged = due & after.applied  # a held step says nothing about the optimizer
     eligible = judged & state.leaf_moved & seen.has_gradient
     still = eligible & ~moved
     dead = still & ~_rounded(still, after, axis_name)
@@ -196,10 +196,10 @@ def look_at_moments(rung: Reset, axis_name: AxisName | None, state: ResetState, 
 
 
 def _rounded(still: jax.Array, after: After, axis_name: AxisName | None) -> jax.Array:
-    """bool[n_leaves]: those of 16 bits that stand still though the update would move them in float32.
+    """bool[n_leaves]: the 16-bit leaves that stand still although the update would move them in float32.
 
-    Only the update tells, and the fast way never writes it down: it is made once more, with the gradient of this step,
-    in a branch that is taken when a leaf of 16 bits stood still.
+    Only the update shows this, and the fast step never writes it out. It is computed once more, with the gradient of
+    this step, in a branch that is taken only if a 16-bit leaf stands still.
     """
     leaves = leaves_with_none(jax.eval_shape(after.params))
     narrow = np.array([is_gradient(leaf) and jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves], bool)

@@ -1,4 +1,4 @@
-"""The rung `rewind`: goes back to a snapshot of parameters and inner state when the loss has diverged."""
+"""The rung `rewind`: returns to a snapshot of parameters and inner state if the loss has diverged."""
 
 import functools
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -35,24 +35,24 @@ __all__ = [
 
 Memory: TypeAlias = Literal["device", "host"]
 
-_MOST_SNAPSHOTS = 100  # each is a copy of parameters and state, and has a branch of its own
+_MOST_SNAPSHOTS = 100  # each is a copy of parameters and state and has its own branch
 
 
 class RewindState(NamedTuple):
-    """What `rewind` carries."""
+    """The state of `rewind`."""
 
     snapshots: tuple[Any, ...]  # `keep` copies of parameters and inner state, without the names of its fields
-    snapshot_steps: jax.Array  # i32[keep]: the guard's step count at each; -1 where there is none
-    snapshot_losses: jax.Array  # f32[keep]: the smoothed loss at each
-    newest_snapshot: jax.Array  # i32[]: its place
-    snapshots_held: jax.Array  # i32[]: how many may be restored
-    snapshot_due_in: jax.Array  # i32[]: healthy steps until the next is taken
-    rewinds_in_row: jax.Array  # i32[]: since the last snapshot was taken
+    snapshot_steps: jax.Array  # i32[keep]: the guard's step count at each snapshot; -1 if there is none
+    snapshot_losses: jax.Array  # f32[keep]: the smoothed loss at each snapshot
+    newest_snapshot: jax.Array  # i32[]: the place of the newest snapshot
+    snapshots_held: jax.Array  # i32[]: the number of snapshots that can be restored
+    snapshot_due_in: jax.Array  # i32[]: healthy steps until the next snapshot
+    rewinds_in_row: jax.Array  # i32[]: rewinds since the last snapshot was taken
     rewind_total: jax.Array  # i32[]
 
 
 class Rewind(NamedTuple):
-    """Made by `rewind`."""
+    """The settings of `rewind`."""
 
     every: int
     keep: int
@@ -73,63 +73,64 @@ def rewind(
     dtype: DTypeLike | None = None,
     memory: Memory = "device",
 ) -> Rewind:
-    """Go back to a snapshot when the loss has diverged or steps were refused in a row. The data go on.
+    """Return to a snapshot if the loss has diverged or steps were refused in a row, and continue with new data.
 
-    params, inner state <- the newest snapshot       and the next batch, so that those which hurt are passed by
+    params, inner state <- the newest snapshot       while the data continue, so that the harmful batches are skipped
 
-    A snapshot is taken after the first healthy step, and then after every `every` of them, counted anew after a rewind.
-    Healthy is a step without trouble whose smoothed loss is in the lower half of the way to `diverged`; parameters and
-    moments must be finite.
+    A snapshot is taken after the first healthy step, and then every `every` healthy steps, counted anew after a rewind.
+    A step is healthy if it is without trouble and its smoothed loss is in the lower half of the range up to `diverged`;
+    in addition, the parameters and moments must be finite.
 
     Guarantees:
-      - Through `apply_gradients`, parameters and inner state after a rewind equal the snapshot bit for bit
-        (`dtype=None`): moments, counters, schedules, keys. Rules, counters of the guard and the data are not rewound,
-        nor are the hyperparameters in the state of `optax.inject_hyperparams`: a learning rate lowered by hand stays
-        lowered, and one that follows a schedule is set anew from its counter.
-      - Snapshots carry no name of a field: `optax.tree.get(state, "learning_rate")` finds the one that counts.
-      - A second rewind before another snapshot was taken goes to the snapshot before, if there is one.
-      - After `attempts` rewinds without a new snapshot there are no more; if the loss is still diverged, the guard
-        halts: the batches were not the cause. `clear_halt` goes on and takes the loss as it then is for the new level.
+      - Through `apply_gradients`, the parameters and the inner state after a rewind (moments, counters, schedules,
+        keys) equal the snapshot bit for bit if `dtype=None`. The rules, the guard's counters and the data are not
+        rewound. Neither are the hyperparameters in the state of `optax.inject_hyperparams`: a learning rate lowered by
+        hand stays lowered, and one that follows a schedule is set from its counter.
+      - Snapshots contain no field names, so `optax.tree.get(state, "learning_rate")` finds the one in use.
+      - A second rewind before another snapshot is taken returns to the previous snapshot, if there is one.
+      - After `attempts` rewinds without a new snapshot, there are no more. If the loss is still diverged, the guard
+        halts, since the batches were not the cause. `clear_halt` continues and takes the present loss as the new level.
 
-    The loss (`value=`) is watched by s, an average over 50 steps in which one loss can count for at most four times s;
-    diverged means s - best > (diverged - 1) * max(|best|, |first loss| / 100), judged from the 25th loss on. A loss of
-    eight times the best is noticed after 12 steps, one of three times after 35; five spikes in a row do nothing.
+    The loss (`value=`) is tracked by s, an average over 50 steps in which one loss counts as at most four times s. It
+    has diverged if s - best > (diverged - 1) * max(|best|, |first loss| / 100), judged from the 25th loss on. A loss of
+    eight times the best is noticed after 12 steps, and one of three times after 35; five spikes in a row have no
+    effect.
 
     ==========================================  =====================================================================
     Case                                        Result
     ==========================================  =====================================================================
-    no `value=`                                 only steps of trouble in a row lead back
-    no snapshot yet                             nothing to go back to: the guard goes on
-    the loss is NaN, the gradient finite        held, a step of trouble; not taken into the average
-    a loss of exactly 0 (an empty batch)        not taken into the average
-    no `params`                                 ValueError: there is nothing to keep
-    16-bit parameters in `loss_scaling`         kept in float32, as it shows them to the guard: exact, twice the memory
-    `memory="host"` under `vmap`                right, but every snapshot is moved to the device and back at every step
-    through `update` instead of the fast way    the update leads back to the snapshot to rounding
-    `dtype=jnp.bfloat16`                        restored to 3 digits: half the memory, not bit for bit
+    no `value=`                                 only steps of trouble in a row cause a rewind
+    no snapshot yet                             no rewind: the guard continues
+    the loss is NaN, the gradient finite        held as a step of trouble; not in the average
+    a loss of exactly 0 (an empty batch)        not in the average
+    no `params`                                 ValueError, since there is nothing to store
+    16-bit parameters in `loss_scaling`         stored in float32, as the guard sees them: exact, twice the memory
+    `memory="host"` under `vmap`                correct, but every snapshot moves to the device and back at every step
+    through `update`                            the update leads back to the snapshot up to rounding
+    `dtype=jnp.bfloat16`                        restored to 3 digits with half the memory, not bit for bit
     ==========================================  =====================================================================
 
-    Memory: `keep` times what parameters and inner state take. Per float32 parameter and snapshot that is 12 bytes with
-    Adam (4 with SGD, 8 with momentum or Lion), 6 with Adam and `dtype=jnp.bfloat16`. A write costs one copy, so a step
-    costs 1 / `every` of one on average.
+    The snapshots need `keep` times the memory of the parameters and the inner state. Per float32 parameter and
+    snapshot, that is 12 bytes with Adam (4 with SGD, 8 with momentum or Lion), or 6 with Adam and
+    `dtype=jnp.bfloat16`. A snapshot costs one copy, so a step costs 1 / `every` of a copy on average.
 
     Args:
-      every: healthy steps between snapshots (>= 1).
-      keep: snapshots (1 to 100).
-      after: steps of trouble in a row (>= 1) that lead back; counted anew after each rewind. Above `halt_after` it
-        would never act on non-finite steps, so `guard` refuses that.
-      diverged: multiple (> 1) of the best smoothed loss that counts as diverged.
-      attempts: rewinds without a snapshot in between (>= 1).
-      dtype: of the floating-point numbers in a copy: None keeps each as it is, `jnp.bfloat16` or `jnp.float32` narrow
-        the wider ones. Others have too small a range for second moments.
-      memory: "device", or "host" for the host's memory beside an accelerator (pinned; JAX moves the arrays inside the
+      every: the number of healthy steps between snapshots (>= 1).
+      keep: the number of snapshots (1 to 100).
+      after: the number of steps of trouble in a row (>= 1) that cause a rewind, counted anew after each rewind. Above
+        `halt_after` it would never act on non-finite steps, so `guard` refuses that.
+      diverged: the multiple (> 1) of the best smoothed loss that counts as diverged.
+      attempts: the number of rewinds without a snapshot in between (>= 1).
+      dtype: the dtype of floating-point numbers in a snapshot: None keeps them unchanged, `jnp.bfloat16` and
+        `jnp.float32` narrow wider ones. Other dtypes have too small a range for second moments.
+      memory: "device", or "host" for the memory of the accelerator's host (pinned; JAX moves the arrays inside the
         compiled step).
 
     Returns:
       A rung for `guard(..., recovery=(...,))`.
 
     Raises:
-      ValueError: wrong static arguments.
+      ValueError: a static argument is invalid.
 
     Example:
       >>> import optax_guard as og
@@ -142,11 +143,11 @@ def rewind(
 
     References:
       Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311), section 5.1: restart about 100 steps before a spike and skip the
-      batches; there by hand.
+      batches. In the paper this is done by hand.
     """
     name = "rewind"
     diverged = validate.scalar(name, "diverged", diverged, low=1, open_low=True, static=True)
-    if dtype is not None:  # others are too narrow in range for second moments
+    if dtype is not None:  # the range of others is too small for second moments
         dtype = validate.floating_dtype(name, "dtype", dtype, (jnp.bfloat16, jnp.float32))
     validate.one_of(name, "memory", memory, Memory)
     return Rewind(
@@ -179,7 +180,7 @@ def empty_rewind(rung: Rewind, params: PyTree, inner_state: PyTree) -> RewindSta
 def reasons_to_rewind(
     rung: Rewind, state: RewindState, seen: Seen, trouble: Trouble, diverged: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Before the step: which reasons there are, by their names in the flight log, and the place of the snapshot."""
+    """Before the step: the reasons to rewind, by their names in the flight log, and the place of the snapshot."""
     may = (state.rewinds_in_row < rung.attempts) & (state.snapshots_held > 0)
     diverged = seen.alive & seen.finite & diverged
     reasons = {
@@ -194,7 +195,7 @@ def reasons_to_rewind(
 def go_back(
     rung: Rewind, rewinds: jax.Array, place: jax.Array, state: RewindState, params: PyTree, inner_state: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Instead of the step: parameters and inner state of the snapshot."""
+    """In place of the step: the parameters and inner state of the snapshot."""
     load, kept = functools.partial(_loaded, rung), (params, inner_state)
     for position, snapshot in enumerate(state.snapshots):
         here = rewinds & (place == position)
@@ -206,7 +207,7 @@ def go_back(
 
 
 def updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:
-    """Updates that lead from `params` to `target`, in the types of `untouched`."""
+    """Updates that lead from `params` to `target`, in the dtypes of `untouched`."""
 
     def difference(update: Any, param: Any, wanted: Any) -> Any:
         if not is_gradient(update):
@@ -218,7 +219,7 @@ def updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:
 
 
 def after_rewind(rung: Rewind, state: RewindState, rewinds: jax.Array, place: jax.Array) -> RewindState:
-    """The state that a rewind leaves, with its counters."""
+    """The state after a rewind, with its counters."""
     dropped = (rewinds & (place != state.newest_snapshot)).astype(jnp.int32)
     return state._replace(
         newest_snapshot=jnp.where(rewinds, place, state.newest_snapshot),
@@ -231,7 +232,7 @@ def after_rewind(rung: Rewind, state: RewindState, rewinds: jax.Array, place: ja
 
 
 def watch_after_rewind(watch: LossWatch, state: RewindState, rewinds: jax.Array, place: jax.Array) -> LossWatch:
-    """The loss at the snapshot is the level from which a rise counts."""
+    """The watch after a rewind, in which the loss at the snapshot is the level from which a rise counts."""
     loss = state.snapshot_losses[place]
     return watch._replace(
         smoothed_loss=jnp.where(rewinds, loss, watch.smoothed_loss),
@@ -249,7 +250,7 @@ def take_snapshot(
     seen: Seen,
     after: After,
 ) -> RewindState:
-    """After the step: copies parameters and inner state if a snapshot is due and nothing speaks against it."""
+    """After the step: stores the parameters and inner state if a snapshot is due and they are finite."""
     due = healthy & (state.snapshot_due_in <= 0)
 
     def clean() -> jax.Array:
@@ -285,15 +286,15 @@ def take_snapshot(
 
 
 def forgiven(state: RewindState) -> RewindState:
-    """The state after `clear_halt`: rewinds are counted anew."""
+    """The state after `clear_halt`, with the count of rewinds at 0."""
     return state._replace(rewinds_in_row=jax.tree.map(jnp.zeros_like, state.rewinds_in_row))
 
 
 def _parts(params: PyTree, inner_state: PyTree) -> tuple[tuple[PyTree, ...], Any]:
-    """What a snapshot holds, and the structure that makes (parameters, inner state) of it again.
+    """The contents of a snapshot, and the structure that turns them back into (parameters, inner state).
 
-    Trees shaped like the parameters, for whoever maps over those (`optax.tree.map_params`), and single arrays: no field
-    of the inner state has its name there, so that `optax.tree.get` finds the one that counts.
+    They are trees with the structure of the parameters, so that `optax.tree.map_params` works, and single arrays. No
+    field of the inner state keeps its name, so that `optax.tree.get` finds the one in use.
     """
     shape = jax.tree.structure(params, is_leaf=_is_hole)
     parts, structure = jax.tree.flatten(
@@ -317,12 +318,12 @@ def _empty_snapshot(rung: Rewind, params: PyTree, inner_state: PyTree) -> tuple[
 
 
 def _stored(rung: Rewind, now: tuple[PyTree, ...], snapshot: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-    """`now` in the dtypes that the snapshot has had since `init`, which `loss_scaling` shows wider parameters."""
+    """`now` in the dtypes that the snapshot has had since `init`, to which `loss_scaling` passes wider parameters."""
     return jax.tree.map(functools.partial(_placed, rung), cast_like(now, snapshot))
 
 
 def _loaded(rung: Rewind, snapshot: tuple[PyTree, ...], now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-    """What `_stored` stored, with the hyperparameters that `optax.inject_hyperparams` holds now."""
+    """The stored values, with the present hyperparameters of `optax.inject_hyperparams`."""
     if rung.memory == "host":
         snapshot = jax.device_put(snapshot, jax.memory.Space.Device)
     params, inner_state = cast_like(jax.tree.unflatten(_parts(*now)[1], snapshot), now)
@@ -345,8 +346,8 @@ def _second_of(first: Any, second: Any) -> Any:
 def _cond_on_host(predicate: jax.Array, yes: Any, no: Any, *operands: Any, host: bool = False) -> Any:
     """`lax.cond` with operands in the host's memory; the result is there too if `host`.
 
-    Under `vmap` JAX 0.10 makes of a cond a `select` on its operands, and refuses one between two memories. Here the
-    results are brought to the device and chosen there.
+    Under `vmap`, JAX 0.10 turns a cond into a `select` on its operands and refuses one between two memories. Here the
+    results are moved to the device and selected there.
     """
 
     @jax.custom_batching.custom_vmap

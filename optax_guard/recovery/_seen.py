@@ -1,4 +1,4 @@
-"""What a rung is told of a step, before it is taken and after it."""
+"""What a rung knows of a step, before and after it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ __all__ = ["After", "Seen", "Trouble"]
 
 
 class Seen(NamedTuple):
-    """What the guard knows of the step before it is taken."""
+    """What the guard knows of a step beforehand."""
 
     step: jax.Array  # i32[]
     finite: jax.Array  # bool[]
@@ -22,17 +22,17 @@ class Seen(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """Whether the step is one of trouble, and how many there have been in a row with it."""
+    """Whether the step is one of trouble, and how many there have been in a row, including it."""
 
     now: jax.Array  # bool[]: False in a halted guard
     in_row: jax.Array  # i32[]
 
 
 class After(NamedTuple):
-    """What there is after the step."""
+    """What is known after the step."""
 
     applied: jax.Array  # bool[]: whether the optimizer's update was applied
-    bad_update: jax.Array  # bool[]: whether there was one that was held because it was not finite
-    params: Callable[[], PyTree]  # gives the parameters
+    bad_update: jax.Array  # bool[]: whether there was an update that was held as not finite
+    params: Callable[[], PyTree]  # returns the parameters
     inner_state: PyTree
     next_updates: Callable[[PyTree, PyTree], PyTree]  # the updates for this step's gradient at (state, parameters)

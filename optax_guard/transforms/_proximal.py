@@ -1,18 +1,18 @@
 """Proximal steps: penalties that make weights exactly zero.
 
 ===================================  ======================================================================
-Function                             Shrinks, after the optimizer's step
+Function                             Effect after the optimizer's step
 ===================================  ======================================================================
-`proximal_l1(optimizer, s)`          every weight towards zero, and holds small ones there (lasso)
-`proximal_elastic_net(opt, l1, l2)`  the same, and the rest by a factor
-`proximal_group_lasso(opt, s)`       whole groups: rows, columns, channels
-`sparsity(params)`                   (nothing: counts the exact zeros)
+`proximal_l1(optimizer, s)`          shrinks every weight towards zero and keeps small ones there (lasso)
+`proximal_elastic_net(opt, l1, l2)`  the same, and also shrinks all weights by a factor
+`proximal_group_lasso(opt, s)`       shrinks whole groups: rows, columns, channels
+`sparsity(params)`                   none: counts the exact zeros
 ===================================  ======================================================================
 
-They wrap the optimizer, inside `guard` and `accumulate`: `guard(proximal_l1(optax.adamw(1e-3), ...))`. A member of a
-chain could not do it: the shrinkage needs the finished update, and under Adam also the second moment, by which Adam
-divides the penalty as it divides the gradient. Soft-thresholding an Adam step by learning_rate * strength solves
-another problem, and finds next to no zeros.
+They wrap the optimizer, inside `guard` and `accumulate`: `guard(proximal_l1(optax.adamw(1e-3), ...))`. They cannot be
+links of a chain, since the shrinkage needs the finished update and, with Adam, also the second moment, by which Adam
+divides the penalty like the gradient. Soft-thresholding an Adam step by learning_rate * strength would solve a
+different problem, with hardly any zeros.
 """
 
 from collections.abc import Callable
@@ -53,23 +53,23 @@ __all__ = [
     "sparsity",
 ]
 
-_MOST_AXES = 32  # of an array, NumPy's limit
-MAX_TURNS = 50  # of Newton's method, which needs about ten
+_MOST_AXES = 32  # the most axes of an array in NumPy
+MAX_TURNS = 50  # the most iterations of Newton's method, which needs about ten
 
 
 class ProximalState(NamedTuple):
-    """What a proximal wrapper carries."""
+    """The state of a proximal wrapper."""
 
     proximal_state: Any  # the inner optimizer's state
-    proximal_step: jax.Array  # i32[]: steps taken, the argument of the schedules
+    proximal_step: jax.Array  # i32[]: the number of steps, which is the argument of the schedules
 
 
 class Sparsity(NamedTuple):
-    """Exact zeros, by leaf path and in all."""
+    """The exact zeros of each leaf, by its path, and of all leaves."""
 
     zeros: dict[str, jax.Array]  # i32[]: elements that are exactly zero (f32[] in a leaf of 2^31 elements or more)
-    share: dict[str, jax.Array]  # f32[]: the same over the size of the leaf
-    total_share: jax.Array  # f32[]: over all leaves
+    share: dict[str, jax.Array]  # f32[]: their fraction of the leaf
+    total_share: jax.Array  # f32[]: their fraction of all leaves
 
 
 def proximal_l1(
@@ -92,52 +92,55 @@ def proximal_l1(
     Guarantees:
       - A weight that is shrunk to zero is exactly 0.0, for every pair of dtypes, through `apply_gradients` and through
         `optax.apply_updates`.
-      - The steps come to rest where loss + strength * sum |w| does, under SGD, momentum, Adam and their kin alike.
-      - Under a second moment no weight is shrunk by more than the learning rate beyond its own update, and one whose
-        gradient has always been zero (an unused embedding row) not at all. That moves no point of rest.
-      - Only masked-in leaves are shrunk. A NaN or Inf in the update stays visible: it is not shrunk to zero.
+      - The fixed points of the steps are those of loss + strength * sum |w|, for SGD, momentum, Adam and similar
+        optimizers alike.
+      - With a second moment, no weight is shrunk by more than the learning rate beyond its own update, and a weight
+        whose gradient has always been zero (an unused embedding row) is not shrunk. The fixed points do not change.
+      - Only the leaves in the mask are shrunk. A NaN or Inf in the update is not shrunk to zero, so that it is noticed.
 
     =====================================  ========================================================================
     Case                                   Result
     =====================================  ========================================================================
-    `strength` = 0                         `inner` alone (to rounding)
-    schedule or array below 0, NaN         as 0; NaN
+    `strength` = 0                         as `inner` alone (up to rounding)
+    schedule or array below 0              as 0
+    schedule or array NaN                  NaN
     zero gradient, zero weight             zero
     second moment 0                        the weight is not shrunk
     inside `accumulate` or `guard`         one shrink per applied step
-    `guard` or `accumulate` as `inner`     refused: it would shrink on held steps too
-    integer, `float0`, `None` leaf         as `inner` leaves it
+    `guard` or `accumulate` as `inner`     refused, since held steps would be shrunk too
+    integer, `float0`, `None` leaf         as from `inner`
     complex leaf                           the modulus is shrunk
     =====================================  ========================================================================
 
     Args:
-      inner: the whole optimizer, its learning rate included.
-      strength: weight of the penalty, >= 0, in units of loss per unit of weight: a number, a 0-d array or a schedule of
-        this wrapper's steps.
-      learning_rate: that of `inner`, >= 0: a number, a 0-d array or the same schedule. None reads it from the state of
-        `optax.inject_hyperparams(...)` in `inner`. A factor that leaves no trace in the state is not noticed: the trust
-        ratios of LARS and LAMB, the sign of `optax.sign_sgd`, a schedule of one's own. Neither is a clip inside
-        `inner`; put it in `guard`.
-      metric: "auto" takes the second moment that it finds in the state of `inner` (Adam, AMSGrad, RMSProp, Adagrad,
-        AdaBelief; in chains, masks, partitions), 1 where there is none, and refuses a state with arrays that it does
-        not know. "second_moment" insists on one and ignores the rest. "identity" is always 1; under a second moment
-        that solves another problem. Or a function from the state of `inner` to C, a tree like the parameters.
-      momentum: that of `optax.sgd(..., momentum)`, in [0, 1); needed where `inner` has one. Adam's `b1` is none: it
-        averages. As for `b2` and `eps`, what `optax.inject_hyperparams` keeps in the state is read from there.
-      b2: of the bias correction of `inner`, in [0, 1); default: Optax's. Optax does not keep it in the state, so a
-        wrong one cannot be noticed; it matters for the first 1 / (1 - b2) steps.
-      eps: that of `inner`, >= 0; default: Optax's (1e-8 for Adam). Likewise unnoticed; it matters wherever gradients
-        are not much larger. Yogi keeps its moment in Adam's state and needs `eps=1e-3`; Adamax does too but takes no
-        root, and needs a function as `metric`.
-      mask: which leaves to shrink, as in `l1_penalty`. Default: arrays of rank 2 and more.
+      inner: the whole optimizer, including its learning rate.
+      strength: the weight of the penalty, >= 0, in units of loss per unit of weight: a number, a 0-d array or a
+        schedule of this wrapper's steps.
+      learning_rate: the learning rate of `inner`, >= 0: a number, a 0-d array or the same schedule. None reads it from
+        the state of `optax.inject_hyperparams(...)` in `inner`. Factors that leave no trace in the state are not
+        noticed: the trust ratios of LARS and LAMB, the sign of `optax.sign_sgd`, a custom schedule. A clip inside
+        `inner` is not noticed either; put it in `guard`.
+      metric: "auto" uses the second moment that it finds in the state of `inner` (Adam, AMSGrad, RMSProp, Adagrad,
+        AdaBelief; in chains, masks, partitions), or 1 if there is none, and refuses a state with unknown arrays.
+        "second_moment" requires one and ignores the rest. "identity" is always 1, which solves a different problem if
+        there is a second moment. It can also be a function from the state of `inner` to C, a tree like the parameters.
+      momentum: the momentum of `optax.sgd(..., momentum)`, in [0, 1), which is required if `inner` has one. Adam's `b1`
+        does not count, since it averages. `momentum`, `b2` and `eps` are read from the state if
+        `optax.inject_hyperparams` keeps them there.
+      b2: the constant of the bias correction in `inner`, in [0, 1); default: Optax's. Optax does not keep it in the
+        state, so a wrong value cannot be noticed; it matters for the first 1 / (1 - b2) steps.
+      eps: the epsilon of `inner`, >= 0; default: Optax's (1e-8 for Adam). A wrong value cannot be noticed either; it
+        matters if gradients are not much larger. Yogi keeps its moment in Adam's state and needs `eps=1e-3`; Adamax
+        does too, but takes no root, and needs a function as `metric`.
+      mask: which leaves to shrink, as in `l1_penalty`. Default: arrays of rank 2 or more.
 
     Returns:
-      A transformation; its `update` needs `params`. Updates come in the wider dtype of update and parameter, which is
-      what exact zeros need. Under `optax.inject_hyperparams` list `inner`, `metric` and `mask` in `static_args`.
+      A transformation; its `update` needs `params`. Updates have the wider dtype of update and parameter, as exact
+      zeros require. Under `optax.inject_hyperparams`, list `inner`, `metric` and `mask` in `static_args`.
 
     Raises:
-      ValueError: wrong static arguments; no learning rate or momentum; a metric that `inner` lacks; a mask that does
-        not match.
+      ValueError: a static argument is invalid, the learning rate or the momentum is missing, `inner` lacks the metric,
+        or the mask does not match.
 
     Example:
       >>> import optax_guard as og
@@ -150,12 +153,12 @@ def proximal_l1(
 
     References:
       Yun, Lozano and Yang, "Adaptive proximal gradient methods for structured neural networks" (ProxGen), 2021, arXiv
-      2006.07065, update (2) with the diagonal metric. Deviations: the shrinkage is at most learning_rate + |u|, and
-      nothing where v is 0; in the paper a coordinate with v = 0 is erased by its first step. The gain, since
-      `optax.trace` sums gradients where the paper averages them.
+      2006.07065, update (2) with the diagonal metric. Deviations: the shrinkage is at most learning_rate + |u|, and 0
+      if v is 0 (in the paper, the first step erases a coordinate with v = 0); there is a gain, since `optax.trace` sums
+      gradients instead of averaging them.
 
     See Also:
-      `l1_penalty`, which adds the pull to the gradient and gives no exact zeros. Optax has no proximal step.
+      `l1_penalty`, which adds the penalty to the gradient and gives no exact zeros. Optax has no proximal step.
     """
     name = "proximal_l1"
     read = reader(name, metric, momentum, b2, eps)
@@ -185,20 +188,20 @@ def proximal_elastic_net(
     w <- sign(x) * max(|x| - r * l1 / C, 0) / (1 + r * l2 / C),   r = learning_rate * gain
 
     Guarantees:
-      - Those of `proximal_l1`; with `l2` = 0 it is `proximal_l1`.
+      - The guarantees of `proximal_l1` hold; with `l2` = 0 the result is that of `proximal_l1`.
 
     =====================  ====================================
     Case                   Result
     =====================  ====================================
     `l1` = 0               every weight shrinks by a factor
-    `l2` = 0               `proximal_l1`
+    `l2` = 0               as `proximal_l1`
     all others             as in `proximal_l1`
     =====================  ====================================
 
     Args:
       inner: as in `proximal_l1`.
-      l1: weight of sum |w|, >= 0: a number, a 0-d array or a schedule.
-      l2: weight of sum w^2 / 2, >= 0: likewise.
+      l1: the weight of sum |w|, >= 0: a number, a 0-d array or a schedule.
+      l2: the weight of sum w^2 / 2, >= 0, likewise.
       learning_rate: as in `proximal_l1`.
       metric: as in `proximal_l1`.
       momentum: as in `proximal_l1`.
@@ -207,10 +210,10 @@ def proximal_elastic_net(
       mask: as in `proximal_l1`.
 
     Returns:
-      As `proximal_l1`.
+      A transformation, as `proximal_l1`.
 
     Raises:
-      ValueError: as `proximal_l1`.
+      ValueError: as for `proximal_l1`.
 
     Example:
       >>> import optax_guard as og
@@ -246,36 +249,36 @@ def proximal_group_lasso(
     eps: float | None = None,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that whole groups of weights become exactly zero: units, channels, inputs.
+    """Wraps an optimizer so that whole groups of weights (units, channels, inputs) become exactly zero.
 
     minimises loss + strength * sum over groups of sqrt(size) * ||w_group||_2
     x = w + u
     w_group <- argmin_y  1/2 sum_i C_i |y_i - x_i|^2 + t ||y||_2,   t = learning_rate * gain * strength * sqrt(size)
 
-    For C = 1 that is x * max(0, 1 - t / ||x||). For a second moment there is no closed form: the norm of y is the root
-    of a scalar equation, found by Newton's method from below, which cannot overshoot.
+    For C = 1, the solution is x * max(0, 1 - t / ||x||). With a second moment there is no closed form: the norm of y is
+    the root of a scalar equation, which Newton's method finds from below, where it cannot overshoot.
 
     Guarantees:
-      - A group is zero as a whole where ||C x|| <= t (under a second moment at the pace that `proximal_l1` states).
-      - A group whose second moments are all 0 is not shrunk. In others, an element whose own is 0 is shrunk with the
-        mean C of its group, so that a unit vanishes with the weights of the inputs that it has never seen.
-      - Those of `proximal_l1` on dtypes, masks and non-finite numbers.
+      - A group becomes zero as a whole if ||C x|| <= t (with a second moment, at the pace that `proximal_l1` states).
+      - A group whose second moments are all 0 is not shrunk. In other groups, an element whose second moment is 0 is
+        shrunk with the mean C of its group, so that a unit vanishes together with the weights of unseen inputs.
+      - The guarantees of `proximal_l1` on dtypes, masks and non-finite numbers hold.
 
     =======================  ========================================================
     Case                     Result
     =======================  ========================================================
     zero group               zero
-    groups of one element    `proximal_l1`
-    `strength` = 0           `inner` alone (to rounding)
+    groups of one element    as `proximal_l1`
+    `strength` = 0           as `inner` alone (up to rounding)
     all others               as in `proximal_l1`
     =======================  ========================================================
 
     Args:
       inner: as in `proximal_l1`.
-      strength: weight of the penalty, >= 0: a number, a 0-d array or a schedule.
+      strength: the weight of the penalty, >= 0: a number, a 0-d array or a schedule.
       learning_rate: as in `proximal_l1`.
-      axis: the axis whose index names the group; a group is everything that shares it. -1, the last: an output unit or
-        channel of a Flax kernel. -2: an input.
+      axis: the axis along which groups are numbered; a group is all elements with the same index. In a Flax kernel, -1
+        gives output units or channels and -2 gives inputs.
       metric: as in `proximal_l1`.
       momentum: as in `proximal_l1`.
       b2: as in `proximal_l1`.
@@ -283,10 +286,10 @@ def proximal_group_lasso(
       mask: as in `proximal_l1`; every leaf in it must have the axis.
 
     Returns:
-      As `proximal_l1`.
+      A transformation, as `proximal_l1`.
 
     Raises:
-      ValueError: as `proximal_l1`, and a leaf without that axis.
+      ValueError: as for `proximal_l1`, or a leaf does not have the axis.
 
     Example:
       >>> import optax_guard as og
@@ -298,12 +301,12 @@ def proximal_group_lasso(
 
     References:
       Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006. Deleu and Bengio,
-      "Structured sparsity inducing adaptive optimizers for deep learning", 2021, arXiv 2102.03869, for the metric; here
-      Newton's method works on 1 / ||s||, which is concave, so that it converges from any start below the root. It is a
-      `while_loop`, through which JAX does not differentiate backwards. Deviations as in `proximal_l1`; and their AdamW
-      takes sqrt(v) + eps for the metric C, not corrected for its start at zero, beside a step that is: with b2 = 0.999
-      the first C is 32 times too small, the shrinkage as much too large, and for about 1 / (1 - b2) steps more or less
-      so. Here C is what the step is divided by.
+      "Structured sparsity inducing adaptive optimizers for deep learning", 2021, arXiv 2102.03869, for the metric. Here
+      Newton's method is applied to 1 / ||s||, which is concave, so it converges from any start below the root. It is a
+      `while_loop`, which JAX cannot differentiate in reverse mode. Deviations: those of `proximal_l1`; and C is the
+      actual divisor of the step. In the paper, AdamW uses sqrt(v) + eps without bias correction as the metric of a
+      bias-corrected step: with b2 = 0.999 the first C is 32 times too small and the shrinkage 32 times too large, and
+      the error lasts for about 1 / (1 - b2) steps.
     """
     name = "proximal_group_lasso"
     read = reader(name, metric, momentum, b2, eps)
@@ -323,13 +326,13 @@ def proximal_group_lasso(
 
 
 def sparsity(params: PyTree) -> Sparsity:
-    """Counts the exact zeros of every leaf.
+    """Counts the exact zeros of every leaf. It works under `jit`.
 
     Args:
       params: arrays of any dtype; `None`, `float0` and keys are left out.
 
     Returns:
-      A `Sparsity`: counts and shares by leaf path, and the share of all. Works under `jit`.
+      A `Sparsity`: counts and fractions by leaf path, and the fraction of all leaves.
 
     Example:
       >>> sparsity({"kernel": jnp.array([[0.0, 2.0], [-0.0, 1e-30]])}).zeros
@@ -358,7 +361,7 @@ def _proximal(
     mask: Mask | None,
     shrink: Callable[..., jax.Array],
 ) -> optax.GradientTransformationExtraArgs:
-    """A wrapper from `shrink(x, *(learning rate * gain * strength), C or None)`; all in float32 or wider."""
+    """Makes a wrapper from `shrink(x, *(learning rate * gain * strength), C or None)`, all in float32 or wider."""
     inner = as_transformation(name, inner)
     if learning_rate is not None:
         learning_rate = validate.scalar_or_schedule(name, "learning_rate", learning_rate, low=0)
@@ -372,7 +375,7 @@ def _proximal(
         state = inner.init(params)
         refuse_inside(name, "inner", state, HOLDING)  # a held step must not be shrunk
         step, chosen = jnp.zeros((), jnp.int32), penalised(name, mask, params)
-        # What is missing is told now; nothing is computed.
+        # Only raises if something is missing; nothing is computed.
         jax.eval_shape(
             lambda state: (responses(read, state, params, chosen, step), rate_of(state, params, step)), state
         )
@@ -404,7 +407,7 @@ def _proximal(
                 new = _at_most(old + change, new, rate.astype(real) + jnp.abs(change))
             if in_place:
                 return new.astype(param.dtype)
-            # What `apply_updates` adds in `both`: -p where the sum must be exactly zero, for q - p rounds.
+            # `apply_updates` adds this in `both`: -p if the sum must be exactly zero, since q - p rounds.
             return jnp.where(new == 0, -old, new - old).astype(both)
 
         read_out = responses(read, new_state, params, chosen, step)
@@ -419,8 +422,8 @@ def _proximal(
 def _at_most(x: jax.Array, shrunk: jax.Array, limit: jax.Array) -> jax.Array:
     """`shrunk`, or `x` moved towards it by `limit`.
 
-    With limit = learning_rate + |u| no point of rest moves: there the shrinkage is u itself. Without it, a weight whose
-    second moment is almost 0 would be erased in one step.
+    With limit = learning_rate + |u|, fixed points do not change, since there the shrinkage is u itself. Without it, a
+    weight whose second moment is almost 0 would be erased in one step.
     """
     size = jnp.abs(x - shrunk)
     step = (x - shrunk) * (limit / jnp.where(size > limit, size, 1)).astype(x.dtype)
@@ -428,7 +431,7 @@ def _at_most(x: jax.Array, shrunk: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def _divide(force: jax.Array, metric: jax.Array | None) -> jax.Array:
-    """The shrinkage in the metric C: 0 where C is infinite, everything where it is 0."""
+    """The shrinkage in the metric C: 0 if C is infinite, and complete if it is 0."""
     return force if metric is None else force / jnp.maximum(metric, jnp.finfo(metric.dtype).tiny)
 
 
@@ -441,7 +444,7 @@ def _soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _group_share(size: jax.Array, bound: jax.Array, metric: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """By how much each element of a group is multiplied: 0 for the whole group if ||C x|| <= bound."""
+    """The factor of each element of a group: 0 for the whole group if ||C x|| <= bound."""
 
     def norm(values: jax.Array) -> jax.Array:
         largest = jnp.max(values, axis=axes, keepdims=True, initial=0)
@@ -451,7 +454,7 @@ def _group_share(size: jax.Array, bound: jax.Array, metric: jax.Array | None, ax
     if metric is None:
         length = norm(size)
         share = jnp.where(length > bound, 1 - bound / jnp.where(length > bound, length, 1), 0)
-        return jnp.where(jnp.isfinite(length), share, 1)  # what is not finite stays where it is
+        return jnp.where(jnp.isfinite(length), share, 1)  # non-finite elements are unchanged
     live = metric < jnp.inf
     count = jnp.sum(live, axis=axes, keepdims=True, dtype=size.dtype)
     mean = jnp.sum(jnp.where(live, metric, 0), axis=axes, keepdims=True) / jnp.maximum(count, 1)
