@@ -107,7 +107,7 @@ class RawSeries(NamedTuple):
 
 
 def empty_raw_series(window: int) -> RawSeries:
-    """A history without a value."""
+    """A history without values."""
     return RawSeries(values=jnp.full(window, _UNSEEN, jnp.float32), values_total=jnp.zeros((), jnp.int32))
 
 

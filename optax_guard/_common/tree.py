@@ -64,7 +64,7 @@ def _is_none(leaf: Any) -> bool:
 
 
 def leaves_with_none(tree: PyTree) -> list[Any]:
-    """The leaves of `tree` in JAX's order, `None` included."""
+    """The leaves of `tree` in JAX's order, including `None`."""
     return jax.tree.leaves(tree, is_leaf=_is_none)
 
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 __all__ = ["AxisName", "Mask", "PRNGKeyLike", "Params", "PyTree", "ScalarOrSchedule", "Scope", "State", "Tree"]
 
 PyTree: TypeAlias = Any
-Params = TypeVar("Params")  # a step returns the type that it is given
+Params = TypeVar("Params")  # a step returns the type that it receives
 State = TypeVar("State")
 Tree = TypeVar("Tree")
 # A schedule may require an array, whereas `optax.Schedule` must accept every kind of number.

@@ -162,7 +162,7 @@ def _telling_float0(function: str, argument: str, update: Callable[..., Any]) ->
                     ) from error
             raise
 
-    return functools.update_wrapper(call, update)  # whoever asks what `inner` takes sees its own signature
+    return functools.update_wrapper(call, update)  # a caller that inspects `inner` sees its own signature
 
 
 def _with_what_it_takes(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,7 +189,7 @@ def _with_what_it_takes(update: Callable[..., Any]) -> Callable[..., Any]:
             given["params"] = params
         return update(updates, state, **given)
 
-    return functools.update_wrapper(call, update)  # whoever asks what `inner` takes sees its own signature
+    return functools.update_wrapper(call, update)  # a caller that inspects `inner` sees its own signature
 
 
 def refuse_inside(function: str, argument: str, state: Any, outer: dict[type, str]) -> None:

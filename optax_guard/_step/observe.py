@@ -98,7 +98,7 @@ def scale_statistics(statistics: GradientStatistics, scale: jax.Array) -> Gradie
 
 
 def overflows(statistics: GradientStatistics, scale: jax.Array, tree: PyTree) -> jax.Array:
-    """bool[n_leaves]: whether a scale above 1 may have taken a finite leaf beyond the range of its dtype.
+    """bool[n_leaves]: whether a scale above 1 may have moved a finite leaf beyond the range of its dtype.
 
     `statistics` are those after the multiplication; no element exceeds its leaf's norm.
     """

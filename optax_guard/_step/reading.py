@@ -83,7 +83,7 @@ def leaf_names(params: PyTree, state: PyTree | None = None) -> list[str]:
 def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
     """The names of the leaves that a guard saw, in its order; an index if `params` are missing or lack the leaf."""
     hashes = np.asarray(jax.device_get(field_array(seen)))
-    hashes = hashes.reshape(-1, hashes.shape[-1])[0]  # all members of many saw the same
+    hashes = hashes.reshape(-1, hashes.shape[-1])[0]  # all members saw the same leaves
     unknown = [f"leaf {i} of {len(hashes)}" for i in range(len(hashes))]
     if params is None:
         return unknown

@@ -82,7 +82,7 @@ class AccumulateState(NamedTuple):
     micro_batch_lost: jax.Array  # bool[]: whether the last call dropped its micro-batch or ended a cycle without a step
     emitted_total: jax.Array  # i32[]: runs of the inner optimizer
     dropped_total: jax.Array  # i32[]: micro-batches dropped (not finite, or a negative or non-finite weight)
-    empty_total: jax.Array  # i32[]: cycles that ended with nothing to step with
+    empty_total: jax.Array  # i32[]: cycles that ended empty, without a step
 
 
 class _Cycle(NamedTuple):

@@ -22,7 +22,7 @@ _CHUNK_ELEMENTS = 2**24  # the default number of per-example gradient elements h
 
 
 class LeafDiagnosis(NamedTuple):
-    """What one array holds."""
+    """The contents of one array."""
 
     name: str
     nans: int
@@ -51,12 +51,12 @@ class WorstExamples(NamedTuple):
         return text_table(("example", "loss", "|gradient|", "over median"), rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python all the way down."""
+        """The fields as plain Python values."""
         return plain(self)
 
 
 class Diagnosis(NamedTuple):
-    """What `diagnose` found. `print(diagnosis)`, `diagnosis.to_dict()`."""
+    """The result of `diagnose`, for `print(diagnosis)` and `diagnosis.to_dict()`."""
 
     loss: float
     finite: bool  # loss and gradient are finite
@@ -81,7 +81,7 @@ class Diagnosis(NamedTuple):
         return f"{self.story}\n\n{table}\n\n{self.examples}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python all the way down."""
+        """The fields as plain Python values."""
         return plain(self)
 
 

@@ -1,4 +1,4 @@
-"""What `preflight` reports: named tuples that print, plot and convert."""
+"""The reports of `preflight`: named tuples that print, plot and convert."""
 
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Headroom(NamedTuple):
 
 
 class PreflightReport(NamedTuple):
-    """What `preflight` found. `print(report)`, `report.plot()`, `report.to_dict()`."""
+    """The result of `preflight`, for `print(report)`, `report.plot()` and `report.to_dict()`."""
 
     loss: float
     examples: int
@@ -74,7 +74,7 @@ class PreflightReport(NamedTuple):
     gradient_noise_scale: float | None  # tr(covariance of one example's gradient) / |mean gradient|^2, in examples
     clip_threshold: float
     eigenvalues: tuple[float, ...] | None  # of the Hessian, descending
-    preconditioned_eigenvalues: tuple[float, ...] | None  # of P^-1/2 H P^-1/2, P what the optimizer divides by
+    preconditioned_eigenvalues: tuple[float, ...] | None  # of P^-1/2 H P^-1/2, where P is the optimizer's divisor
     stable_learning_rates: StableLearningRates | None
     growth: tuple[Growth, ...]
     activations: tuple[ActivationReport, ...]

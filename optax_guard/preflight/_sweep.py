@@ -21,7 +21,7 @@ __all__ = ["LearningRateSweep", "learning_rate_sweep"]
 
 
 class LearningRateSweep(NamedTuple):
-    """What `learning_rate_sweep` found. `print(sweep)`, `sweep.plot()`, `sweep.to_dict()`."""
+    """The result of `learning_rate_sweep`, for `print(sweep)`, `sweep.plot()` and `sweep.to_dict()`."""
 
     learning_rates: np.ndarray  # f32[rates]
     losses: np.ndarray  # f32[rates, steps]: the loss of each batch, before its step

@@ -175,7 +175,7 @@ def _cause(log: TrainingLog, rows: np.ndarray, bad: np.ndarray, factor: float) -
         if row["event"] == "nonfinite_update":
             return f"the gradient was finite, but the update of {_name(log, leaf)} was not"
         seen = "NaN" if np.isnan(row["grad_norm"]) else "Inf or numbers too large to square"
-        passed = np.isfinite(log.rows["value"]).any()  # one that was never passed reads as NaN too
+        passed = np.isfinite(log.rows["value"]).any()  # a loss that was never passed reads as NaN too
         if np.isfinite(row["grad_norm"]) and passed and not np.isfinite(row["value"]):
             return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
         if np.isfinite(row["grad_norm"]):

@@ -15,7 +15,7 @@ __all__ = ["Certificate", "certified_accuracy", "certify", "clopper_pearson_lowe
 
 
 class Certificate(NamedTuple):
-    """What `certify` found for each input."""
+    """The result of `certify` for each input."""
 
     prediction: np.ndarray  # i32[batch]: the class, or ABSTAIN
     radius: np.ndarray  # f64[batch]: L2 radius in units of the input; 0 for an abstention

@@ -332,7 +332,7 @@ def _product(factor: jax.Array, weight: jax.Array) -> jax.Array:
 def _penalty(
     name: str, strengths: tuple[ScalarOrSchedule, ...], mask: Mask | None, force: Callable[..., jax.Array]
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that adds `force(weight, *strengths)` to the gradient."""
+    """Makes a transformation that adds `force(weight, *strengths)` to the gradient."""
 
     def init(params: optax.Params) -> optax.OptState:
         params = as_arrays(name, params)

@@ -319,7 +319,7 @@ def proximal_group_lasso(
         others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
         size = max(x.size // max(x.shape[axis], 1), 1)
         share = _group_share(jnp.abs(x), force * jnp.sqrt(jnp.asarray(size, force.dtype)), metric, others)
-        share = jnp.where(jnp.isnan(force), force, share)  # of a strength that is NaN
+        share = jnp.where(jnp.isnan(force), force, share)  # NaN for a strength that is NaN
         return jnp.where(share == 0, 0, x * share.astype(x.dtype))  # and not -0.0
 
     return _proximal(name, inner, (strength,), learning_rate, read, mask, shrink)
