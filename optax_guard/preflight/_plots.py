@@ -16,9 +16,8 @@ def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise needed("plot", "matplotlib") from error
-    figure = Figure(
-        figsize=(width, height), layout="constrained"
-    )  # without pyplot there is no window and no global backend
+    # Without pyplot there is no window and no global backend.
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns)
 
 
