@@ -44,6 +44,12 @@ def _knows(options: dict[str, Any]) -> bool:
     return True
 
 
+def users_jit(function: Callable[..., Any], **options: Any) -> Wrapped:
+    """`jax.jit` with XLA's own defaults, for tests in which the rounding of the compiled code matters."""
+    users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    return jax.jit(function, compiler_options={name: users[name] for name in quick_options()}, **options)
+
+
 def quick_jit(function: Callable[..., Any], **options: Any) -> Wrapped:
     """`jax.jit`, compiled quickly; only for the outermost function, as JAX has it for all such options."""
     return jax.jit(function, compiler_options=quick_options(), **options)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import quick_jit
+from compiling import quick_jit, users_jit
 
 import optax_guard as og
 
@@ -20,7 +20,7 @@ GRADS = jax.random.normal(jax.random.key(1), (3, 1000))
 
 def trained(tx: Any, step: Callable[..., Any]) -> list[np.ndarray]:
     params, state, seen = PARAMS, tx.init(PARAMS), []
-    jitted = jax.jit(lambda grads, state, params: step(tx, grads, state, params, value=jnp.float32(1.0)))
+    jitted = users_jit(lambda grads, state, params: step(tx, grads, state, params, value=jnp.float32(1.0)))
     for grads in GRADS:
         params, state = jitted(grads, state, params)
         seen.append(np.asarray(params))
