@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_named() -> None:
         (lambda: og.add_guard_state(guard, PARAMS, ADAM.init(other)), "add_guard_state: `0/mu/kernel` [3, 4] [8, 4]"),
         (lambda: og.add_guard_state(og.guard(LION), PARAMS, adam), "add_guard_state: `0/nu/bias`"),
         (lambda: og.add_guard_state(NESTED["two"][0], PARAMS, adam), "add_guard_state: lacks `0/0/count`"),
-        (lambda: og.remove_guard_state(adam), "inner_state: no guard"),
+        (lambda: og.remove_guard_state(adam), "remove_guard_state: no guard"),
     ):
         with pytest.raises(ValueError, match=r".") as caught:
             call()

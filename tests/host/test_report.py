@@ -102,7 +102,7 @@ def test_a_rule_that_only_sees_changes_no_step(accident: Any) -> None:
 def test_leaf_log_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match=r"leaf_log: expected one `record_leaves` in this state, found 0"):
         og.leaf_log(optax.sgd(0.1).init(PARAMS))
-    with pytest.raises(ValueError, match=r"the state has 2 leaves, `params` has 1"):
+    with pytest.raises(ValueError, match=r"the state has 2 leaves but `params` has 1"):
         og.leaf_log(TX.init(PARAMS), jnp.zeros(1))
     with pytest.raises(ValueError, match=r"record_leaves: `window` must be a whole number >= 1; got 0"):
         og.record_leaves(0)

@@ -208,5 +208,5 @@ def _variables(equation: Any) -> list[Any]:
 
 
 def test_what_is_no_rule_is_named() -> None:
-    with pytest.raises(ValueError, match=r"masked_rule: `inner` must be made by `rule`.*take `optax.masked`"):
+    with pytest.raises(ValueError, match=r"masked_rule: `inner` must be made by `rule`.*use `optax.masked`"):
         og.masked_rule(optax.clip(1.0), True)
