@@ -9,12 +9,13 @@
 # make article  the article's experiments: docs/benchmarks/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/benchmarks/performance.md, its pictures and numbers, some 25 minutes
 # make bench-stability  StabilityBench: docs/benchmarks/stability_bench.md, its pictures and numbers, 2.3 core hours
+# make accelerators  what a step costs on a TPU and a GPU, by their compilers, without either; ARGS=--tpu, ARGS=--gpu: one
 # make bench-histories  the table of docs/rules/norm_history.md, two minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-histories docs api conformance dist lowest clean
+.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-histories accelerators docs api conformance dist lowest clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -76,6 +77,10 @@ bench-stability: $(VENV)/.installed
 bench-histories: $(VENV)/.installed
 	$(BIN)/python benchmarks/norm_histories.py --write-docs
 
+# In an environment of its own, .venv-accelerators, which needs Python 3.12 and makes itself.
+accelerators:
+	$(PYTHON) benchmarks/accelerators/environment.py $(ARGS)
+
 api: $(VENV)/.installed
 	$(BIN)/python docs/build_api.py
 
@@ -93,4 +98,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) site docs/api .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(LOWEST) .venv-accelerators site docs/api .pytest_cache .ruff_cache .hypothesis dist
