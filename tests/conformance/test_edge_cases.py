@@ -476,7 +476,7 @@ def test_back_off_alone_answers_a_bad_update_and_a_bad_loss_alike(bad: float) ->
 
 def test_back_off_owes_no_more_steps_than_can_be_counted() -> None:
     for wrong in ({"recover_after": 2**31 - 1}, {"factor": 1 - 1e-7}, {"recover_after": 2**20, "factor": 0.9999}):
-        with pytest.raises(ValueError, match=r"back_off: `recover_after` .* more than an int32 counts"):
+        with pytest.raises(ValueError, match=r"back_off: `recover_after` .* more than an int32 can count"):
             og.back_off(**wrong)
     for most in ({"recover_after": 2**28}, {"factor": 1 - 1e-5}, {"factor": 1e-30}, {"lowest": 1e-30}):
         tx = og.back_off(**most)
