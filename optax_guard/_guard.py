@@ -230,7 +230,7 @@ def guarded(
         judgement = part_of(each, Judgement)
         if judgement is None:
             raise ValueError(
-                f"{name}: rule {position} must be made by `rule` (as `clip_by_global_norm` is); got "
+                f"{name}: `rules[{position}]` must be made by `rule` (as `clip_by_global_norm` is); got "
                 f"{validate.shown(each)}. Other transformations are not rules and go inside: "
                 "guard(optax.chain(transformation, optimizer))."
             )

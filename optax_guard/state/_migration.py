@@ -108,7 +108,8 @@ def put_into_guard(
     bad = nonfinite_leaf(params)
     if bad is not None and bad[1] == "NaN":
         raise ValueError(
-            f"{name}: the parameters themselves hold NaN, the first in `{bad[0]}`: restore an earlier checkpoint."
+            f"{name}: `params`: the parameters themselves hold NaN, the first in `{bad[0]}`: restore an earlier "
+            "checkpoint."
         )
     return jax.tree.map(
         lambda node: _looked_at(name, node, params) if _is_guard(node) else node, state, is_leaf=_is_guard

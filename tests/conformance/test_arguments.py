@@ -30,7 +30,7 @@ LOSS = np.float32(0.5)
 
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
-    return jnp.mean(jnp.square(batch @ params["layer"]["kernel"] + params["layer"]["bias"]))
+    return jnp.mean(jnp.square(batch @ params["layer"]["kernel"] + params["layer"]["bias"][None]))
 
 
 def judge(statistics: Any, state: Any, params: Any = None, **extra: Any) -> tuple[og.Verdict, Any]:
@@ -250,6 +250,7 @@ EXCEPTIONS: dict[tuple[str, str], tuple[set[str], str]] = {
     ("", "axis_name"): ({"text", "a number as text"}, "an unbound name is JAX's NameError"),
     ("smoothing.perturbed_accuracy", "weight_mask"): (set(), "its message is that of every `mask`"),
     ("apply_gradients", "state"): (set(), "a bare Optax optimizer is asked, and answers in its own words"),
+    ("perturb_weights", "sigma"): ({"10**20"}, "the squared loss of weights that large overflows by itself"),
     ("stabilize", ""): (set(), "its arguments are those of `guard` and two rules, by whose names it speaks"),
 }
 

@@ -59,7 +59,10 @@ WRONG_ARGUMENTS = {  # the call, and what the message must say: function, argume
     "halt_after": (lambda: og.guard(SGD, halt_after=0), "guard: `halt_after` 0 >= 1"),
     "recorder_rows": (lambda: og.guard(SGD, recorder_rows=0), "guard: `recorder_rows` 0 >= 1"),
     "check_updates": (lambda: og.guard(SGD, check_updates=1), "guard: `check_updates` 1 True False"),
-    "no rule": (lambda: og.guard(SGD, optax.clip(1.0)), "guard: rule 0 must be made by `rule` GradientTransformation"),
+    "no rule": (
+        lambda: og.guard(SGD, optax.clip(1.0)),
+        "guard: `rules[0]` must be made by `rule` GradientTransformation",
+    ),
     "a number as rule": (lambda: og.guard(SGD, og.skip_large(9.0), 1.0), "guard: rule 1 1.0"),
     "inner of guard": (lambda: og.guard(optax.sgd), "guard: `inner` optax.GradientTransformation sgd"),
     "axis_name": (

@@ -221,8 +221,8 @@ def test_the_factor_of_a_bound_that_is_nan_counts_as_0_in_the_state() -> None:
         (lambda: og.published.clip_by_update_norm(1), "published.clip_by_update_norm: `window` .* >= 2; got 1"),
         (lambda: og.clippy(-1.0), "clippy: `relative` .* -1.0"),
         (lambda: og.clippy(absolute=0.0), "clippy: `absolute` .* 0.0"),
-        (lambda: og.guard(optax.sgd(0.1), og.limit_step(0.1)), "guard: rule 0 must be made by `rule`"),
-        (lambda: og.guard(optax.sgd(0.1), og.clip_by_update_norm()), "guard: rule 0 must be made by `rule`"),
+        (lambda: og.guard(optax.sgd(0.1), og.limit_step(0.1)), r"guard: `rules\[0\]` must be made by `rule`"),
+        (lambda: og.guard(optax.sgd(0.1), og.clip_by_update_norm()), r"guard: `rules\[0\]` must be made by `rule`"),
     ],
 )
 def test_wrong_arguments_are_named(make: Any, words: str) -> None:
