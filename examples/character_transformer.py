@@ -92,14 +92,14 @@ def make_batches(tokens: np.ndarray, vocabulary: int, size: Size, seed: int) -> 
     return Batch(drawn, weight), faults
 
 
-def make_arms(learning_rate: float, history: int) -> dict[str, optax.GradientTransformation]:
+def make_arms(learning_rate: float, rows: int) -> dict[str, optax.GradientTransformation]:
     """Three ways to take the step. The second and third add one line to the first."""
     adam = optax.adam(learning_rate)
-    rules = og.record_leaves(history), og.skip_spikes(), og.clip_by_norm_history()
+    rules = og.record_leaves(rows), og.skip_spikes(), og.clip_by_norm_history()
     return {
         "optax.adam": adam,
         "guard(adam)": og.guard(adam),
-        "guard(adam, skip, clip)": og.guard(adam, *rules, history=history),
+        "guard(adam, skip, clip)": og.guard(adam, *rules, recorder_rows=rows),
     }
 
 
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     columns = TextColumn("{task.description:24s}"), BarColumn(), TextColumn("{task.percentage:3.0f}%")
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        for name, tx in make_arms(options.learning_rate, history=size.steps).items():
+        for name, tx in make_arms(options.learning_rate, rows=size.steps).items():
             task = progress.add_task(name, total=size.steps)
             last, state = train(tx, params, grad_fn, batches, lambda task=task: progress.advance(task))
             seen = jax.device_get(og.metrics(state))
