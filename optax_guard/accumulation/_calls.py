@@ -2,15 +2,6 @@
 
 `accumulate` goes around everything else. The inner optimizer does not run in the calls in between: it sees one gradient
 per cycle, so clips, penalties, noise and schedules act once per applied step.
-
-=====================================  ============================================================
-You have                               Use
-=====================================  ============================================================
-a loop that calls the step each batch  `accumulate(tx, every=4)`, and `apply_gradients`
-batches of unequal token counts        the same, and `weight=` the number of tokens in the call
-an epoch that ends within a cycle      `flush`: a step with the micro-batches so far
-a batch too large for one pass         `accumulate_gradients`, inside one call
-=====================================  ============================================================
 """
 
 from collections.abc import Callable
