@@ -21,7 +21,7 @@ from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.eager import compiled_once
-from optax_guard._common.numerics import accumulator_dtype, safe_sqrt
+from optax_guard._common.numerics import accumulator_dtype
 from optax_guard._common.optimizer_state import reader
 from optax_guard._common.series import RawSeries, empty_raw_series, push_raw, raw_threshold
 from optax_guard._common.state_check import state_check
@@ -35,7 +35,7 @@ from optax_guard.transforms._spam import (
     normalise_leaves,
     restarted,
 )
-from optax_guard.transforms._update_bounds import counted, squares_of, uncounted
+from optax_guard.transforms._update_bounds import counted, norm_of, uncounted
 
 __all__ = ["PublishedUpdateNormState", "clip_by_update_norm", "spam_clip", "stable_spam"]
 
@@ -290,9 +290,8 @@ def clip_by_update_norm(
         del extra
         updates, params = checked(name, updates, params)
         check_state(state, params, updates)
-        squares = squares_of(updates, axis_name)
-        norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
-        seen = jnp.where(jnp.all(jnp.isfinite(squares)), norm, jnp.nan).astype(jnp.float32)
+        norm, finite = norm_of(updates, axis_name)
+        seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
         series = RawSeries(*state[:2])
         limit, judged = raw_threshold(series, deviations, unbiased=False, least=1e-6, counts_itself=False)
         scale = jnp.where(judged & (seen > limit), limit / jnp.maximum(seen, 1e-6), 1).astype(norm.dtype)

@@ -39,7 +39,7 @@ __all__ = [
     "clippy",
     "counted",
     "limit_step",
-    "squares_of",
+    "norm_of",
     "uncounted",
 ]
 
@@ -155,7 +155,7 @@ def limit_step(
         updates, params = checked_with_params(name, updates, params)
         check_state(state, params, updates)
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
-        moved = squares_of(updates, axis_name)
+        moved = _squares_of(updates, axis_name)
         weights = one_pass_statistics(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
         weights = jnp.where(jnp.isfinite(weights), weights, 0)
         sizes = _sizes(updates, params, axis_name).astype(moved.dtype)
@@ -257,9 +257,7 @@ def clip_by_update_norm(
         del extra
         updates, params = checked(name, updates, params)
         check_state(state, params, updates)
-        squares = squares_of(updates, axis_name)
-        norm = safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares)))
-        finite = jnp.all(jnp.isfinite(squares))
+        norm, finite = norm_of(updates, axis_name)
         series = Series(*state[:4])
         x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
         limit = threshold(series, deviations, _LEAST_LOG_NORM, relative=False)
@@ -378,9 +376,15 @@ def counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     return next_step(step), count_if(least < 1, total), least
 
 
-def squares_of(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
+def _squares_of(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
     """The sum of squares of each leaf in one pass, so that a finite update whose squares overflow is scaled to 0."""
     return one_pass_statistics(updates, axis_name).sum_squares
+
+
+def norm_of(updates: PyTree, axis_name: AxisName | None) -> tuple[jax.Array, jax.Array]:
+    """The norm of the leaves without a NaN, and whether the whole update is finite."""
+    squares = _squares_of(updates, axis_name)
+    return safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares))), jnp.all(jnp.isfinite(squares))
 
 
 def _scale(bound: jax.Array, norm: jax.Array) -> jax.Array:
