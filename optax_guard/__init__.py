@@ -23,7 +23,7 @@ from optax_guard._step.observe import global_norm, gradient_statistics
 from optax_guard._step.reading import leaf_names
 
 # The rooms
-from optax_guard import accumulation, published, recovery, rules, state, transforms
+from optax_guard import accumulation, attention, published, recovery, rules, state, transforms
 from optax_guard.accumulation import accumulate, accumulate_gradients, flush, has_updated
 from optax_guard.recovery import back_off, reset_moments, rewind
 from optax_guard.rules import (
@@ -89,6 +89,7 @@ __all__ = [
     "add_guard_state",
     "anticorrelated_noise",
     "apply_gradients",
+    "attention",
     "autoclip",
     "back_off",
     "clear_halt",

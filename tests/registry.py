@@ -15,6 +15,7 @@ from optax_guard._common.tree import wider_dtype
 
 NOT_TRANSFORMATIONS = {
     "accumulation": "a folder",
+    "attention": "a folder",
     "published": "a module, whose functions are registered too",
     "recovery": "a folder",
     "rules": "a folder",
