@@ -24,6 +24,8 @@ TOP_LEVEL = ("models", "flax", "preflight", "diagnose", "smoothing", "report")
 TITLES = {
     "accumulation/calls": "Across calls",
     "accumulation/scan": "Within one call",
+    "attention/logits": "Largest logits",
+    "attention/z_loss": "z-loss",
     "common/axes": "Many devices",
     "common/bounds": "State of fixed clips",
     "recovery/ladder": "State of recovery",

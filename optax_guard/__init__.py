@@ -25,6 +25,13 @@ from optax_guard._step.reading import leaf_names
 # The rooms
 from optax_guard import accumulation, attention, published, recovery, rules, state, transforms
 from optax_guard.accumulation import accumulate, accumulate_gradients, flush, has_updated
+from optax_guard.attention import (
+    attention_with_max_logits,
+    collect_max_logits,
+    max_attention_logits,
+    max_attention_logits_from_lse,
+    z_loss,
+)
 from optax_guard.recovery import back_off, reset_moments, rewind
 from optax_guard.rules import (
     adagc,
@@ -90,6 +97,7 @@ __all__ = [
     "anticorrelated_noise",
     "apply_gradients",
     "attention",
+    "attention_with_max_logits",
     "autoclip",
     "back_off",
     "clear_halt",
@@ -101,6 +109,7 @@ __all__ = [
     "clip_by_update_rms",
     "clip_by_value",
     "clippy",
+    "collect_max_logits",
     "dense_penalty",
     "elastic_net_penalty",
     "find_inner_state",
@@ -119,6 +128,8 @@ __all__ = [
     "limit_step",
     "loss_scaling",
     "masked_rule",
+    "max_attention_logits",
+    "max_attention_logits_from_lse",
     "metrics",
     "noise_injection",
     "perturb_weights",
@@ -145,5 +156,6 @@ __all__ = [
     "stable_spam",
     "state",
     "transforms",
+    "z_loss",
     "zclip",
 ]

@@ -16,6 +16,11 @@ from optax_guard._common.tree import wider_dtype
 NOT_TRANSFORMATIONS = {
     "accumulation": "a folder",
     "attention": "a folder",
+    "attention_with_max_logits": "computes attention",
+    "collect_max_logits": "reads a model's intermediates",
+    "max_attention_logits": "a function of queries and keys",
+    "max_attention_logits_from_lse": "a function of a log-sum-exp",
+    "z_loss": "a loss",
     "published": "a module, whose functions are registered too",
     "recovery": "a folder",
     "rules": "a folder",

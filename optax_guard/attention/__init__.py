@@ -7,4 +7,18 @@ for `jax.lax.scan`. Layers without attention are not in it.
 The functions are also in `optax_guard` itself; the types are only here.
 """
 
-__all__: list[str] = []
+from optax_guard.attention._logits import (
+    attention_with_max_logits,
+    collect_max_logits,
+    max_attention_logits,
+    max_attention_logits_from_lse,
+)
+from optax_guard.attention._z_loss import z_loss
+
+__all__ = [
+    "attention_with_max_logits",
+    "collect_max_logits",
+    "max_attention_logits",
+    "max_attention_logits_from_lse",
+    "z_loss",
+]
