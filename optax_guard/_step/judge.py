@@ -24,8 +24,8 @@ from optax_guard._common.eager import compiled_once
 from optax_guard._common.extra import warn_of_misspellings, with_value
 from optax_guard._common.numerics import multiplied
 from optax_guard._common.parts import part_of, with_part
-from optax_guard._common.state_check import state_check
-from optax_guard._common.tree import checked, is_gradient
+from optax_guard._common.transformation import transformation_with_extra
+from optax_guard._common.tree import is_gradient
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.observe import GradientStatistics, gradient_statistics, overflows, scale_statistics
 
@@ -113,24 +113,18 @@ def rule(
 
     # The function in which the judge is defined, which the user called, for messages.
     name = getattr(judge, "__qualname__", "rule").partition(".<locals>")[0].removeprefix("_")
-    check_state = state_check(name, init)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
+    @compiled_once
+    def change(updates: PyTree, state: Any, params: PyTree | None, extra: dict[str, Any]) -> tuple[PyTree, Any]:
         warn_of_misspellings(extra)
-        updates, params = checked(name, updates, params)
-        check_state(state, params, updates)
         statistics = gradient_statistics(updates, axis_name=axis_name)
         verdict, state = judge(statistics, state, params, **with_value(extra))
         scaled = scale_statistics(statistics, verdict.scale)
         skip = verdict.skip | jnp.any(overflows(scaled, verdict.scale, updates))
         return scale_leaves(updates, verdict.scale, skip), state
 
-    return Rule(
-        cast("optax.TransformInitFn", init),
-        with_part(compiled_once(update), Judgement(judge, axis_name, sees_nonfinite)),
-    )
+    alone = transformation_with_extra(name, cast("optax.TransformInitFn", init), change)
+    return Rule(alone.init, with_part(alone.update, Judgement(judge, axis_name, sees_nonfinite)))
 
 
 def scale_leaves(updates: PyTree, scale: jax.Array, skip: jax.Array | None = None) -> PyTree:

@@ -11,9 +11,8 @@ from optax_guard._common import validate
 from optax_guard._common.counters import count_if
 from optax_guard._common.extra import loss_in, warn_of_misspellings
 from optax_guard._common.parts import with_part
-from optax_guard._common.state_check import state_check
-from optax_guard._common.tree import checked
-from optax_guard._common.typing import AxisName
+from optax_guard._common.transformation import transformation_with_extra
+from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.judge import scale_leaves
 from optax_guard._step.observe import one_pass_statistics
 from optax_guard.recovery._loss_watch import empty_watch, loss_above, watch_loss
@@ -127,13 +126,10 @@ def back_off(
         del params
         return empty_back_off(empty_watch() if diverged is not None else ())
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: BackOffState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, BackOffState]:
-        updates, params = checked(name, updates, params)
-        check_state(state, params, updates)
+    def change(
+        updates: PyTree, state: BackOffState, params: PyTree | None, extra: dict[str, Any]
+    ) -> tuple[PyTree, BackOffState]:
+        del params
         warn_of_misspellings(extra)
         finite = jnp.all(one_pass_statistics(updates, axis_name).finite)
         loss, watch = loss_in(name, extra, axis_name), state.back_off_watch
@@ -148,7 +144,8 @@ def back_off(
         return scaled, step_up(state, ~trouble, watch)
 
     rung = BackOff(factor, recover_after, after, most_owed, diverged)
-    return optax.GradientTransformationExtraArgs(init, with_part(update, rung))
+    tx = transformation_with_extra(name, init, change)
+    return tx._replace(update=with_part(tx.update, rung))
 
 
 def empty_back_off(watch: Any) -> BackOffState:

@@ -10,10 +10,8 @@ import optax
 from optax_guard._common import validate
 from optax_guard._common.bounds import bound_and_state, bound_over_norm, init_for
 from optax_guard._common.numerics import absolute_square, accumulator_dtype, direction, multiplied, safe_sqrt
-from optax_guard._common.state_check import state_check
+from optax_guard._common.transformation import transformation
 from optax_guard._common.tree import (
-    checked,
-    checked_with_params,
     is_function,
     is_gradient,
     map_gradients,
@@ -68,16 +66,11 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
     See Also:
       `optax.clip`, which is the same but refuses complex gradients.
     """
-    max_value = validate.scalar_or_schedule("clip_by_value", "max_value", max_value, low=0, infinite=True)
-    init = init_for(max_value)
-    check_state = state_check("clip_by_value", init)
+    name = "clip_by_value"
+    max_value = validate.scalar_or_schedule(name, "max_value", max_value, low=0, infinite=True)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        updates, params = checked("clip_by_value", updates, params)
-        check_state(state, params, updates)
+    def change(updates: PyTree, state: Any, params: PyTree | None) -> tuple[PyTree, Any]:
+        del params
         bound, state = bound_and_state(max_value, state)
 
         def clip(leaf: jax.Array) -> jax.Array:
@@ -92,7 +85,7 @@ def clip_by_value(max_value: ScalarOrSchedule) -> optax.GradientTransformationEx
 
         return map_gradients(clip, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(name, init_for(max_value), change)
 
 
 def adaptive_grad_clip(
@@ -163,15 +156,8 @@ def adaptive_grad_clip(
     name = "adaptive_grad_clip"
     clipping = validate.scalar_or_schedule(name, "clipping", clipping, low=0)
     eps = validate.scalar(name, "eps", eps, low=0, open_low=True)
-    init = init_for(clipping)
-    check_state = state_check(name, init)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        updates, params = checked_with_params(name, updates, params)
-        check_state(state, params, updates)
+    def change(updates: PyTree, state: Any, params: PyTree | None) -> tuple[PyTree, Any]:
         ratio, state = bound_and_state(clipping, state)
 
         asked = _axes_by_path(name, axis, params)
@@ -191,7 +177,7 @@ def adaptive_grad_clip(
 
         return jax.tree_util.tree_map_with_path(clip, updates, params, is_leaf=lambda leaf: leaf is None), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(name, init_for(clipping), change, needs_params=True)
 
 
 def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -24,9 +24,9 @@ from jax import lax
 from optax_guard._common import validate
 from optax_guard._common.numerics import accumulator_dtype, multiplied
 from optax_guard._common.optimizer_state import reader
-from optax_guard._common.state_check import state_check
-from optax_guard._common.tree import as_params, checked_with_params, leaves_with_none
-from optax_guard._common.typing import ScalarOrSchedule
+from optax_guard._common.transformation import transformation_with_extra
+from optax_guard._common.tree import as_params, leaves_with_none
+from optax_guard._common.typing import PyTree, ScalarOrSchedule
 from optax_guard._guard import HOLDING
 from optax_guard._step.act import as_transformation, refuse_inside
 from optax_guard.transforms._spam import (
@@ -282,13 +282,7 @@ def clip_by_update_rms(
         refuse_inside(name, "inner", inner_state, HOLDING)
         return inner_state
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, Any]:
-        updates, params = checked_with_params(name, updates, params)
-        check_state(state, params, updates)
+    def change(updates: PyTree, state: Any, params: PyTree | None, extra: dict[str, Any]) -> tuple[PyTree, Any]:
         gradients = updates
         updates, after = update_inner(updates, state, params, **extra)
         roots = roots_of(read, after, params)
@@ -305,4 +299,4 @@ def clip_by_update_rms(
         clipped = map_positions(clip, updates, leaves_with_none(gradients), roots)
         return clipped, after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation_with_extra(name, init, change, needs_params=True)

@@ -40,10 +40,9 @@ from optax_guard._common.prng import (
     uniform,
     zeros_sharded_as,
 )
-from optax_guard._common.state_check import state_check
+from optax_guard._common.transformation import transformation
 from optax_guard._common.tree import (
     as_arrays,
-    checked,
     is_gradient,
     leaf_names,
     leaves_with_none,
@@ -427,18 +426,13 @@ def _noise(
             resolve_mask(name, mask, as_arrays(name, params))
         return NoiseState(noise_key=jnp.copy(data), noise_step=jnp.zeros((), jnp.int32))
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        updates, params = checked(name, updates, params)
-        check_state(state, params, updates)
+    @compiled_once
+    def change(updates: PyTree, state: NoiseState, params: PyTree | None) -> tuple[PyTree, NoiseState]:
+        del params
         noisy = perturb(updates, state)
         return noisy, NoiseState(noise_key=state.noise_key, noise_step=next_step(state.noise_step))
 
-    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
+    return transformation(name, init, change)
 
 
 def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: jax.Array) -> _Draw:

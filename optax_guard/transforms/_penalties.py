@@ -25,11 +25,9 @@ import optax
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step, value_at
 from optax_guard._common.numerics import accumulator_dtype, direction, multiplied
-from optax_guard._common.state_check import state_check
+from optax_guard._common.transformation import transformation
 from optax_guard._common.tree import (
     as_arrays,
-    checked,
-    checked_with_params,
     is_gradient,
     map_gradients,
     resolve_mask,
@@ -298,14 +296,8 @@ def shrink_gradients(
         params = as_arrays(name, params)
         return _schedule_state((threshold,))
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        updates, params = checked(name, updates, params)
-        check_state(state, params, updates)
+    def change(updates: PyTree, state: Any, params: PyTree | None) -> tuple[PyTree, Any]:
+        del params
         (bound,), state = _values_and_next((threshold,), state)
 
         def shrink(gradient: jax.Array) -> jax.Array:
@@ -321,7 +313,7 @@ def shrink_gradients(
 
         return map_gradients(shrink, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(name, init, change)
 
 
 def _product(factor: jax.Array, weight: jax.Array) -> jax.Array:
@@ -339,14 +331,7 @@ def _penalty(
         penalised(name, mask, params)
         return _schedule_state(strengths)
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        updates, params = checked_with_params(name, updates, params)
-        check_state(state, params, updates)
+    def change(updates: PyTree, state: Any, params: PyTree | None) -> tuple[PyTree, Any]:
         values, state = _values_and_next(strengths, state)
 
         def add(gradient: jax.Array, weight: jax.Array, chosen: bool) -> jax.Array:
@@ -359,7 +344,7 @@ def _penalty(
 
         return map_gradients(add, updates, params, penalised(name, mask, params)), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(name, init, change, needs_params=True)
 
 
 def _schedule_state(values: tuple[ScalarOrSchedule, ...]) -> optax.OptState:

@@ -24,8 +24,7 @@ from optax_guard._common.eager import compiled_once
 from optax_guard._common.numerics import accumulator_dtype
 from optax_guard._common.optimizer_state import reader
 from optax_guard._common.series import RawSeries, empty_raw_series, push_raw, raw_threshold
-from optax_guard._common.state_check import state_check
-from optax_guard._common.tree import checked
+from optax_guard._common.transformation import transformation
 from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule
 from optax_guard._step.judge import scale_leaves
 from optax_guard.transforms._spam import (
@@ -282,14 +281,9 @@ def clip_by_update_norm(
         del params
         return PublishedUpdateNormState(*empty_raw_series(window), *uncounted()[1:])
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        updates, params = checked(name, updates, params)
-        check_state(state, params, updates)
+    @compiled_once
+    def change(updates: PyTree, state: Any, params: PyTree | None) -> tuple[PyTree, PublishedUpdateNormState]:
+        del params
         norm, finite = norm_of(updates, axis_name)
         seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
         series = RawSeries(*state[:2])
@@ -299,4 +293,4 @@ def clip_by_update_norm(
         new = PublishedUpdateNormState(*after, *counted((0, *state[2:]), scale)[1:])
         return scale_leaves(updates, scale, jnp.zeros((), bool)), new
 
-    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
+    return transformation(name, init, change)

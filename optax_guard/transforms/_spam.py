@@ -22,13 +22,11 @@ from optax_guard._common.counters import next_step, value_at
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.numerics import accumulator_dtype, direction, multiplied
 from optax_guard._common.optimizer_state import Reader, responses
-from optax_guard._common.state_check import state_check
+from optax_guard._common.transformation import transformation_with_extra
 from optax_guard._common.tree import (
     as_params,
     cast_like,
     check_leaf_count,
-    checked,
-    checked_with_params,
     is_gradient,
     is_like,
     leaves_with_none,
@@ -111,13 +109,10 @@ def clip_by_second_moment(
         refuse_inside(name, "inner", inner_state, HOLDING)
         return SpamState(spam_inner_state=inner_state, spam_step=jnp.zeros((), jnp.int32))
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, SpamState]:
-        updates, params = checked_with_params(name, updates, params)
-        check_state(state, params, updates)
+    @compiled_once
+    def change(
+        updates: PyTree, state: SpamState, params: PyTree | None, extra: dict[str, Any]
+    ) -> tuple[PyTree, SpamState]:
         step = next_step(state.spam_step)
         restart, factor = _restart(step, restart_every, warmup)
         before = begin(state.spam_inner_state, params, restart)
@@ -126,7 +121,7 @@ def clip_by_second_moment(
         updates, after = update_inner(clipped, before, params, **extra)
         return _scaled(updates, factor), SpamState(spam_inner_state=cast_like(after, before), spam_step=step)
 
-    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
+    return transformation_with_extra(name, init, change, needs_params=True)
 
 
 def normalise_leaves(
@@ -165,14 +160,10 @@ def normalise_leaves(
             leaf_steps=jnp.zeros(leaves, jnp.int32),
         )
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, StableSpamState]:
-        updates, params = checked(name, updates, params)
-
-        def step() -> tuple[optax.Updates, StableSpamState]:
+    def change(
+        updates: PyTree, state: StableSpamState, params: PyTree | None, extra: dict[str, Any]
+    ) -> tuple[PyTree, StableSpamState]:
+        def step() -> tuple[PyTree, StableSpamState]:
             return run(updates, state, params, extra)
 
         return step() if params is not None else step_without_params(name, step, updates, state)
@@ -180,7 +171,6 @@ def normalise_leaves(
     def run(
         updates: optax.Updates, state: StableSpamState, params: optax.Params | None, extra: dict[str, Any]
     ) -> tuple[optax.Updates, StableSpamState]:
-        check_state(state, params, updates)
         check_leaf_count(name, state.leaf_steps.shape[0], len(leaves_with_none(updates)))
         step = next_step(state.stable_spam_step)
         restart = _restart(step, restart_every, 0)[0]
@@ -199,7 +189,7 @@ def normalise_leaves(
         updates, after = update_inner(normal, before, params, **extra)
         return updates, end(StableSpamState(cast_like(after, before), step, *averages), like, restart)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation_with_extra(name, init, change)
 
 
 def roots_of(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]:

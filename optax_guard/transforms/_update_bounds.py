@@ -25,8 +25,8 @@ from optax_guard._common.counters import count_if, next_step, value_at
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.numerics import accumulator_dtype, multiplied, safe_sqrt
 from optax_guard._common.series import Series, empty_series, push, threshold
-from optax_guard._common.state_check import state_check
-from optax_guard._common.tree import checked, checked_with_params, is_gradient, leaves_with_none
+from optax_guard._common.transformation import transformation
+from optax_guard._common.tree import is_gradient, leaves_with_none
 from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule, Scope
 from optax_guard._step.judge import scale_leaves
 from optax_guard._step.observe import one_pass_statistics
@@ -146,14 +146,7 @@ def limit_step(
         del params
         return LimitStepState(*uncounted())
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, LimitStepState]:
-        del extra
-        updates, params = checked_with_params(name, updates, params)
-        check_state(state, params, updates)
+    def change(updates: PyTree, state: LimitStepState, params: PyTree | None) -> tuple[PyTree, LimitStepState]:
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
         moved = _squares_of(updates, axis_name)
         weights = one_pass_statistics(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
@@ -167,7 +160,7 @@ def limit_step(
         scale = _scale(bound, safe_sqrt(moved))
         return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(*counted(state, scale))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(name, init, change, needs_params=True)
 
 
 def clip_by_update_norm(
@@ -249,14 +242,9 @@ def clip_by_update_norm(
         del params
         return UpdateNormState(*empty_series(window, accept_after), *uncounted()[1:])
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        updates, params = checked(name, updates, params)
-        check_state(state, params, updates)
+    @compiled_once
+    def change(updates: PyTree, state: UpdateNormState, params: PyTree | None) -> tuple[PyTree, UpdateNormState]:
+        del params
         norm, finite = norm_of(updates, axis_name)
         series = Series(*state[:4])
         x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
@@ -266,7 +254,7 @@ def clip_by_update_norm(
         new = UpdateNormState(*after, *counted((0, *state[4:]), scale)[1:])
         return scale_leaves(updates, scale, jnp.zeros((), bool)), new
 
-    return optax.GradientTransformationExtraArgs(init, compiled_once(update))
+    return transformation(name, init, change)
 
 
 def clippy(
@@ -327,14 +315,7 @@ def clippy(
         del params
         return ClippyState(*uncounted())
 
-    check_state = state_check(name, init)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, ClippyState]:
-        del extra
-        updates, params = checked_with_params(name, updates, params)
-        check_state(state, params, updates)
+    def change(updates: PyTree, state: ClippyState, params: PyTree | None) -> tuple[PyTree, ClippyState]:
         ratio = jnp.maximum(value_at(relative, state.clippy_step), 0)
 
         def share_of(leaf: Any, weight: Any) -> jax.Array:
@@ -360,7 +341,7 @@ def clippy(
         least = jnp.array([share.astype(jnp.float32) for share in shares], jnp.float32)
         return clipped, ClippyState(*counted(state, least))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(name, init, change, needs_params=True)
 
 
 def uncounted() -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import optax_guard as og
@@ -98,3 +99,13 @@ def test_what_the_rooms_offer_is_offered_at_the_top() -> None:
     assert functions <= set(og.__all__)
     types = [name for room in rooms for name in room.__all__ if name[0].isupper()]
     assert len(types) == len(set(types))
+
+
+def test_only_a_few_functions_make_transformations() -> None:
+    """So that none can forget to compare the trees and the state: the others call `transformation`."""
+    makers = {name_of(file) for file in FILES if re.search(r"GradientTransformationExtraArgs\(\w", file.read_text())}
+    assert makers == {
+        "optax_guard._common.transformation",
+        "optax_guard._step.act",  # `fast_transformation`, with the same checks, and `as_transformation` of a user's
+        "optax_guard._stabilize",  # calls the `update` of another
+    }
