@@ -27,6 +27,8 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fal
 @functools.cache
 def quick_options() -> dict[str, Any]:
     """Those of `QUICK` that the compiler knows; XLA renames and removes such options without notice."""
+    if jax.default_backend() != "cpu":
+        return {}
     return {name: value for name, value in QUICK.items() if _knows({name: value})}
 
 

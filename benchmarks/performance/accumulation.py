@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 import optax_guard as og
-from benchmarks.performance.measure import Row, compare, made_arms, number, race, size_of, take_turns
+from benchmarks.performance.measure import Row, compare, made_arms, number, on_cpu, race, size_of, take_turns
 
 __all__ = ["accumulation_rows"]
 
@@ -46,16 +46,16 @@ def across_calls(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
             "`optax.MultiSteps(chain(clip, adamw), 4)` over `accumulate(guard(adamw, clip), 4)`",
             multi_steps,
             ours,
-            7.0,
+            on_cpu(7.0),
             at_least=True,
         ),
-        compare(PART, f"`accumulate(guard(adamw, clip), 4)`, {cycle}", ours, t["bare"], 0.68),
+        compare(PART, f"`accumulate(guard(adamw, clip), 4)`, {cycle}", ours, t["bare"], on_cpu(0.68)),
         compare(
             PART,
             'the same with `on_nonfinite="propagate"`, which does not check for NaN before adding',
             t['accumulate, "propagate"'],
             t["bare"],
-            0.68,
+            on_cpu(0.68),
         ),
         compare(PART, f"`optax.MultiSteps(chain(clip, adamw), 4)`, {cycle}", multi_steps, t["bare"]),
         number("memory", "state of `accumulate` beyond bare AdamW, over the parameters", buffer, 1.01),

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,9 @@ __all__ = [
     "compare",
     "made_arms",
     "make_arm",
+    "memory",
     "number",
+    "on_cpu",
     "race",
     "say",
     "series_row",
@@ -99,26 +102,38 @@ def transformer_tree(width: int, layers: int, vocabulary: int, dtype: Any = np.f
 
 def make_arm(tx: optax.GradientTransformation, params: PyTree, grads: PyTree, fast: bool = True) -> Arm:
     """Compiles one step, with parameters and state donated."""
+    return _live(_lowered(tx, params, grads, fast).compile(), tx, params)
 
+
+def made_arms(txs: dict[str, Any], params: PyTree, grads: PyTree) -> dict[str, Arm]:
+    """Arms by name; those of plain Optax are given as (transformation,) and go through `update`."""
+    given = {name: (tx[0], False) if type(tx) is tuple else (tx, True) for name, tx in txs.items()}
+    lowered = {name: _lowered(tx, params, grads, fast) for name, (tx, fast) in given.items()}
+
+    def compiled(name: str) -> Any:
+        program = lowered[name].compile()
+        say(f"compiled {name}")
+        return program
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:  # XLA uses more than one core for each
+        programs = dict(zip(given, pool.map(compiled, given), strict=True))
+    return {name: _live(programs[name], tx, params) for name, (tx, _) in given.items()}
+
+
+def _lowered(tx: optax.GradientTransformation, params: PyTree, grads: PyTree, fast: bool) -> Any:
     def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
         if fast:
             return og.apply_gradients(tx, grads, state, params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), grads)
+
+
+def _live(program: Any, tx: optax.GradientTransformation, params: PyTree) -> Arm:
+    """With buffers of its own."""
     params = jax.tree.map(jnp.copy, params)
-    state = jax.tree.map(jnp.copy, tx.init(params))  # copied: a state may hold the parameters themselves
-    return Arm(jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile(), params, state)
-
-
-def made_arms(txs: dict[str, Any], params: PyTree, grads: PyTree) -> dict[str, Arm]:
-    """Arms by name; those of plain Optax are given as (transformation,) and go through `update`."""
-    arms = {}
-    for name, tx in txs.items():
-        plain = type(tx) is tuple
-        arms[name] = make_arm(tx[0] if plain else tx, params, grads, fast=not plain)
-        say(f"compiled {name}")
-    return arms
+    return Arm(program, params, jax.tree.map(jnp.copy, tx.init(params)))  # a state may hold the parameters themselves
 
 
 def race(
@@ -178,6 +193,17 @@ def series_row(part: str, series: str, at: float, values: np.ndarray, unit: str)
     """A point of a curve: median and quartiles."""
     low, middle, high = (float(x) for x in np.percentile(values, [25, 50, 75]))
     return Row(part, f"{series}, {at:g}", middle, low, high, unit, series=series, at=float(at))
+
+
+def on_cpu(target: float) -> float | None:
+    """A target that says something about XLA on CPUs, and nothing about it elsewhere."""
+    return target if jax.default_backend() == "cpu" else None
+
+
+def memory() -> int:
+    """Bytes of the device's memory that arrays may take."""
+    statistics = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def size_of(tree: PyTree) -> int:

@@ -63,7 +63,8 @@ class Record(NamedTuple):
     def title(self) -> str:
         """The head of its column."""
         platform, version = self.name.removeprefix("performance-").split("-jax")
-        return f"{platform.upper()}, JAX {version}"
+        device = platform.upper() if platform == "cpu" else self.setting["device"].removeprefix("NVIDIA ")
+        return f"{device}, JAX {version}"
 
 
 def read_records(folder: Path = RESULTS) -> list[Record]:
@@ -161,11 +162,11 @@ def targets(records: list[Record]) -> str:
 
 
 def readme(records: list[Record]) -> str:
-    """The README's rows, of the first record."""
+    """The README's rows, of a CPU and beside it of what else was measured."""
     rows = [row for start in README for row in records[0].rows if row.what.startswith(start) and not row.series]
-    s = records[0].setting
-    note = f"Ratios of medians of interleaved runs (quartiles of single rounds), {s['tree']}; {s['device']}."
-    return f"{note}\n\n{plain(records[:1], list(dict.fromkeys(r for r in rows if keeps(r))))}"
+    trees = "; ".join(f"{r.title}: {r.setting['tree']}, {r.setting['device']}" for r in records)
+    note = f"Ratios of medians of interleaved runs (quartiles of single rounds). {trees}."
+    return f"{note}\n\n{plain(records, list(dict.fromkeys(r for r in rows if keeps(r))))}"
 
 
 def keeps(row: Row) -> bool:
@@ -183,7 +184,11 @@ def regions(records: list[Record]) -> dict[str, dict[str, str]]:
     page.setdefault("pytorch", "Not measured yet: PyTorch was not installed.")
     for part in ("leaves", "parameters"):
         tables = [plain(records, rows_of(records, part))]
-        tables += [f"{record.title}:\n\n{curves(record, part)}" for record in records]
+        tables += [
+            f"{record.title}:\n\n{curves(record, part)}"
+            for record in records
+            if any(row.part == part and row.series for row in record.rows)
+        ]
         page[part] = "\n\n".join(tables)
     for kind in ("ratios", "growth"):
         page[f"{kind} picture"] = "\n".join(

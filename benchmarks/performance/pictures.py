@@ -23,7 +23,10 @@ def draw(record: Record, folder: Path) -> list[Path]:
     mpl.use("Agg")
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     files = []
-    for kind, figure in (("ratios", _ratios(record)), ("growth", _growth(record))):
+    figures = {"ratios": _ratios(record)}
+    if any(row.series for row in record.rows):
+        figures["growth"] = _growth(record)
+    for kind, figure in figures.items():
         files.append(folder / f"{record.name}-{kind}.png")
         figure.savefig(files[-1], dpi=110)
     return files

@@ -16,6 +16,7 @@ import optax
 
 import optax_guard as og
 from benchmarks.performance.measure import Arm, Row, compare, made_arms, number, race, size_of
+from benchmarks.performance.waits import wait_rows
 
 __all__ = ["gpu_rows", "kernels", "program_rows"]
 
@@ -78,7 +79,7 @@ def gpu_rows(params: PyTree, grads: PyTree, rounds: int, ahead: int = _AHEAD) ->
     half_grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grads)
     t = race(made_arms(txs, halved, half_grads), half_grads, rounds)
     what = "guarded AdamW over bare `optax.adamw`, bfloat16 parameters"
-    return [*rows, compare("gpu", what, t["guarded"], t["bare `optax.adamw`"], 1.1)]
+    return [*rows, compare("gpu", what, t["guarded"], t["bare `optax.adamw`"], 1.1), *wait_rows()]
 
 
 def _dispatch_share(arm: Arm, grads: PyTree, ahead: int) -> float:

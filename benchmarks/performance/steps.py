@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 import optax_guard as og
-from benchmarks.performance.measure import Row, compare, made_arms, race
+from benchmarks.performance.measure import Row, compare, made_arms, on_cpu, race
 
 __all__ = ["guard_rows", "noise_rows", "proximal_rows", "recovery_rows", "rule_rows", "update_rows"]
 
@@ -36,7 +36,7 @@ def guard_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
             "`optax.apply_if_finite(chain(clip, adamw))` over guarded",
             t["optax apply_if_finite"],
             t["guard"],
-            2.5,
+            on_cpu(2.5),
             at_least=True,
         ),
         Row("guard", "each further rule, over guarded", middle, low, high, target=1.01),
@@ -161,6 +161,6 @@ def noise_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     ours, theirs = t["noise_injection"], t["optax.add_noise"]
     what = "`chain(noise_injection, adam)` over "
     return [
-        compare("noise", what + "`chain(optax.add_noise, adam)`", ours, theirs, 0.5),
+        compare("noise", what + "`chain(optax.add_noise, adam)`", ours, theirs, on_cpu(0.5)),
         compare("noise", what + "bare `optax.adam`", ours, t["bare adam"]),
     ]
