@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_guard._common import validate
+from optax_guard.attention import max_attention_logits
 
 try:
     from flax import nnx
@@ -337,8 +338,12 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(width, **common)
         self.head = _linear(width, vocab_size, small, common)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Returns the logits [batch, time, vocab_size] of tokens [batch, time]; those at t see tokens[:, :t + 1]."""
+    def __call__(self, tokens: jax.Array, *, sow_max_logits: bool = False) -> jax.Array:
+        """Returns the logits [batch, time, vocab_size] of tokens [batch, time]; those at t see tokens[:, :t + 1].
+
+        If `sow_max_logits` is True, every block sows the largest attention logit of each head, [heads], as
+        "max_logits" in `nnx.Intermediate`, for `optax_guard.collect_max_logits`.
+        """
         fits = (
             tokens.ndim == 2
             and tokens.shape[1] <= self.positions.num_embeddings
@@ -347,7 +352,7 @@ class Transformer(nnx.Module):
         _require(fits, "Transformer", "tokens", tokens, f"integers [batch, time <= {self.positions.num_embeddings}]")
         hidden = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1])[None])
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, sow_max_logits)
         return self.head(self.norm(hidden))
 
 
@@ -371,9 +376,11 @@ class _Block(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array, sow_max_logits: bool = False) -> jax.Array:
         normed = self.attention_norm(hidden)
         query, key = self.queries_and_keys(normed)
+        if sow_max_logits:
+            self.sow(nnx.Intermediate, "max_logits", max_attention_logits(query, key, is_causal=True))
         value = self.value(normed).reshape(query.shape)
         # Named, because XLA's implementation takes the softmax in float32 on every backend.
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
