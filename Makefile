@@ -10,12 +10,13 @@
 # make bench  the performance record: docs/benchmarks/performance.md, its pictures and numbers, some 25 minutes
 # make bench-stability  StabilityBench: docs/benchmarks/stability_bench.md, its pictures and numbers, 2.3 core hours
 # make accelerators  what a step costs on a TPU and a GPU, by their compilers, without either; ARGS=--tpu, ARGS=--gpu: one
+# make bench-large  two large tasks and the study of neutrality: docs/benchmarks/large.md; ARGS="--seconds 600 --workers 2"
 # make bench-histories  the table of docs/rules/norm_history.md, two minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-histories accelerators docs api conformance dist lowest clean
+.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-large bench-histories accelerators docs api conformance dist lowest clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -73,6 +74,9 @@ bench: $(VENV)/.installed
 
 bench-stability: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.stability
+
+bench-large: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.stability.large $(ARGS)
 
 bench-histories: $(VENV)/.installed
 	$(BIN)/python benchmarks/norm_histories.py --write-docs

@@ -69,7 +69,7 @@ def flax_task(title: str, model: Callable[[nnx.Rngs], nnx.Module], loss: Callabl
         return objective(outputs, batch) * scale, loss(outputs, batch)
 
     def init(seed: int) -> PyTree:
-        return nnx.to_pure_dict(nnx.state(model(nnx.Rngs(seed))))
+        return nnx.to_pure_dict(nnx.state(model(nnx.Rngs(jax.random.key(seed)))))  # a traced seed, too
 
     return Task(title, init=init, loss_fn=loss_fn, evaluate=lambda params: loss(logits(params, test), test), **rest)
 
@@ -170,12 +170,23 @@ def adding() -> Task:
     )
 
 
-def characters(query_key_norm: bool) -> Task:
+def characters(
+    query_key_norm: bool = False,
+    *,
+    width: int = 32,
+    layers: int = 1,
+    context: int = 32,
+    batch: int = 8,
+    tests: int = 48,
+    dtype: Any = jnp.float32,
+    optimizer: Callable[[Any], optax.GradientTransformation] = optax.adam,
+    steps: int = 200,
+) -> Task:
     """The texts of Python's own manual, character by character."""
     text = "\n".join(pydoc_data.topics.topics.values())
     known = sorted(set(text))
     tokens = np.searchsorted(known, list(text)).astype(np.int32)
-    train, rest, context = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :], 32
+    train, rest = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
 
     def pieces(source: np.ndarray, start: Any) -> Any:
         window = jnp.asarray(source)[start[:, None] + np.arange(context + 1)]
@@ -184,14 +195,21 @@ def characters(query_key_norm: bool) -> Task:
     return flax_task(
         f"characters, transformer {'with' if query_key_norm else 'without'} query-key norm, Adam",
         lambda rngs: Transformer(
-            len(known), context, width=32, layers=1, heads=4, query_key_norm=query_key_norm, rngs=rngs
+            len(known),
+            context,
+            width=width,
+            layers=layers,
+            heads=4,
+            query_key_norm=query_key_norm,
+            dtype=dtype,
+            rngs=rngs,
         ),
         cross_entropy,
-        optimizer=optax.adam,
+        optimizer=optimizer,
         second_moment=True,
-        batch=lambda key: pieces(train, jax.random.randint(key, (8,), 0, len(train) - context - 1)),
-        test=pieces(rest, np.random.default_rng(0).integers(len(rest) - context - 1, size=48)),
-        steps=200,
+        batch=lambda key: pieces(train, jax.random.randint(key, (batch,), 0, len(train) - context - 1)),
+        test=pieces(rest, np.random.default_rng(0).integers(len(rest) - context - 1, size=tests)),
+        steps=steps,
     )
 
 

@@ -1,0 +1,136 @@
+"""The tables of docs/benchmarks/large.md, from the results."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from benchmarks.marked import put
+from benchmarks.stability.large.studies import BOUND, COMPARED, CUSTOMARY, LARGE, NETS
+from benchmarks.stability.measures import best_loss, equal_best, interval, regret, sensitivity
+from benchmarks.stability.page import cell_text, markdown
+
+PAGE = Path(__file__).parents[3] / "docs" / "benchmarks" / "large.md"
+ALLOWED = 0.02  # of the bare loss
+Cells = dict[str, Any]
+
+
+def numbers(rows: Any) -> np.ndarray:
+    """Lists of numbers as an array; what was not finite is Inf."""
+    return np.array([[np.inf if x is None else x for x in row] for row in rows], np.float64)
+
+
+def runs_of(cell: Any, bound: int = 0) -> dict[str, Any]:
+    """A cell's runs under one bound, as the measures of StabilityBench take them: [rates][seeds]."""
+    return {key: cell[key][bound] for key in ("initial", "final", "finite", "spikes_loss", "spikes_norm")}
+
+
+def compared_table(cells: Cells, net: str) -> str:
+    """Methods by learning rates: held-out loss, and what it comes to."""
+    found = {m: runs_of(cells[f"{net} {m}"]) for m in COMPARED if f"{net} {m}" in cells}
+    if not found:
+        return "Not run yet."
+    finals = {m: np.minimum(numbers(runs["final"]), numbers(runs["initial"])) for m, runs in found.items()}
+    best = min(float(np.mean(best_loss(runs))) for runs in found.values())
+    regrets = {m: regret(runs, best) for m, runs in found.items()}
+    columns = [{m: final[i] for m, final in finals.items()} for i in range(len(LARGE[net].rates))]
+    bold = [equal_best(column) for column in [*columns, regrets]]
+    rows = []
+    for m, final in finals.items():
+        losses = [cell_text(final[i], m in bold[i], 3) for i in range(len(columns))]
+        spikes = [f"{100 * np.mean(numbers(found[m][key])):.2f}" for key in ("spikes_loss", "spikes_norm")]
+        last = f"{np.mean(sensitivity(found[m])):.3f}"
+        rows.append([f"`{COMPARED[m][0]}`", *losses, cell_text(regrets[m], m in bold[-1]), last, *spikes])
+    header = ["method", *(f"{r:g}" for r in LARGE[net].rates)]
+    return markdown([*header, "regret", "LR sensitivity", "spikes, loss %", "norm %"], rows)
+
+
+def neutrality(cell: Any) -> tuple[float, np.ndarray, float, float]:
+    """(rate, relative differences of the seeds, their mean, the upper end of its 95 % interval), by the rule."""
+    without, bounded = numbers(cell["final"][0]), numbers(cell["final"][1])
+    at = int(np.argmin(without.mean(1)))
+    bare = abs(without[at].mean())
+    differences = (bounded[at] - without[at]) / bare
+    middle, half = interval(differences)
+    return cell["rates"][at], differences, middle, middle + half
+
+
+def neutral_text(cell: Any) -> str:
+    """One cell of the table."""
+    rate, _, middle, upper = neutrality(cell)
+    if not np.isfinite(middle):
+        return f"NaN at {rate:g}"
+    text = f"{100 * middle:+.1f} ({100 * upper:+.1f}) at {rate:g}"
+    return text if upper <= ALLOWED else f"**{text}**"
+
+
+def neutral_table(cells: Cells) -> str:
+    """Nets by optimizers."""
+    rows = []
+    for net in NETS:
+        known = {o: cells.get(f"neutral:{net} {o}") for o in CUSTOMARY}
+        if any(known.values()):
+            rows.append([net, *(neutral_text(cell) if cell else "" for cell in known.values())])
+    if not rows:
+        return "Not run yet."
+    return markdown(["net", *(customary.title for customary in CUSTOMARY.values())], rows)
+
+
+def verdict(cells: Cells) -> str:
+    """What the rule says."""
+    found = {name: neutrality(cell) for name, cell in cells.items() if name.startswith("neutral:")}
+    if not found:
+        return ""
+    broken = [name.removeprefix("neutral:") for name, (_, _, _, upper) in found.items() if not upper <= ALLOWED]
+    clear = [n.removeprefix("neutral:") for n, (_, d, _, _) in found.items() if np.mean(d) > 0 and significant(d)]
+    return (
+        f"Of {len(found)} pairs of a net and an optimizer (of {len(NETS) * len(CUSTOMARY)}), {len(found) - len(broken)}"
+        f" are within {ALLOWED:.0%} by the rule with `max_change={BOUND}`, and {len(broken)} are not"
+        f"{': ' + ', '.join(broken) if broken else ''}. In {len(clear)} the bound is worse with the whole 95 % interval"
+        f" above zero{': ' + ', '.join(clear) if clear else ''}."
+    )
+
+
+def significant(differences: np.ndarray) -> bool:
+    """Whether the 95 % interval of the mean leaves out zero."""
+    if not np.isfinite(differences).all() or not np.any(differences):
+        return False
+    return bool(scipy.stats.ttest_1samp(differences, 0.0).pvalue < 0.05)
+
+
+def other_rates(cells: Cells) -> str:
+    """The bound's difference at all three rates, for reading."""
+    rows = []
+    for name, cell in cells.items():
+        if not name.startswith("neutral:"):
+            continue
+        without, bounded = numbers(cell["final"][0]), numbers(cell["final"][1])
+        text = [f"{np.mean(a):.4g}, {np.mean(b):.4g}" for a, b in zip(without, bounded, strict=True)]
+        rates = ", ".join(f"{rate:g}" for rate in cell["rates"])
+        rows.append([name.removeprefix("neutral:"), rates, *text])
+    if not rows:
+        return "Not run yet."
+    return markdown(["net, optimizer", "rates", "lowest rate: without, with", "middle", "highest"], rows)
+
+
+def generated(cells: Cells) -> str:
+    """All tables of the page."""
+    order = [f"neutral:{net} {o}" for net in NETS for o in CUSTOMARY]
+    cells = {n: c for n, c in cells.items() if not n.startswith("neutral:")} | {
+        n: cells[n] for n in order if n in cells
+    }
+    devices = sorted({cell["device"] for cell in cells.values()})
+    hours = sum(cell["seconds"] for cell in cells.values()) / 3600
+    measured = f"Measured on {', '.join(devices)}, {hours:.2f} hours of jobs in all." if cells else "Not run yet."
+    parts = [measured]
+    for net, large in LARGE.items():
+        parts += [f"### {large.title}", compared_table(cells, net)]
+    parts += ["### Neutrality: difference in percent of the loss without the bound", verdict(cells)]
+    parts += [neutral_table(cells), "### Mean losses at all three rates", other_rates(cells)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_page(cells: Cells) -> None:
+    """Puts the tables between the marks of the page; the text around them is written by hand."""
+    put(PAGE, "tables", generated(cells))
