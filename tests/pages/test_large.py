@@ -52,7 +52,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path) -> None
 
 def test_lanes_are_every_bound_seed_and_rate() -> None:
     lanes = grid(2, (0.1, 0.3, 1.0), (np.inf, 0.01))
-    rows = list(itertools.product((np.inf, np.float32(0.01)), (0, 1), np.float32((0.1, 0.3, 1.0))))
+    rows = list(itertools.product(np.array([np.inf, 0.01], np.float32), (0, 1), np.array([0.1, 0.3, 1], np.float32)))
     assert list(zip(lanes.bound, lanes.seed, lanes.rate, strict=True)) == rows
     assert [chunk_of(n) for n in (1500, 300, 15, 7, 2)] == [150, 30, 3, 7, 1]
 
