@@ -105,8 +105,18 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     all_numbers, all_codes = map(field_array, recorder)
     place = (step - 1) % all_codes.shape[0]
     step, event, rule, worst_leaf, kinds, recovery = all_codes[place]
-    numbers = _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp)
-    return Row(step, *numbers, event=event, rule=rule, worst_leaf=worst_leaf, recovery=jnp.maximum(recovery, 0))
+    value, grad_norm, clipped_norm, scale = _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp)
+    return Row(
+        step=step,
+        value=value,
+        grad_norm=grad_norm,
+        clipped_norm=clipped_norm,
+        scale=scale,
+        event=event,
+        rule=rule,
+        worst_leaf=worst_leaf,
+        recovery=jnp.maximum(recovery, 0),
+    )
 
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:

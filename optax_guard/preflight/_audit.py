@@ -223,7 +223,7 @@ def preflight(
         gradient_exponents=exponents,
         findings=(),
     )
-    return PreflightReport(*report[:-1], findings=_findings(report, optimizer is not None))
+    return report._replace(findings=_findings(report, optimizer is not None))
 
 
 def plot(result: PreflightReport | LearningRateSweep, path: Any = None) -> Any:

@@ -465,7 +465,10 @@ def skip_spikes(
         values = {"loss": judged_loss(name, extra, on, axis_name), "norm": lax.stop_gradient(norm)}
         refused, after = jnp.zeros((), bool), []
         for index, signal in enumerate(signals):
-            series, x = RawSeries(*(field[index] for field in state)), values[signal]
+            series = RawSeries(
+                values=state.published_spike_window[index], values_total=state.published_spike_total[index]
+            )
+            x = values[signal]
             if x is not None:
                 limit, judged = raw_threshold(series, deviations, unbiased=True, least=0.0, counts_itself=True)
                 refused = refused | judged & ~(x <= limit)
@@ -478,4 +481,5 @@ def skip_spikes(
 
 
 def _packed(series: list[RawSeries]) -> PublishedSpikeState:
-    return PublishedSpikeState(*(jnp.stack(field) for field in zip(*series, strict=True)))
+    rows: RawSeries = jax.tree.map(lambda *fields: jnp.stack(fields), *series)
+    return PublishedSpikeState(published_spike_window=rows.values, published_spike_total=rows.values_total)

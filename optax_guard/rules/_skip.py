@@ -281,8 +281,22 @@ def judged_loss(name: str, extra: dict[str, Any], on: Signal, axis_name: AxisNam
 
 
 def _packed(series: list[Series]) -> SpikeState:
-    return SpikeState(*(jnp.stack(field) for field in zip(*series, strict=True)))
+    rows: Series = jax.tree.map(lambda *fields: jnp.stack(fields), *series)
+    return SpikeState(
+        spike_accepted=rows.accepted,
+        spike_recent=rows.recent,
+        spike_accepted_total=rows.accepted_total,
+        spike_recent_total=rows.recent_total,
+    )
 
 
 def _unpacked(state: SpikeState) -> list[Series]:
-    return [Series(*(field[i] for field in state)) for i in range(state.spike_accepted.shape[0])]
+    return [
+        Series(
+            accepted=state.spike_accepted[i],
+            recent=state.spike_recent[i],
+            accepted_total=state.spike_accepted_total[i],
+            recent_total=state.spike_recent_total[i],
+        )
+        for i in range(state.spike_accepted.shape[0])
+    ]

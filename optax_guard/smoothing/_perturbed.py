@@ -144,7 +144,15 @@ def perturbed_accuracy(
                 accuracy(params, draw, input_sigma, max_norm, advance),
             )
     by_input, by_weight, clamped = (math.fsum(column) / draws for column in noisy.T)
-    return PerturbedAccuracy(clean, by_input, by_weight, clamped, *sizes)
+    return PerturbedAccuracy(
+        clean=clean,
+        input_noise=by_input,
+        weight_noise=by_weight,
+        clamped_noise=clamped,
+        input_sigma=input_sigma,
+        weight_sigma=weight_sigma,
+        max_norm=max_norm,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")

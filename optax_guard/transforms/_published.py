@@ -20,6 +20,7 @@ import optax
 from jax import lax
 
 from optax_guard._common import validate
+from optax_guard._common.counters import count_if
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.numerics import accumulator_dtype
 from optax_guard._common.optimizer_state import reader
@@ -34,7 +35,7 @@ from optax_guard.transforms._spam import (
     normalise_leaves,
     restarted,
 )
-from optax_guard.transforms._update_bounds import counted, norm_of, uncounted
+from optax_guard.transforms._update_bounds import least_factor, norm_of
 
 __all__ = ["PublishedUpdateNormState", "clip_by_update_norm", "spam_clip", "stable_spam"]
 
@@ -279,18 +280,32 @@ def clip_by_update_norm(
 
     def init(params: optax.Params) -> PublishedUpdateNormState:
         del params
-        return PublishedUpdateNormState(*empty_raw_series(window), *uncounted()[1:])
+        empty = empty_raw_series(window)
+        return PublishedUpdateNormState(
+            published_update_norm_window=empty.values,
+            published_update_norm_total=empty.values_total,
+            published_update_norm_bound_total=jnp.zeros((), jnp.int32),
+            published_update_norm_scale=jnp.ones((), jnp.float32),
+        )
 
     @compiled_once
-    def change(updates: PyTree, state: Any, params: PyTree | None) -> tuple[PyTree, PublishedUpdateNormState]:
+    def change(
+        updates: PyTree, state: PublishedUpdateNormState, params: PyTree | None
+    ) -> tuple[PyTree, PublishedUpdateNormState]:
         del params
         norm, finite = norm_of(updates, axis_name)
         seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
-        series = RawSeries(*state[:2])
+        series = RawSeries(values=state.published_update_norm_window, values_total=state.published_update_norm_total)
         limit, judged = raw_threshold(series, deviations, unbiased=False, least=1e-6, counts_itself=False)
         scale = jnp.where(judged & (seen > limit), limit / jnp.maximum(seen, 1e-6), 1).astype(norm.dtype)
         after = push_raw(series, lax.stop_gradient(seen))
-        new = PublishedUpdateNormState(*after, *counted((0, *state[2:]), scale)[1:])
+        least = least_factor(scale)
+        new = PublishedUpdateNormState(
+            published_update_norm_window=after.values,
+            published_update_norm_total=after.values_total,
+            published_update_norm_bound_total=count_if(least < 1, state.published_update_norm_bound_total),
+            published_update_norm_scale=least,
+        )
         return scale_leaves(updates, scale, jnp.zeros((), bool)), new
 
     return transformation(name, init, change)

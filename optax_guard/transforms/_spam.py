@@ -88,6 +88,15 @@ class StableSpamState(NamedTuple):
     leaf_steps: jax.Array  # i32[n_leaves]: the number of observations in the averages
 
 
+class _Averages(NamedTuple):
+    """The averages of `StableSpamState`, of all leaves or of one."""
+
+    largest: jax.Array  # f32[n_leaves] or f32[], as all fields but the last
+    norm: jax.Array
+    squared_norm: jax.Array
+    steps: jax.Array  # i32[n_leaves] or i32[]
+
+
 def clip_by_second_moment(
     name: str,
     inner: optax.GradientTransformation,
@@ -177,17 +186,25 @@ def normalise_leaves(
         like = updates if params is None else params
         before = begin(state.stable_spam_inner_state, like, restart)
         settings = (value_at(gamma1, state.stable_spam_step), gamma2, gamma3, eps)
-        old = (state.largest_average, state.norm_average, state.squared_norm_average, state.leaf_steps)
+        old = _Averages(state.largest_average, state.norm_average, state.squared_norm_average, state.leaf_steps)
         results = [
-            _normalised(leaf, tuple(x[i] for x in old), settings, observe)
+            _normalised(leaf, jax.tree.map(lambda x, i=i: x[i], old), settings, observe)
             for i, leaf in enumerate(leaves_with_none(updates))
         ]
         normal = jax.tree.unflatten(
             jax.tree.structure(updates, is_leaf=lambda leaf: leaf is None), [leaf for leaf, _ in results]
         )
-        averages = [jnp.stack(x) for x in zip(*(new for _, new in results), strict=True)] if results else list(old)
+        new: _Averages = jax.tree.map(lambda *x: jnp.stack(x), *(each for _, each in results)) if results else old
         updates, after = update_inner(normal, before, params, **extra)
-        return updates, end(StableSpamState(cast_like(after, before), step, *averages), like, restart)
+        new_state = StableSpamState(
+            stable_spam_inner_state=cast_like(after, before),
+            stable_spam_step=step,
+            largest_average=new.largest,
+            norm_average=new.norm,
+            squared_norm_average=new.squared_norm,
+            leaf_steps=new.steps,
+        )
+        return updates, end(new_state, like, restart)
 
     return transformation_with_extra(name, init, change)
 
@@ -234,24 +251,19 @@ def restarted(
 ) -> PyTree:
     """The state with moments and counts zero if `restart`, by a select that fuses into the read of the moments."""
 
-    def zero(leaf: jax.Array) -> jax.Array:
-        return jnp.where(restart, jnp.zeros_like(leaf), leaf)
+    def zero(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        restarts = counts if path[0].name == "count" else moments
+        return jnp.where(restart, jnp.zeros_like(leaf), leaf) if restarts else leaf
 
     def look(node: Any) -> Any:
         if not isinstance(node, _MOMENTS) or is_like(node, params):
             return node
-        fields = {
-            name: jax.tree.map(zero, field) if (counts if name == "count" else moments) else field
-            for name, field in node._asdict().items()
-        }
-        return type(node)(**fields)
+        return jax.tree_util.tree_map_with_path(zero, node)
 
     return jax.tree.map(look, state, is_leaf=lambda node: isinstance(node, _MOMENTS) or is_like(node, params))
 
 
-def _normalised(
-    leaf: Any, old: tuple[jax.Array, ...], settings: tuple[Any, ...], observe: ObserveFn
-) -> tuple[Any, tuple[jax.Array, ...]]:
+def _normalised(leaf: Any, old: _Averages, settings: tuple[Any, ...], observe: ObserveFn) -> tuple[Any, _Averages]:
     """One leaf of `stable_spam` and its new averages."""
     if not is_gradient(leaf) or leaf.size == 0:
         return leaf, old
@@ -288,5 +300,5 @@ def _normalised(
     direction = jnp.where(jnp.isnan(leaf), jnp.zeros_like(leaf), leaf)
     result = at_size(direction, shrunk * factor)
     result = jnp.where(seen, jnp.where(jnp.isfinite(result), result, jnp.zeros_like(result)), jnp.zeros_like(result))
-    new = (new_largest, new_norms, new_squares, jnp.minimum(t, 2**30))
-    return result, tuple(jnp.where(seen, n, o).astype(o.dtype) for n, o in zip(new, old, strict=True))
+    new = _Averages(new_largest, new_norms, new_squares, jnp.minimum(t, 2**30))
+    return result, jax.tree.map(lambda n, o: jnp.where(seen, n, o).astype(o.dtype), new, old)

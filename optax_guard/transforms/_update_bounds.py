@@ -37,10 +37,9 @@ __all__ = [
     "UpdateNormState",
     "clip_by_update_norm",
     "clippy",
-    "counted",
+    "least_factor",
     "limit_step",
     "norm_of",
-    "uncounted",
 ]
 
 _LEAST_LOG_NORM = 0.6931472  # an update within x2 of its level is never scaled
@@ -144,7 +143,11 @@ def limit_step(
 
     def init(params: optax.Params) -> LimitStepState:
         del params
-        return LimitStepState(*uncounted())
+        return LimitStepState(
+            limit_step_step=jnp.zeros((), jnp.int32),
+            limit_step_bound_total=jnp.zeros((), jnp.int32),
+            limit_step_scale=jnp.ones((), jnp.float32),
+        )
 
     def change(updates: PyTree, state: LimitStepState, params: PyTree | None) -> tuple[PyTree, LimitStepState]:
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
@@ -158,7 +161,12 @@ def limit_step(
         smallest = jnp.asarray(floor, moved.dtype) * jnp.sqrt(sizes)
         bound = ratio.astype(moved.dtype) * jnp.maximum(safe_sqrt(weights), smallest)
         scale = _scale(bound, safe_sqrt(moved))
-        return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(*counted(state, scale))
+        least = least_factor(scale)
+        return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(
+            limit_step_step=next_step(state.limit_step_step),
+            limit_step_bound_total=count_if(least < 1, state.limit_step_bound_total),
+            limit_step_scale=least,
+        )
 
     return transformation(name, init, change, needs_params=True)
 
@@ -240,18 +248,26 @@ def clip_by_update_norm(
 
     def init(params: optax.Params) -> UpdateNormState:
         del params
-        return UpdateNormState(*empty_series(window, accept_after), *uncounted()[1:])
+        return _update_norm_state(
+            empty_series(window, accept_after), bound_total=jnp.zeros((), jnp.int32), scale=jnp.ones((), jnp.float32)
+        )
 
     @compiled_once
     def change(updates: PyTree, state: UpdateNormState, params: PyTree | None) -> tuple[PyTree, UpdateNormState]:
         del params
         norm, finite = norm_of(updates, axis_name)
-        series = Series(*state[:4])
+        series = Series(
+            accepted=state.update_norms_kept,
+            recent=state.update_norms_recent,
+            accepted_total=state.update_norms_kept_total,
+            recent_total=state.update_norms_recent_total,
+        )
         x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
         limit = threshold(series, deviations, _LEAST_LOG_NORM, relative=False)
         scale = _scale(jnp.exp(limit).astype(norm.dtype), norm)
         after = push(series, x, jnp.minimum(x, limit), jnp.ones((), bool), finite & (norm > 0))
-        new = UpdateNormState(*after, *counted((0, *state[4:]), scale)[1:])
+        least = least_factor(scale)
+        new = _update_norm_state(after, bound_total=count_if(least < 1, state.update_norm_bound_total), scale=least)
         return scale_leaves(updates, scale, jnp.zeros((), bool)), new
 
     return transformation(name, init, change)
@@ -313,7 +329,11 @@ def clippy(
 
     def init(params: optax.Params) -> ClippyState:
         del params
-        return ClippyState(*uncounted())
+        return ClippyState(
+            clippy_step=jnp.zeros((), jnp.int32),
+            clippy_bound_total=jnp.zeros((), jnp.int32),
+            clippy_scale=jnp.ones((), jnp.float32),
+        )
 
     def change(updates: PyTree, state: ClippyState, params: PyTree | None) -> tuple[PyTree, ClippyState]:
         ratio = jnp.maximum(value_at(relative, state.clippy_step), 0)
@@ -338,23 +358,31 @@ def clippy(
         shares = [share_of(*pair) for pair in zip(leaves, weights, strict=True)]
         shares = min_over(shares, sharding_of(updates, axis_name).names)
         clipped = structure.unflatten(clip(*pair) for pair in zip(leaves, shares, strict=True))
-        least = jnp.array([share.astype(jnp.float32) for share in shares], jnp.float32)
-        return clipped, ClippyState(*counted(state, least))
+        least = least_factor(jnp.array([share.astype(jnp.float32) for share in shares], jnp.float32))
+        return clipped, ClippyState(
+            clippy_step=next_step(state.clippy_step),
+            clippy_bound_total=count_if(least < 1, state.clippy_bound_total),
+            clippy_scale=least,
+        )
 
     return transformation(name, init, change, needs_params=True)
 
 
-def uncounted() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Initial counters: updates seen, updates scaled down, the smallest factor in the last update."""
-    return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+def _update_norm_state(series: Series, *, bound_total: jax.Array, scale: jax.Array) -> UpdateNormState:
+    return UpdateNormState(
+        update_norms_kept=series.accepted,
+        update_norms_recent=series.recent,
+        update_norms_kept_total=series.accepted_total,
+        update_norms_recent_total=series.recent_total,
+        update_norm_bound_total=bound_total,
+        update_norm_scale=scale,
+    )
 
 
-def counted(counts: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The counters after one more update, scaled by one factor or one per leaf."""
-    step, total, _ = counts
+def least_factor(scale: jax.Array) -> jax.Array:
+    """The smallest of the factors of an update, one for all leaves or one per leaf, as the state keeps it."""
     least = lax.stop_gradient(jnp.min(scale.astype(jnp.float32), initial=1))
-    least = jnp.where(jnp.isnan(least), 0, least)
-    return next_step(step), count_if(least < 1, total), least
+    return jnp.where(jnp.isnan(least), 0, least)
 
 
 def _squares_of(updates: PyTree, axis_name: AxisName | None) -> jax.Array:
