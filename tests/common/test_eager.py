@@ -30,6 +30,8 @@ def lowered() -> Iterator[list[str]]:
             events.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda: 0)()
+    assert events, "JAX no longer reports a program that it lowers"
     yield events
     jax.monitoring.unregister_event_duration_listener(listen)
 
@@ -37,8 +39,7 @@ def lowered() -> Iterator[list[str]]:
 def assert_compiles_no_more(step: Callable[[int], Any], lowered: list[str]) -> None:
     for i in range(4):
         step(i)
-    assert lowered
-    lowered.clear()
+    lowered.clear()  # it may be empty: the operations of a plain penalty may have run before
     for i in range(4, 8):
         step(i)
     assert not lowered
