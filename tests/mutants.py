@@ -39,7 +39,7 @@ RESULTS = ROOT / ".mutants" / "results.jsonl"
 PROGRAMS = ROOT / ".mutants" / "programs"  # compiled before: most mutants leave most programs as they are
 OUTPUT = ROOT / ".mutants" / "output.txt"
 ALIVE = ROOT / "tests" / "mutants_alive.md"
-SECONDS = 400  # for one mutant: beyond it hangs, and that is noticed
+SECONDS = 400  # of CPU time for one mutant, so that a loaded machine changes nothing: beyond it hangs, which is noticed
 MOST_ALIVE = 0.05
 
 # The modules under attack, by path in the package, and the tests that own each, the cheapest and most decisive first:
@@ -257,6 +257,8 @@ def run_tests(mutant: Mutant | None, tests: Iterable[str]) -> tuple[int, str]:
             (Path(folder) / PACKAGE.name / mutant.module).write_text(mutant.source())
         child = os.fork()
         if child == 0:
+            if mutant is not None:
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
             _in_child(folder, tests)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", OUTPUT.read_text(errors="replace"), re.MULTILINE)
@@ -277,7 +279,6 @@ def _in_child(folder: str, names: Iterable[str]) -> None:
 
     status = 99
     try:
-        signal.alarm(SECONDS)
         os.chdir(ROOT)
         sys.path.insert(0, folder)
         sys.dont_write_bytecode = True

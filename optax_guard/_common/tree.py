@@ -35,6 +35,7 @@ __all__ = [
     "is_function",
     "is_gradient",
     "is_like",
+    "is_per_example",
     "leaf_names",
     "leaves_with_none",
     "map_gradients",
@@ -53,6 +54,10 @@ _STACK = 32
 
 _COUNTABLE = 2**31  # elements that an int32 can count
 _NUMBERS = (bool, int, float, complex)
+_ONE_PER_EXAMPLE = (
+    " It looks like one gradient per example: take their mean, or aggregate them before the guard: "
+    "optax.chain(optax.contrib.differentially_private_aggregate(...), guard(optimizer))."
+)
 _INSIDE_LOOKAHEAD = (
     "{function}: the parameters are a pair of `optax.lookahead`, but the gradients are not. Put `{function}` inside: "
     "optax.lookahead({function}(optimizer), ...); `apply_gradients` accepts that."
@@ -216,6 +221,19 @@ def checked_with_params(function: str, updates: PyTree, params: PyTree | None) -
     return checked(function, updates, params)
 
 
+def is_per_example(updates: PyTree, params: PyTree) -> bool:
+    """Whether every leaf of `updates` has the shape of its parameter after one further axis, the same for all."""
+    leaves, structure = jax.tree.flatten(updates)
+    other_leaves, other_structure = jax.tree.flatten(params)
+    shapes, others = [np.shape(leaf) for leaf in leaves], [np.shape(leaf) for leaf in other_leaves]
+    return (
+        structure == other_structure
+        and [shape[1:] for shape in shapes] == others
+        and len({shape[:1] for shape in shapes}) == 1
+        and all(shapes)
+    )
+
+
 def check_same_shapes(function: str, got_name: str, got: PyTree, expected_name: str, expected: PyTree) -> None:
     """Raises a ValueError with the first path at which two trees of arrays differ, in structure or in shape.
 
@@ -264,7 +282,7 @@ def difference(
         if not shapes or _same_shape(got, expected):
             return None
         per_example = np.shape(got)[1:] == np.shape(expected)
-        advice = " It looks like one gradient per example: take their mean." if per_example else ""
+        advice = _ONE_PER_EXAMPLE if per_example else ""
         return (
             f"leaf `{here}` of `{got_name}` has shape {np.shape(got)}, but in `{expected_name}` it has "
             f"{np.shape(expected)}.{advice}"

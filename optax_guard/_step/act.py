@@ -25,6 +25,7 @@ from optax_guard._common.tree import (
     checked,
     difference,
     find_states,
+    is_per_example,
     path_name,
 )
 from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
@@ -223,7 +224,8 @@ def apply_gradients(
     Args:
       tx: any Optax transformation; those without a fast step use `update` and `optax.apply_updates`.
       grads: gradients with the structure and shapes of `params` (of `params.fast` under `optax.lookahead`); None stands
-        for a part without a gradient. Python numbers count as 0-d arrays in both trees.
+        for a part without a gradient. Python numbers count as 0-d arrays in both trees. Where `tx` reduces one gradient
+        per example itself (`optax.contrib.dpsgd`), every leaf has one more axis, the first.
       state: the state from `tx.init(params)` or the previous step.
       params: the parameters.
       **extra: forwarded to `tx.update`. The loss is called `value`; a number called `loss` is used as `value` if there
@@ -246,8 +248,21 @@ def apply_gradients(
     """
     if params is None:
         raise ValueError("apply_gradients: `params` must be the parameters from which the step starts; got None.")
-    grads, params = checked("apply_gradients", grads, params, called="grads")
+    if not _takes_one_per_example(tx, grads, state, params, extra):
+        grads, params = checked("apply_gradients", grads, params, called="grads")
     return take_step(tx, Gradient(grads, grads), state, Start(params, in_place=True), extra)
+
+
+def _takes_one_per_example(tx: Any, grads: PyTree, state: Any, params: PyTree, extra: dict[str, Any]) -> bool:
+    """Whether these are gradients per example for an optimizer that reduces them, as `optax.contrib.dpsgd` does."""
+    if part_of(tx, FastStep) is not None or not is_per_example(grads, params):
+        return False
+    update = as_transformation("apply_gradients", tx, "tx").update
+    try:
+        updates, _ = jax.eval_shape(lambda: update(grads, state, params, **extra))
+    except (TypeError, ValueError):  # most optimizers fail on them, in words of their own
+        return False
+    return difference("updates", updates, "params", params, shapes=True) is None
 
 
 def take_step(

@@ -243,6 +243,26 @@ def test_apply_gradients_says_the_same_for_an_optax_optimizer(case: str) -> None
         )
 
 
+def private(inner: Any) -> optax.GradientTransformation:
+    return optax.chain(optax.contrib.differentially_private_aggregate(1.0, 0.0, 0), inner)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_one_gradient_per_example_goes_to_an_optimizer_that_reduces_them() -> None:
+    per_example = jax.tree.map(lambda x: jnp.stack([0.1 * x, 0.3 * x]), PARAMS)
+    spoiled = jax.tree.map(lambda x: x.at[0].set(jnp.nan), per_example)
+    for tx in (private(optax.sgd(0.5)), private(og.guard(optax.sgd(0.5)))):
+        params, state = og.apply_gradients(tx, per_example, tx.init(PARAMS), PARAMS)
+        updates, _ = tx.update(per_example, tx.init(PARAMS), PARAMS)
+        expected = optax.apply_updates(PARAMS, updates)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), params, expected)
+    held, _ = og.apply_gradients(tx, spoiled, state, params)
+    jax.tree.map(np.testing.assert_array_equal, held, params)
+    assert_raises(
+        lambda: og.guard(tx).update(per_example, og.guard(tx).init(PARAMS), PARAMS), "guard: aggregate before"
+    )
+
+
 @each([entry for entry in ENTRIES if entry.is_rule and entry.name != "rule"])
 def test_a_rule_alone_is_called_by_its_own_name(entry: Entry) -> None:
     tx = entry.make()
