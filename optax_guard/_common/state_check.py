@@ -16,7 +16,7 @@ import numpy as np
 from optax_guard._common.tree import is_gradient, path_name
 from optax_guard._common.typing import PyTree
 
-__all__ = ["is_single_leaf", "state_check"]
+__all__ = ["are_alike", "is_single_leaf", "state_check"]
 
 _Shapes = tuple[tuple[int, ...], ...]
 
@@ -73,9 +73,9 @@ def _difference(
 def _first_difference(got: PyTree, wanted: PyTree, path: tuple[Any, ...], shapes: bool) -> str | None:
     """The first difference from the top down; None if there is none."""
     name = f"`{path_name(path)}`" if path else "it"
-    if any(getattr(key, "name", None) == "recorder" for key in path[:-1]):
-        return None  # a flight recorder of another length can still be read and written
     leaves = is_single_leaf(got), is_single_leaf(wanted)
+    if all(leaves) and any(getattr(key, "name", None) == "recorder" for key in path[:-1]):
+        return _other_columns(name, got.shape, wanted.shape)
     if all(leaves):
         return None if not shapes or got.shape == wanted.shape else _shapes_of(name, got, wanted)
     if any(leaves) or type(got) is not type(wanted):
@@ -108,6 +108,13 @@ def _other_shape(got: PyTree, wanted: PyTree, shapes: bool) -> str | None:
     return None
 
 
+def _other_columns(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+    """A flight recorder of another length can still be read and written, but not one of other columns."""
+    if len(got) == 2 and got[1:] == wanted[1:]:
+        return None
+    return f"{name} has the shape {got}, here (rows, {wanted[1]}), so another version of optax_guard saved it"
+
+
 def _shapes_of(name: str, got: Any, wanted: Any) -> str:
     return f"{name} has the shape {got.shape}, here {wanted.shape}, so it belongs to other parameters"
 
@@ -121,7 +128,10 @@ def _kinds(name: str, got: Any, wanted: Any) -> str:
 
 
 def _kind(node: Any) -> str:
-    return "an array" if is_single_leaf(node) else "None" if node is None else f"a {type(node).__name__}"
+    if is_single_leaf(node):
+        return "an array"
+    name = type(node).__name__
+    return "None" if node is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _cure(got: PyTree, wanted: PyTree) -> str:
@@ -148,6 +158,14 @@ def _children(node: PyTree) -> dict[Any, PyTree]:
     """The children of a node by their keys."""
     below = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)[0]
     return {path[0]: child for path, child in below}
+
+
+def are_alike(state: PyTree, other: PyTree) -> bool:
+    """Whether two states are states of one transformation, for the same parameters."""
+    state, other = (
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.float32), tree) for tree in (state, other)
+    )
+    return _first_difference(state, other, (), shapes=True) is None
 
 
 def is_single_leaf(node: Any) -> bool:

@@ -46,6 +46,7 @@ RECOVERIES = (  # what the ladder did; several may occur together
     "gave_up",  # halted, since the loss diverged again after all rewinds
 )
 _NUMBERS = ("value", "grad_norm", "clipped_norm", "scale")
+_CODES = 6  # columns of integers
 _FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)  # the kind of a number
 _BITS = 3  # the number of bits of a kind in the column of kinds
 
@@ -74,7 +75,7 @@ class FlightRecorder(NamedTuple):
 def empty_recorder(history: int) -> FlightRecorder:
     """A recorder without rows."""
     return FlightRecorder(
-        numbers=jnp.zeros((history, len(_NUMBERS)), jnp.float32), codes=jnp.full((history, 6), -1, jnp.int32)
+        numbers=jnp.zeros((history, len(_NUMBERS)), jnp.float32), codes=jnp.full((history, _CODES), -1, jnp.int32)
     )
 
 
@@ -102,7 +103,7 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
 
 def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     """The row of step `step - 1`; works inside `jit`. Before the first step, its event is -1 and its numbers are 0."""
-    all_numbers, all_codes = map(field_array, recorder)
+    all_numbers, all_codes = _columns(recorder)
     place = (step - 1) % all_codes.shape[0]
     step, event, rule, worst_leaf, kinds, recovery = all_codes[place]
     value, grad_norm, clipped_norm, scale = _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp)
@@ -121,7 +122,7 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:
     """All rows on the host, oldest first, as a structured array."""
-    numbers, codes = (np.asarray(x) for x in jax.device_get(tuple(map(field_array, recorder))))
+    numbers, codes = (np.asarray(x) for x in jax.device_get(_columns(recorder)))
     written = codes[:, 0] >= 0
     numbers, codes = numbers[written], codes[written]
     order = np.argsort(codes[:, 0], kind="stable")
@@ -146,9 +147,21 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
 
 def losses_given(recorder: FlightRecorder) -> np.ndarray:
     """Whether a loss was passed, for every row of `read_rows`, where a missing loss reads as NaN."""
-    codes = np.asarray(jax.device_get(field_array(recorder.codes)))
+    codes = np.asarray(jax.device_get(_columns(recorder)[1]))
     codes = codes[codes[:, 0] >= 0]
     return _kind(codes[np.argsort(codes[:, 0], kind="stable"), 4], 0) != _ABSENT
+
+
+def _columns(recorder: FlightRecorder) -> tuple[jax.Array, jax.Array]:
+    """The two arrays of a recorder; raises if their columns mean something else."""
+    numbers, codes = map(field_array, recorder)
+    if (numbers.shape[-1], codes.shape[-1]) != (len(_NUMBERS), _CODES):
+        raise ValueError(
+            f"the flight recorder in this state has {numbers.shape[-1]} and {codes.shape[-1]} columns, here "
+            f"{len(_NUMBERS)} and {_CODES}, so another version of optax_guard saved it. Read it with that version; "
+            "`add_guard_state(tx, params, state)` moves the optimizer's state into a fresh guard."
+        )
+    return numbers, codes
 
 
 def _recovery_words(bits: int) -> str:

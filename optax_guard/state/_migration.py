@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_guard._common.state_check import is_single_leaf
+from optax_guard._common.state_check import are_alike, is_single_leaf
 from optax_guard._common.tree import as_arrays, field_array, find_states, path_name
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
@@ -210,7 +210,7 @@ def _pieces(name: str, fresh: PyTree, given: PyTree) -> tuple[bool, list[_Piece]
     if not find_states(fresh, GuardState):
         raise ValueError(f"{name}: there is no guard in `tx`; wrap the optimizer in `guard` first.")
     given = jax.tree.map(lambda x: field_array(x) if _is_variable(x) else x, given, is_leaf=_is_variable)
-    if jax.tree.structure(given) == jax.tree.structure(fresh):
+    if are_alike(given, fresh):
         raise ValueError(
             f"{name}: `inner_state` already holds the guard of this `tx`: continue with it, or remove the guard with "
             "`remove_guard_state(state)`."

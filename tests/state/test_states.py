@@ -331,11 +331,16 @@ WRONG = {
     "a rule more": (og.guard(ADAM), OWN, "it has the states of 1 rules, here there are 0"),
     "recovery added": (RECOVERING, OWN, "from a guard without `recovery`, and this one is with"),
     "recovery removed": (GUARD, RECOVERING.init(PARAMS), "from a guard with `recovery`, and this one is without"),
-    "a guard's in accumulate": (og.accumulate(GUARD, 2), OWN, "it is a GuardState, here a AccumulateState"),
+    "a guard's in accumulate": (og.accumulate(GUARD, 2), OWN, "it is a GuardState, here an AccumulateState"),
     "a guard's in accumulate of none": (
         og.accumulate(ADAM, 2),
         og.accumulate(GUARD, 2).init(PARAMS),
         "There is a guard in it: `remove_guard_state",
+    ),
+    "a recorder of other columns": (
+        GUARD,
+        OWN._replace(recorder=OWN.recorder._replace(codes=OWN.recorder.codes[:, :5])),
+        r"`recorder/codes` has the shape \(4, 5\), here \(rows, 6\), so another version.*`add_guard_state",
     ),
     "other parameters": (GUARD, GUARD.init({**PARAMS, "c": jnp.ones(1)}), "it has `guarded_state/0/mu/c`"),
     "other shapes": (
@@ -355,6 +360,17 @@ def test_a_state_of_another_transformation_is_refused_with_what_differs(case: st
     if not case.startswith("other"):  # gradients alone tell no shapes of parameters
         with pytest.raises(ValueError, match="is not a state of this transformation"):
             tx.update(GRADS, state)
+
+
+def test_a_recorder_of_other_columns_is_not_read_and_its_optimizer_is_kept() -> None:
+    old = WRONG["a recorder of other columns"][1]
+    old = old._replace(halted=jnp.ones((), bool))
+    for read in (og.flight_log, og.metrics, og.raise_if_halted):
+        with pytest.raises(ValueError, match=r"4 and 5 columns, here 4 and 6.*add_guard_state"):
+            read(old)
+    moved = og.add_guard_state(GUARD, PARAMS, old)
+    jax.tree.map(np.testing.assert_array_equal, moved.guarded_state, old.guarded_state)
+    assert moved.recorder.codes.shape == OWN.recorder.codes.shape
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
