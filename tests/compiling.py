@@ -9,7 +9,6 @@ The whole suite runs under these options (conftest.py) unless the environment sa
 does for the tests of the basic numbers and of compiled programs.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,29 +20,20 @@ in_place = pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2), reason="XLA of older JAX makes a temporary copy of the parameters on a CPU"
 )
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
-@functools.cache
-def quick_options() -> dict[str, Any]:
-    """Those of `QUICK` that the compiler knows; XLA renames and removes such options without notice."""
-    if jax.default_backend() != "cpu":
-        return {}
-    return {name: value for name, value in QUICK.items() if _knows({name: value})}
+# By version, since XLA renames and removes such options without notice, and ends the process at a flag it does not know.
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def quick_flags() -> list[str]:
-    """The options as flags of XLA, to be set before anything is compiled; it ends at one that it does not know."""
-    known = QUICK if jax.__version_info__ < (0, 11) else {"xla_backend_optimization_level": 0}
-    return [f"--{name}={str(value).lower()}" for name, value in known.items()]
+    """`QUICK` as flags of XLA, to be set before anything is compiled."""
+    return [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
 
 
-def _knows(options: dict[str, Any]) -> bool:
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
+def quick_options() -> dict[str, Any]:
+    """`QUICK` as options of `jax.jit`, which other backends than the CPU do not all take."""
+    return QUICK if jax.default_backend() == "cpu" else {}
 
 
 def users_jit(function: Callable[..., Any], **options: Any) -> Wrapped:
