@@ -20,7 +20,7 @@ in_place = pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2), reason="XLA of older JAX makes a temporary copy of the parameters on a CPU"
 )
 
-# By version, since XLA renames and removes such options without notice, and ends the process at a flag it does not know.
+# By version, since XLA renames and removes such options without notice, and ends the process at an unknown flag.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False
