@@ -29,6 +29,7 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 	COMPILER=users $(BIN)/python -m pytest -n 2 -m "not slow" tests/guard tests/rules tests/accumulation tests/common
+	FORM=gpu $(BIN)/python -m pytest -n 2 tests/conformance
 
 upstream: $(VENV)/.installed
 	$(BIN)/python tests/upstream/optax_tests.py -n 2

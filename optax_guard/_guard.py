@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.axes import on_any_device
 from optax_guard._common.counters import count_if, next_step
 from optax_guard._common.extra import loss_in, named_by, warn_of_misspellings, with_value
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.parts import part_of
 from optax_guard._common.tree import as_params, cast_like
 from optax_guard._common.typing import AxisName, Mask, PyTree
@@ -302,7 +302,7 @@ def guarded(
             if not checks:
                 return here.moved(updates), new_state, nothing_bad
             bad_leaf = _first(bad_updates(params, updates), axis_name)
-            result, new_state = lax.cond(
+            result, new_state = cond_or_select(
                 bad_leaf < 0, lambda: (here.moved(updates), new_state), lambda: (untouched, inner_state)
             )
             return result, new_state, bad_leaf
@@ -316,7 +316,7 @@ def guarded(
             applied = applied & ~plan.replaces
         # The order of the branches matters: with `lax.cond(skip, hold, act)` JAX 0.10 copies all that the branches
         # alias (4.7 to 5.7 times a bare AdamW step, instead of 1.1 to 1.3; `make bench`).
-        result, new_state, bad_leaf = lax.cond(applied, act, hold)
+        result, new_state, bad_leaf = cond_or_select(applied, act, hold)
         happened = applied & (bad_leaf < 0)
 
         def new_params() -> PyTree:

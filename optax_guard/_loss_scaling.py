@@ -184,7 +184,7 @@ def loss_scaling(
         if inside_holds:  # it holds and counts non-finite steps itself
             result, inner_state = take()
         else:
-            result, inner_state = step_if(finite, take, state.unscaled_state, start, gradient.like)
+            result, inner_state = step_if(finite, take, state.unscaled_state, start, gradient.like, usually=True)
         clean = jnp.where(finite, state.clean_in_row + 1, 0)
         grows = clean >= growth_interval
         grown = jnp.minimum(state.loss_scale * growth_factor, max_scale)

@@ -8,11 +8,16 @@ import jax
 import pytest
 from compiling import quick_flags
 
+from optax_guard._common.forms import form_of
+
 jax.config.update("jax_num_cpu_devices", 8)  # before the first computation starts a backend
 if os.environ.get("COMPILER") != "users":
     with pytest.MonkeyPatch.context() as patch:  # examples, in processes of their own, compile as users do
         patch.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *quick_flags()]))
         jax.jit(lambda: 0)()  # XLA reads its flags once, for the first program
+
+_form = form_of(os.environ.get("FORM"))  # "gpu": the form of steps that is lowered for a GPU, on this CPU
+_form.__enter__()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,11 +16,13 @@ from jax import lax
 
 from benchmarks.accelerators.hlo import Instruction, dearest
 from benchmarks.accelerators.steps import Step, parameters
+from optax_guard._common import forms
 
 __all__ = ["Taken", "chooser", "places", "taken"]
 
 Place = tuple[str, int]  # file and line
 Taken = dict[Place, set[bool]]
+FORMS = forms.__file__  # its callers are told apart
 SMALL = 8  # width of the tree that is stepped
 
 
@@ -34,6 +36,8 @@ def taken(step: Step) -> Taken:
 
     def cond(predicate: Any, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any, **options: Any) -> Any:
         frame = sys._getframe(1)
+        while frame.f_code.co_filename == FORMS and frame.f_back is not None:
+            frame = frame.f_back
         found.setdefault((frame.f_code.co_filename, frame.f_lineno), set()).add(bool(predicate))
         operands = (options["operand"],) if "operand" in options else operands
         return (yes if predicate else no)(*operands)
@@ -56,8 +60,18 @@ def places(text: str) -> dict[str, Place]:
             r"^(\d+) \{file_name_id=(\d+).*? line=(\d+)", tables.get("FileLocations", ""), re.MULTILINE
         )
     }
-    frames = re.findall(r"^(\d+) \{file_location_id=(\d+)", tables.get("StackFrames", ""), re.MULTILINE)
-    return {number: locations[location] for number, location in frames}
+    frames = {
+        number: (locations[location], parent)
+        for number, location, parent in re.findall(
+            r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", tables.get("StackFrames", ""), re.MULTILINE
+        )
+    }
+
+    def place(number: str) -> Place:
+        here, parent = frames[number]
+        return place(parent) if here[0] == FORMS and parent in frames and parent != number else here
+
+    return {number: place(number) for number in frames}
 
 
 def chooser(text: str, step_taken: Taken, otherwise: bool = False) -> tuple[Any, list[str]]:

@@ -17,6 +17,7 @@ from jax import lax
 
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.extra import warn_of_misspellings
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.parts import part_of, with_part
 from optax_guard._common.state_check import state_check
 from optax_guard._common.tree import (
@@ -279,11 +280,14 @@ def take_step(
 
 
 def step_if(
-    applied: jax.Array, step: Callable[[], tuple[PyTree, Any]], state: Any, start: Start, like: PyTree
+    applied: jax.Array, step: Callable[[], tuple[PyTree, Any]], state: Any, start: Start, like: PyTree, *, usually: bool
 ) -> tuple[PyTree, Any]:
-    """The result of `step` if `applied`; otherwise nothing is done, and `state` does not change."""
+    """The result of `step` if `applied`; otherwise nothing is done, and `state` does not change.
+
+    If it is taken `usually`, a GPU computes it always.
+    """
     held = start.held(step, like)
-    return lax.cond(applied, step, lambda: (held, state))
+    return (cond_or_select if usually else lax.cond)(applied, step, lambda: (held, state))
 
 
 def step_without_params(function: str, step: Callable[[], Any], updates: PyTree, state: Any) -> Any:

@@ -296,7 +296,7 @@ def accumulate(
             result, new_state = take_step(inner, gradient, state.accumulated_state, start, extra)
             return result, checked_state(name, new_state, state.accumulated_state)
 
-        return *step_if(active, take, state.accumulated_state, start, like), emit
+        return *step_if(active, take, state.accumulated_state, start, like, usually=False), emit
 
     def flush_cycle(
         state: AccumulateState, params: PyTree, like: PyTree, extra: dict[str, Any]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_guard._common.axes import axis_names, on_any_device
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.numerics import widest_accumulator
 from optax_guard._common.tree import (
     check_leaf_count,
@@ -66,7 +67,7 @@ class MicroBatch:
         if self.alone:
             return self._each(self._share)
         # One branch per outcome, since a `where` over the buffer would cost a second copy of it.
-        return lax.cond(adds, lambda: self._each(self._added), lambda: self.sums)
+        return cond_or_select(adds, lambda: self._each(self._added), lambda: self.sums)
 
     def stored(self, sums: list[Any]) -> PyTree:
         """The buffer after this call, which cycles of one call do not need."""
@@ -84,7 +85,7 @@ class MicroBatch:
             return self.in_dtype_of_sums(one_pass_statistics(with_other_leaves(sums, self.updates), axis_name))
 
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
-        return lax.cond(wanted, look, lambda: _varying_like(nothing, sums, axis_name))
+        return cond_or_select(wanted, look, lambda: _varying_like(nothing, sums, axis_name))
 
     def fits(self, seen: GradientStatistics, scaled: bool) -> jax.Array:
         """Whether weight times gradient is finite and has finite squares in the dtype of its sum.
@@ -125,7 +126,7 @@ def too_large(
     def look() -> jax.Array:
         return jnp.any(jnp.stack([jnp.any(jnp.abs(leaf) > float(info.max)) for leaf, info in narrow]))
 
-    beyond = lax.cond(wanted, look, lambda: jnp.zeros((), bool))
+    beyond = cond_or_select(wanted, look, lambda: jnp.zeros((), bool))
     return on_any_device(beyond, axis_name)
 
 

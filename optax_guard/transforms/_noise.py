@@ -28,6 +28,7 @@ from jax import lax
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step, value_at
 from optax_guard._common.eager import compiled_once
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.numerics import accumulator_dtype
 from optax_guard._common.prng import (
     Words,
@@ -471,7 +472,7 @@ def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: j
         del words
         return zeros_sharded_as(leaf, dtype), zeros_sharded_as(leaf, jnp.uint32)
 
-    return lax.cond(on, lambda: sample(normal), lambda: sample(nothing))
+    return cond_or_select(on, lambda: sample(normal), lambda: sample(nothing))
 
 
 def _add(updates: PyTree, draw: _Draw, sigma: jax.Array) -> PyTree:

@@ -1,0 +1,107 @@
+"""The form of a step that may or may not happen, chosen by the platform for which it is lowered.
+
+A CPU and a TPU want a conditional: the branch not taken costs nothing, and nothing is copied. A GPU wants both results
+and a selection, which XLA fuses into the kernels of the step: the host would wait for the predicate of a conditional at
+every step. The platform is known when a program is lowered, not when it is traced, so both forms are traced as one: a
+conditional whose predicate, and a selection whose predicate, is a constant on the platforms of the other form. XLA
+removes whichever that is.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+__all__ = ["PLATFORMS", "cond_or_select", "form_of"]
+
+PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}  # and JAX's names for them
+
+_forced: str | None = None  # a platform whose form is lowered for every platform
+
+
+@contextmanager
+def form_of(platform: str | None) -> Iterator[None]:
+    """Lowers the form of one of `PLATFORMS` everywhere, for tests, which run on a CPU; None: of the actual platform.
+
+    It holds for what is traced inside; programs that were compiled before keep their form.
+    """
+    global _forced
+    before, _forced = _forced, platform
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _lowered_for(platforms: tuple[str, ...]) -> jax.Array:
+    """bool[]: whether the program is for one of `platforms`, a constant to the compiler."""
+    if _forced is not None:
+        return jnp.full((), _forced in platforms, bool)
+    names = [name for platform in platforms for name in PLATFORMS[platform]]
+    return lax.platform_dependent(**dict.fromkeys(names, _yes), default=_no)
+
+
+def _yes() -> jax.Array:
+    return jnp.ones((), bool)
+
+
+def _no() -> jax.Array:
+    return jnp.zeros((), bool)
+
+
+def cond_or_select(
+    predicate: jax.Array, act: Callable[[], Any], hold: Callable[[], Any], *, selects: tuple[str, ...] = ("gpu",)
+) -> Any:
+    """`lax.cond(predicate, act, hold)`; on the platforms `selects` both are computed, and one result is selected.
+
+    The results are the same: what `act` computes while `predicate` is False reaches neither the result nor a
+    derivative. Where `act` has side effects, it is a conditional everywhere.
+    """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        return lax.cond(predicate, act, hold)
+    acted, held = _traced(act), _traced(hold)
+    if acted.effects:
+        return lax.cond(predicate, act, hold)
+
+    def strict(predicate: jax.Array, consts: Any) -> Any:
+        return lax.cond(predicate, lambda: acted.run(consts[0]), lambda: held.run(consts[1]))
+
+    @jax.custom_jvp
+    def choose(predicate: jax.Array, consts: Any) -> Any:
+        selecting = _lowered_for(selects)
+        result = strict(predicate | selecting, consts)
+        return jax.tree.map(functools.partial(_where, predicate | ~selecting), result, held.run(consts[1]))
+
+    @choose.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(strict, primals, tangents)
+
+    return choose(predicate, (acted.consts, held.consts))
+
+
+class _Traced(NamedTuple):
+    """A function without arguments that was traced once: what it closes over, and how to run it on such values."""
+
+    consts: list[Any]
+    run: Callable[[list[Any]], Any]
+    effects: Any
+
+
+def _traced(function: Callable[[], Any]) -> _Traced:
+    # Inside `jit` it is one equation, so that running it does not trace it again.
+    closed, shapes = jax.make_jaxpr(jax.jit(function), return_shape=True)()
+    structure = jax.tree.structure(shapes)
+
+    def run(consts: list[Any]) -> Any:
+        return jax.tree.unflatten(structure, jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))())
+
+    return _Traced(closed.consts, run, closed.effects)
+
+
+def _where(predicate: jax.Array, new: Any, old: Any) -> Any:
+    return new if new.dtype == jax.dtypes.float0 else lax.select_n(predicate, old, new)
