@@ -36,6 +36,8 @@ from optax_guard._step.act import (
 from optax_guard._step.gradient import Gradient
 from optax_guard._step.judge import Judgement, Rule
 from optax_guard._step.mask import only_chosen
+from optax_guard._step.max_logits import largest, max_logits_in
+from optax_guard._step.new_params import scaled_new_params
 from optax_guard._step.observe import GradientStatistics, overflows, scale_statistics, squarable
 from optax_guard._step.reading import SeenLeaves, saw_leaves
 from optax_guard._step.record import EVENTS, FlightRecorder, Row, add_row, empty_recorder
@@ -98,6 +100,7 @@ class _Outcome(NamedTuple):
     inner_state: Any
     plan: _ladder.Plan | None
     recovery_state: Any
+    max_logit: jax.Array | None  # f32[]: the largest attention logit, if maxima were passed
 
 
 def guard(
@@ -159,7 +162,7 @@ def guard(
         resets.
       halt_after: the number of non-finite steps in a row at which the guard halts (>= 1). A finite step resets the
         count.
-      recorder_rows: the number of rows of the flight recorder (>= 1); each takes 40 bytes.
+      recorder_rows: the number of rows of the flight recorder (>= 1); each takes 44 bytes.
       check_updates: whether to hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a
         zero float16 gradient into NaN, or would take a finite parameter beyond its dtype. This needs a second copy of
         the parameters and the inner state while it runs. None checks only if `inner.update` has a parameter for
@@ -271,6 +274,9 @@ def guarded(
         extra, loss = with_value(extra), loss_in(name, extra, axis_name)
         if axis_name is not None and loss is not None:
             extra = {**extra, "value": loss}
+        max_logits = max_logits_in(name, extra, axis_name)
+        if max_logits is not None:
+            extra = {**extra, "max_logits": max_logits}
         gradient = gradient.look(name, mask, axis_name)
         judged = _judge(gradient, judges, state, start.params, extra, loss)
         scaled = gradient.times(judged.scale)
@@ -286,9 +292,15 @@ def guarded(
         params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, start.params, state.guarded_state)
         here = start._replace(params=params)
 
-        def propose(inner_state: Any = inner_state, params: PyTree = params) -> tuple[PyTree, Any]:
-            updates, new_state = update_inner(scaled.written(), inner_state, params, **extra)
-            return _ladder.scaled(plan, updates), checked_state(name, new_state, inner_state)
+        def propose(
+            inner_state: Any = inner_state, params: PyTree = params, in_place: bool = False
+        ) -> tuple[PyTree, Any]:
+            def inner_step(extra: dict[str, Any]) -> tuple[PyTree, Any]:
+                updates, new_state = update_inner(scaled.written(), inner_state, params, **extra)
+                moved = Start(params, in_place).moved(_ladder.scaled(plan, updates))
+                return moved, checked_state(name, new_state, inner_state)
+
+            return scaled_new_params(inner_step, inner_state, params, extra, in_place=in_place)
 
         untouched = here.held(propose, gradient.like)
 
@@ -298,9 +310,9 @@ def guarded(
                 written = Gradient(scaled.written(), gradient.like)
                 new_params, new_state = take_step(inner, written, inner_state, here, extra)
                 return new_params, checked_state(name, new_state, inner_state), nothing_bad
-            updates, new_state = propose()
             if not checks:
-                return here.moved(updates), new_state, nothing_bad
+                return *propose(in_place=start.in_place), nothing_bad
+            updates, new_state = propose()
             bad_leaf = _first(bad_updates(params, updates), axis_name)
             result, new_state = cond_or_select(
                 bad_leaf < 0, lambda: (here.moved(updates), new_state), lambda: (untouched, inner_state)
@@ -327,7 +339,8 @@ def guarded(
 
         after = _ladder.After(happened, applied & ~happened, new_params, new_state, next_updates)
         recovery_state = _ladder.finish(ladder, plan, seen, after)
-        outcome = _Outcome(applied, bad_leaf, new_state, plan, recovery_state)
+        max_logit = None if max_logits is None else largest(max_logits)
+        outcome = _Outcome(applied, bad_leaf, new_state, plan, recovery_state, max_logit)
         return result, _advance(state, judged, outcome, halt_after)
 
     return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
@@ -395,7 +408,7 @@ def _worst_leaf(statistics: GradientStatistics) -> jax.Array:
 
 def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_after: int) -> GuardState:
     """The counters and the recorder after a step."""
-    applied, bad_leaf, inner_state, plan, recovery_state = outcome
+    applied, bad_leaf, inner_state, plan, recovery_state, max_logit = outcome
     bad_update = applied & (bad_leaf >= 0)
     happened = applied & ~bad_update
     nonfinite = ~judged.finite | bad_update
@@ -417,6 +430,7 @@ def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_afte
         rule=judged.rule,
         worst_leaf=jnp.where(bad_update, bad_leaf, judged.worst_leaf),
         recovery=0 if plan is None else plan.reason,
+        max_logit=max_logit,
     )
     halted = state.halted | (in_row >= halt_after)
     return state._replace(

@@ -1,5 +1,6 @@
 """Every public transformation with small arguments, for the conformance suite; and why the other names are none."""
 
+import glob
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,15 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import optax_guard as og
-from optax_guard._common.tree import wider_dtype
+from optax_guard._common.tree import is_gradient, wider_dtype
 
 NOT_TRANSFORMATIONS = {
     "accumulation": "a folder",
     "attention": "a folder",
     "attention_with_max_logits": "computes attention",
+    "equinox_attention": "describes which leaves are attention's",
+    "linen_attention": "describes which leaves are attention's",
+    "nnx_attention": "describes which leaves are attention's",
+    "transformer_attention": "describes which leaves are attention's",
     "collect_max_logits": "reads a model's intermediates",
     "max_attention_logits": "a function of queries and keys",
     "max_attention_logits_from_lse": "a function of a log-sum-exp",
@@ -254,6 +260,31 @@ def rms_clipped(learning_rate=0.1, inner=momentum, max_rms=1.0):
     return og.clip_by_update_rms(optax.chain(second_moment(), inner(learning_rate)), max_rms)
 
 
+def logit_clipped(max_logit=100.0, balance=0.5, axis_name=None):
+    """`qk_clip` of whatever tree it gets: the first leaf with an axis holds queries and keys alike, too large by 2."""
+
+    def attention(tree: Any) -> tuple[optax.GradientTransformationExtraArgs, dict[str, Any]]:
+        leaves = zip(og.leaf_names(tree), jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None), strict=True)
+        path = next((name for name, x in leaves if np.shape(x) and is_gradient(x) and x.shape[0]), None)
+        if path is None and jax.tree.leaves(tree):
+            return optax.with_extra_args_support(optax.identity()), {}
+        path = path or "placeholder"
+        layer, _, leaf = path.removesuffix("/value").rpartition("/")
+        whole = og.attention.Projection(leaf, axis=0, split={0: (1, -1)})
+        layout = og.attention.AttentionLayout(query=(whole,), key=(whole,), layers=glob.escape(layer))
+        tx = og.qk_clip(max_logit, layers=layout, balance=balance, axis_name=axis_name)
+        return tx, {layer: jnp.full((1,), 200.0, jnp.float32)}
+
+    def init(params: Any) -> Any:
+        return attention(params)[0].init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        tx, max_logits = attention(updates if params is None else params)
+        return tx.update(updates, state, params, **{"max_logits": max_logits, **extra})
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 GUARD_STATIC = ("inner", "check_updates", "axis_name")
 HISTORY_STATIC = ("scope",)
 ACCUMULATE_STATIC = ("inner", "every", "axis_name")
@@ -314,6 +345,8 @@ ENTRIES = (
     ),
     Entry("published.stable_spam", "", stably_spammed_as_published, {}, ("inner",), wraps=True, parameter_copies=1),
     Entry("clip_by_update_rms", "", rms_clipped, {}, ("inner",), needs_params=True, wraps=True, parameter_copies=2),
+    Entry("qk_clip", "", logit_clipped, {"max_logit": 100.0}, ("balance", "axis_name"), needs_params=True),
+    Entry("qk_clip", "schedule", logit_clipped, {"max_logit": schedule}, ("balance", "axis_name"), needs_params=True),
     Entry("l1_penalty", "", og.l1_penalty, {"strength": 0.1}, ("mask",), needs_params=True),
     Entry("l1_penalty", "schedule", og.l1_penalty, {"strength": schedule}, ("mask",), needs_params=True),
     Entry("dense_penalty", "", og.dense_penalty, {"strength": 0.1}, ("penalty", "mask"), needs_params=True),

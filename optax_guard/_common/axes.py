@@ -24,11 +24,14 @@ __all__ = [
     "Sharding",
     "axes_of",
     "axis_names",
+    "everywhere",
     "leaf_axes",
+    "max_arrays_over",
     "max_over",
     "mean_over",
     "min_over",
     "on_any_device",
+    "placed_like",
     "sharding_of",
     "sum_over",
 ]
@@ -177,6 +180,35 @@ def max_over(numbers: list[jax.Array], names: tuple[Hashable, ...]) -> list[jax.
 def min_over(numbers: list[jax.Array], names: tuple[Hashable, ...]) -> list[jax.Array]:
     """The minimum of each number over all devices, in one all-reduce."""
     return numbers if not names or not numbers else _together(lambda x: lax.pmin(x, names), numbers)
+
+
+def max_arrays_over(arrays: list[jax.Array], axis_name: AxisName | None) -> list[jax.Array]:
+    """The elementwise maxima of arrays over all devices along which one of them differs, in one all-reduce."""
+    names = tuple(dict.fromkeys(name for array in arrays for name in axes_of(array, axis_name)))
+    if not names:
+        return arrays
+    packed = lax.pmax(jnp.concatenate([array.ravel() for array in arrays]), names)
+    parts = jnp.split(packed, np.cumsum([array.size for array in arrays])[:-1])
+    return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def placed_like(leaf: jax.Array, factor: jax.Array) -> jax.Array:
+    """A factor that broadcasts against a leaf; where types say how the leaf is sharded, sharded like it."""
+    where = jax.typeof(leaf).sharding
+    if not _is_explicit(where):
+        return factor
+    return jax.sharding.reshard(jnp.broadcast_to(factor, leaf.shape), where)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """The array itself, or a copy of all of it for every device where types say that it is sharded."""
+    where = jax.typeof(x).sharding
+    return jax.sharding.reshard(x, NamedSharding(where.mesh, PartitionSpec())) if _is_explicit(where) else x
+
+
+def _is_explicit(where: Any) -> bool:
+    """Whether a sharding, as JAX's types have it, splits an array over axes of explicit sharding."""
+    return any(entry is not None for entry in where.spec) and bool(where.mesh.explicit_axes)
 
 
 def _together(reduce: Callable[[jax.Array], jax.Array], numbers: list[jax.Array]) -> list[jax.Array]:

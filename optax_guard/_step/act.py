@@ -31,6 +31,7 @@ from optax_guard._common.tree import (
 )
 from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
 from optax_guard._step.gradient import Gradient
+from optax_guard._step.new_params import scaled_new_params
 from optax_guard._step.updates import add_updates, no_updates
 
 __all__ = [
@@ -275,8 +276,12 @@ def take_step(
         return fast.step(gradient, state, start, extra)
     warn_of_misspellings(extra, tx)
     update = as_transformation("apply_gradients", tx, "tx").update
-    updates, state = update(gradient.written(), state, start.params, **extra)
-    return start.moved(updates), state
+
+    def step(extra: dict[str, Any]) -> tuple[PyTree, Any]:
+        updates, new_state = update(gradient.written(), state, start.params, **extra)
+        return start.moved(updates), new_state
+
+    return scaled_new_params(step, state, start.params, extra, in_place=start.in_place)
 
 
 def step_if(

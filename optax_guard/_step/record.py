@@ -45,7 +45,7 @@ RECOVERIES = (  # what the ladder did; several may occur together
     "rewind_diverged",  # back to a snapshot, since the smoothed loss had diverged
     "gave_up",  # halted, since the loss diverged again after all rewinds
 )
-_NUMBERS = ("value", "grad_norm", "clipped_norm", "scale")
+_NUMBERS = ("value", "grad_norm", "clipped_norm", "scale", "max_logit")
 _CODES = 6  # columns of integers
 _FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)  # the kind of a number
 _BITS = 3  # the number of bits of a kind in the column of kinds
@@ -63,13 +63,14 @@ class Row(NamedTuple):
     rule: jax.Array  # i32[]: the position of the rule that refused, else of the first that scaled; -1 if none
     worst_leaf: jax.Array  # i32[]: the first leaf that is not finite, else that of largest norm; -1 without leaves
     recovery: jax.Array | int = 0  # i32[]: bits of RECOVERIES
+    max_logit: jax.Array | None = None  # f32[]: the largest attention logit, if maxima were passed
 
 
 class FlightRecorder(NamedTuple):
     """The last `history` rows. The row of step t is at t % history; `codes[:, 0]` is -1 in unwritten rows."""
 
-    numbers: jax.Array  # f32[history, 4]: value, grad_norm, clipped_norm, scale; 0 where not finite
-    codes: jax.Array  # i32[history, 6]: step, event, rule, worst_leaf, the kinds of the four numbers, recovery
+    numbers: jax.Array  # f32[history, 5]: value, grad_norm, clipped_norm, scale, max_logit; 0 where not finite
+    codes: jax.Array  # i32[history, 6]: step, event, rule, worst_leaf, the kinds of the five numbers, recovery
 
 
 def empty_recorder(history: int) -> FlightRecorder:
@@ -81,16 +82,13 @@ def empty_recorder(history: int) -> FlightRecorder:
 
 def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
     """Writes one row, in place if the state is donated."""
-    absent = row.value is None
-    value = jnp.zeros((), jnp.float32) if absent else row.value
-    numbers = jnp.stack([jnp.asarray(n, jnp.float32) for n in (value, row.grad_norm, row.clipped_norm, row.scale)])
+    given = [getattr(row, name) for name in _NUMBERS]
+    numbers = jnp.stack([jnp.zeros((), jnp.float32) if n is None else jnp.asarray(n, jnp.float32) for n in given])
     kinds = jnp.select(
-        [jnp.isnan(numbers), jnp.isposinf(numbers), jnp.isneginf(numbers)],
-        [jnp.full(4, kind, jnp.int32) for kind in (_NAN, _PLUS_INF, _MINUS_INF)],
-        jnp.full(4, _FINITE, jnp.int32),
+        [np.array([n is None for n in given]), jnp.isnan(numbers), jnp.isposinf(numbers), jnp.isneginf(numbers)],
+        [jnp.full(len(given), kind, jnp.int32) for kind in (_ABSENT, _NAN, _PLUS_INF, _MINUS_INF)],
+        jnp.full(len(given), _FINITE, jnp.int32),
     )
-    if absent:
-        kinds = kinds.at[0].set(_ABSENT)
     packed = jnp.sum(kinds << _BITS * np.arange(len(_NUMBERS), dtype=np.int32), dtype=jnp.int32)
     recovery = jnp.asarray(row.recovery, jnp.int32)
     codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed, recovery])
@@ -106,18 +104,8 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     all_numbers, all_codes = _columns(recorder)
     place = (step - 1) % all_codes.shape[0]
     step, event, rule, worst_leaf, kinds, recovery = all_codes[place]
-    value, grad_norm, clipped_norm, scale = _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp)
-    return Row(
-        step=step,
-        value=value,
-        grad_norm=grad_norm,
-        clipped_norm=clipped_norm,
-        scale=scale,
-        event=event,
-        rule=rule,
-        worst_leaf=worst_leaf,
-        recovery=jnp.maximum(recovery, 0),
-    )
+    numbers = dict(zip(_NUMBERS, _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp), strict=True))
+    return Row(step=step, **numbers, event=event, rule=rule, worst_leaf=worst_leaf, recovery=jnp.maximum(recovery, 0))
 
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:

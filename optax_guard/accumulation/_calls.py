@@ -42,6 +42,8 @@ from optax_guard._step.act import (
 )
 from optax_guard._step.gradient import Gradient
 from optax_guard._step.mask import only_chosen, zeros_elsewhere
+from optax_guard._step.max_logits import as_finite, from_finite, layers_of, max_logits_in, nothing_seen
+from optax_guard._step.new_params import QKClipState
 from optax_guard._step.observe import GradientStatistics, one_pass_statistics
 from optax_guard.accumulation._sums import (
     BadMicroBatch,
@@ -66,6 +68,7 @@ class AccumulateState(NamedTuple):
     accumulated_weight: jax.Array  # f32[] (f64[] with f64 leaves): the sum of the weights in `gradient_sum`
     value_mean: jax.Array  # f32[] (f64[]): the weighted mean loss of the micro-batches that came with `value=`
     value_weight: jax.Array  # f32[] (f64[]): the sum of their weights
+    cycle_max_logits: Any  # by layer, f32[heads]: the largest of the micro-batches; () without `qk_clip` inside
     added: jax.Array  # i32[]: micro-batches in `gradient_sum`
     micro_step: jax.Array  # i32[]: calls in this cycle, including dropped micro-batches
     dropped_in_cycle: jax.Array  # i32[]: micro-batches of this cycle that were dropped
@@ -83,6 +86,7 @@ class _Cycle(NamedTuple):
     weight: jax.Array  # f32[] (f64[]): and the fields below as in `AccumulateState`
     value_mean: jax.Array
     value_weight: jax.Array
+    max_logits: Any
     added: jax.Array
     micro_step: jax.Array
     dropped: jax.Array
@@ -130,6 +134,8 @@ def accumulate(
     a leaf outside the `mask` of a guard       neither read nor summed, so it cannot drop a micro-batch
     a leaf is an integer, `float0` or `None`   passed to `inner` as in the call that completes the cycle
     the last, incomplete cycle of an epoch     `flush` steps with it; otherwise it continues with the next call
+    `max_logits=` for a `qk_clip` inside       the largest of the micro-batches that were kept; any other `max_logits`
+                                               are passed to `inner` as in the call that completes the cycle
     =========================================  =======================================================================
 
     ================  ================================================================================================
@@ -198,12 +204,14 @@ def accumulate(
         params = as_params(name, params)
         if leaves_with_none(params):  # Optax also calls `init` with a placeholder without leaves
             check_reduction(reduction, params)
+        inner_state = inner.init(params)
         return AccumulateState(
-            accumulated_state=inner.init(params),
+            accumulated_state=inner_state,
             gradient_sum=jax.tree.map(buffer, params),
             accumulated_weight=jnp.zeros((), widest_accumulator(params)),
             value_mean=jnp.zeros((), widest_accumulator(params)),
             value_weight=jnp.zeros((), widest_accumulator(params)),
+            cycle_max_logits=_no_max_logits(inner_state),
             added=jnp.zeros((), jnp.int32),
             micro_step=jnp.zeros((), jnp.int32),
             dropped_in_cycle=jnp.zeros((), jnp.int32),
@@ -234,6 +242,7 @@ def accumulate(
             if loss is not None:
                 good = good & jnp.isfinite(loss)
         adds = good & (call.weight > 0)
+        max_logits = _with_max_logits(state, max_logits_in(name, extra, axis_name), adds)
         sums = call.written(adds)
         statistics = None
         if inside_holds:
@@ -245,6 +254,7 @@ def accumulate(
             weight=_weight(state) + jnp.where(adds, call.weight, 0),
             value_mean=value_mean,
             value_weight=value_weight,
+            max_logits=max_logits,
             added=state.added + adds.astype(jnp.int32),
             micro_step=state.micro_step + 1,
             dropped=state.dropped_in_cycle + (~good).astype(jnp.int32),
@@ -285,6 +295,8 @@ def accumulate(
         if cycle.loss is not None:
             mean = cycle.value_mean.astype(cycle.loss.dtype)
             extra = {**extra, "value": jnp.where(emit & (cycle.value_weight > 0), mean, cycle.loss)}
+        if cycle.max_logits:
+            extra = {**extra, "max_logits": jax.tree.map(from_finite, cycle.max_logits)}
         inverse = 1 / jnp.where(emit, cycle.weight, 1)
         factor = None
         if "mean" in kinds and divides:
@@ -308,6 +320,7 @@ def accumulate(
             weight=_weight(state),
             value_mean=state.value_mean,
             value_weight=state.value_weight,
+            max_logits=_max_logits(state),
             added=state.added,
             micro_step=state.micro_step,
             dropped=state.dropped_in_cycle,
@@ -429,6 +442,7 @@ def _after_call(
         accumulated_weight=kept(cycle.weight),
         value_mean=kept(cycle.value_mean),
         value_weight=kept(cycle.value_weight),
+        cycle_max_logits=cycle.max_logits,
         added=kept(cycle.added),
         micro_step=kept(cycle.micro_step),
         dropped_in_cycle=kept(cycle.dropped),
@@ -437,6 +451,33 @@ def _after_call(
         emitted_total=count_if(emit, state.emitted_total),
         dropped_total=count_if(lost, state.dropped_total),
         empty_total=count_if(ends & ~emit, state.empty_total),
+    )
+
+
+def _no_max_logits(inner_state: Any) -> Any:
+    """The maxima over no micro-batch of the layers that `qk_clip` inside needs; () if there is none."""
+    found = [each.qk_clip_max_logits for each in find_states(inner_state, QKClipState)]
+    if not all(isinstance(each, dict) for each in found):
+        return jnp.zeros((), jnp.float32)  # Optax's placeholder in place of the parameters
+    layers = {layer: nothing_seen(maxima.shape) for each in found for layer, maxima in each.items()}
+    return layers or ()
+
+
+def _max_logits(state: AccumulateState) -> Any:
+    return jax.tree.map(
+        lambda maxima: jnp.where(state.added == 0, nothing_seen(maxima.shape), maxima), state.cycle_max_logits
+    )
+
+
+def _with_max_logits(state: AccumulateState, given: Any, adds: jax.Array) -> Any:
+    """The largest logits of the cycle, including this call."""
+    if not state.cycle_max_logits:
+        return state.cycle_max_logits
+    given = layers_of("accumulate", given, state.cycle_max_logits)
+    return jax.tree.map(
+        lambda before, maxima: jnp.where(adds, jnp.maximum(before, as_finite(maxima)), before),
+        _max_logits(state),
+        given,
     )
 
 

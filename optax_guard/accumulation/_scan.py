@@ -19,14 +19,17 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from optax_guard._common import validate
+from optax_guard._common.axes import max_arrays_over
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.tree import as_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._common.typing import PyTree
+from optax_guard._step.max_logits import as_finite, from_finite, nothing_seen
 from optax_guard._step.observe import one_pass_statistics, scale_statistics, squarable
 from optax_guard.accumulation._sums import BadMicroBatch
 
 __all__ = ["Remainder", "accumulate_gradients"]
 
+_MAX_LOGITS = "max_logits"
 Remainder: TypeAlias = Literal["error", "pad"]
 
 
@@ -101,6 +104,8 @@ def accumulate_gradients(
     Returns:
       A function (params, batch, *args, key=None) -> (value, grads), or ((value, aux), grads). Each leaf of `aux` has a
       new first axis with an entry per micro-batch (and device, under `jit` with `axis_name`), including dropped ones.
+      The exception is the dict `aux["max_logits"]`, for `qk_clip`: the largest of the micro-batches that were kept, on
+      all devices.
 
     Raises:
       ValueError: an argument is invalid, or leaves of the batch disagree in their first axis (the message names them).
@@ -140,8 +145,8 @@ def accumulate_gradients(
         )
     gradient = jax.value_and_grad(_returning(loss_fn, has_aux), has_aux=has_aux)
 
-    def local(params: PyTree, batch: PyTree, args: tuple[Any, ...], key: Any) -> tuple[Any, PyTree, Any]:
-        """The means over this device's rows and all devices."""
+    def local(params: PyTree, batch: PyTree, args: tuple[Any, ...], key: Any) -> tuple[Any, PyTree, Any, Any]:
+        """The means (and largest logits) over this device's rows and all devices."""
         micro_batches = jax.tree.map(lambda x: _split(x, n), batch)
         params = _varying(params, axis_name)
 
@@ -154,42 +159,48 @@ def accumulate_gradients(
             if on_nonfinite != "propagate":
                 good = (weight == 0) | _fits(value, grads, weight)
                 weight, bad = jnp.where(good, weight, 0), jnp.where(good, 0.0, 1.0)
-            shares = jax.tree.map(lambda s, x: _plus(s, x, weight), sums[:-1], (value, grads, jnp.ones(())))
-            return (*shares, sums[-1] + bad), aux
+            before, *others, lost = sums
+            shares = jax.tree.map(lambda s, x: _plus(s, x, weight), tuple(others), (value, grads, jnp.ones(())))
+            aux, found = _without_max_logits(aux)
+            larger = jax.tree.map(lambda m, x: jnp.where(weight > 0, jnp.maximum(m, as_finite(x)), m), before, found)
+            return (larger, *shares, lost + bad), aux
 
         no_gradient = jax.tree.map(_zeros, params)  # first, since it refuses parameters without a gradient
-        value_type = jax.eval_shape(lambda: _first(gradient, params, micro_batches, args, key, has_aux))
+        value_type, aux_type = jax.eval_shape(lambda: _first(gradient, params, micro_batches, args, key, has_aux))
         zeros = (
+            jax.tree.map(lambda x: nothing_seen(x.shape), _without_max_logits(aux_type)[1]),
             jnp.zeros((), wider_dtype(value_type.dtype, jnp.float32)),
             no_gradient,
             jnp.zeros(()),  # the weights
             jnp.zeros(()),  # dropped micro-batches, in float32 like the rest, for one all-reduce
         )
         sums, aux = lax.scan(body, _varying(zeros, axis_name), (jnp.arange(n), micro_batches))
-        if axis_name is not None:
-            sums = lax.psum(sums, axis_name)
+        max_logits = jax.tree.map(from_finite, _max_over(sums[0], axis_name))
+        sums = sums[1:] if axis_name is None else lax.psum(sums[1:], axis_name)
         value, grads, weight, dropped = sums
         spoiled = (dropped > 0) & ((weight == 0) | (on_nonfinite == "drop_cycle"))
         divide = jnp.where(weight == 0, 1, jnp.where(jnp.isfinite(weight), weight, jnp.nan))
         divide = jnp.where(spoiled, jnp.nan, divide)
         mean = jax.tree.map(lambda s, p: (s / divide.astype(s.dtype)).astype(p.dtype), grads, params)
-        return value / divide.astype(value.dtype), mean, aux
+        return value / divide.astype(value.dtype), mean, aux, max_logits
 
     def value_and_grads(params: PyTree, batch: PyTree, *args: Any, key: Any = None) -> tuple[Any, PyTree]:
         params, batch = as_arrays(name, params), as_arrays(name, batch)
         if axis_name is None or _bound(axis_name):
-            value, grads, aux = local(params, _padded(batch, n, 1, remainder), args, key)
+            value, grads, aux, max_logits = local(params, _padded(batch, n, 1, remainder), args, key)
         else:
             where = _mesh_with(axis_name, mesh)
             batch = _padded(batch, n, where.shape[axis_name], remainder)
             split, whole = PartitionSpec(axis_name), PartitionSpec()
-            value, grads, aux = jax.shard_map(
+            value, grads, aux, max_logits = jax.shard_map(
                 local,
                 mesh=mesh,
                 in_specs=(whole, split, whole, whole),
-                out_specs=(whole, whole, split),
+                out_specs=(whole, whole, split, whole),
                 axis_names={axis_name},
             )(params, batch, args, key)
+        if isinstance(max_logits, dict):
+            aux = {**aux, _MAX_LOGITS: max_logits}
         return ((value, aux) if has_aux else value), grads
 
     return compiled_once(value_and_grads)
@@ -280,10 +291,24 @@ def _with_aux(result: Any, has_aux: bool) -> tuple[Any, PyTree]:
     return (value if has_aux else (value, ())), grads
 
 
-def _first(gradient: Any, params: Any, micro_batches: Any, args: Any, key: Any, has_aux: bool) -> jax.Array:
+def _first(
+    gradient: Any, params: Any, micro_batches: Any, args: Any, key: Any, has_aux: bool
+) -> tuple[jax.Array, PyTree]:
     keys = {} if key is None else {"key": key}
     result = gradient(params, jax.tree.map(lambda x: x[0], micro_batches), *args, **keys)
-    return _with_aux(result, has_aux)[0][0]
+    return _with_aux(result, has_aux)[0]
+
+
+def _without_max_logits(aux: PyTree) -> tuple[PyTree, Any]:
+    """What is returned for each micro-batch, and the maxima that are not; () if there are none."""
+    if not isinstance(aux, dict) or not isinstance(aux.get(_MAX_LOGITS), dict):
+        return aux, ()
+    return {name: entry for name, entry in aux.items() if name != _MAX_LOGITS}, aux[_MAX_LOGITS]
+
+
+def _max_over(max_logits: Any, axis_name: str | None) -> Any:
+    arrays, structure = jax.tree.flatten(max_logits)
+    return structure.unflatten(max_arrays_over(arrays, axis_name))
 
 
 def _fold_in(key: jax.Array, index: jax.Array, axis_name: str | None) -> jax.Array:

@@ -41,6 +41,7 @@ from optax_guard._common.typing import Mask, PyTree, ScalarOrSchedule
 from optax_guard._guard import HOLDING
 from optax_guard._step.act import Start, as_transformation, fast_transformation, refuse_inside
 from optax_guard._step.gradient import Gradient
+from optax_guard._step.new_params import scaled_new_params
 from optax_guard.transforms._penalties import penalised
 
 __all__ = [
@@ -382,6 +383,14 @@ def _proximal(
         return ProximalState(proximal_state=state, proximal_step=step)
 
     def take(
+        gradient: Gradient, state: ProximalState, start: Start, extra: dict[str, Any]
+    ) -> tuple[PyTree, ProximalState]:
+        def step(extra: dict[str, Any]) -> tuple[PyTree, ProximalState]:
+            return take_and_shrink(gradient, state, start, extra)
+
+        return scaled_new_params(step, state, start.params, extra, in_place=start.in_place)
+
+    def take_and_shrink(
         gradient: Gradient, state: ProximalState, start: Start, extra: dict[str, Any]
     ) -> tuple[PyTree, ProximalState]:
         params, in_place = start

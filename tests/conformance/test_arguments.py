@@ -27,6 +27,8 @@ PARAMS = {"layer": {"bias": np.full(2, 0.5, np.float32), "kernel": np.full((3, 2
 GRADS = jax.tree.map(lambda leaf: leaf / 4, PARAMS)
 BATCH = np.ones((4, 3), np.float32)
 LOSS = np.float32(0.5)
+HEADS = (og.attention.Projection("kernel", axis=1),)
+MAX_LOGITS = {"layer": np.array([50.0, 200.0], np.float32)}
 
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
@@ -75,6 +77,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "clip_by_value": {"max_value": 1.0},
     "dense_penalty": {"strength": 0.1},
     "elastic_net_penalty": {"l1": 0.1, "l2": 0.1},
+    "equinox_attention": {"heads": 2},
     "find_inner_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
     "keep_if_held": {"state": GUARD.init(PARAMS), "new": PARAMS, "old": PARAMS},
     "flight_log": {"state": GUARD.init(PARAMS)},
@@ -97,6 +100,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "proximal_elastic_net": {"inner": SGD, "l1": 0.1, "l2": 0.1, "learning_rate": 0.1},
     "proximal_group_lasso": {"inner": SGD, "strength": 0.1, "learning_rate": 0.1},
     "proximal_l1": {"inner": SGD, "strength": 0.1, "learning_rate": 0.1},
+    "qk_clip": {"layers": og.attention.AttentionLayout(query=HEADS, key=HEADS)},
     "raise_if_halted": {"state": GUARD.init(PARAMS)},
     "rule": {"init": init, "judge": judge},
     "scale_loss": {"state": SCALING.init(PARAMS), "loss": LOSS},
@@ -106,6 +110,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "sparsity": {"params": PARAMS},
     "stabilize": {"inner": SGD},
     "stable_spam": {"inner": SGD},
+    "transformer_attention": {"heads": 2},
     "add_guard_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
     "published.spam_clip": {"inner": ADAM},
     "published.stable_spam": {"inner": SGD},
@@ -288,7 +293,7 @@ def use(name: str, made: Any) -> Any:
         made = og.guard(SGD, recovery=(made,))
     if isinstance(made, optax.GradientTransformation):
         tx = optax.with_extra_args_support(made)
-        return tx.update(GRADS, tx.init(PARAMS), PARAMS, value=LOSS)
+        return tx.update(GRADS, tx.init(PARAMS), PARAMS, value=LOSS, max_logits=MAX_LOGITS)
     if name == "accumulate_gradients":
         return made(PARAMS, BATCH)
     if name == "perturb_weights":

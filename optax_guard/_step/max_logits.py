@@ -1,0 +1,104 @@
+"""The extra argument `max_logits=`: the largest attention logit of every head in this step's forward pass.
+
+It is a tree of float arrays, one for each attention layer. A maximum that is NaN, Inf or not above 0 says nothing about
+its head. For maxima over micro-batches and devices, NaN and Inf become the largest finite number, so that they stay,
+and a state that keeps maxima stays finite.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_guard._common.axes import axes_of, everywhere, max_arrays_over
+from optax_guard._common.extra import is_number
+from optax_guard._common.tree import path_name
+from optax_guard._common.typing import AxisName, PyTree
+
+__all__ = [
+    "HOW_TO_OBTAIN",
+    "as_finite",
+    "from_finite",
+    "largest",
+    "layers_of",
+    "max_logits_in",
+    "nothing_seen",
+    "over_devices",
+]
+
+HOW_TO_OBTAIN = (
+    "They are the largest logits of the forward pass that gave this gradient: return `attention_with_max_logits` or "
+    "`max_attention_logits` from the loss function, or what `collect_max_logits` finds in Flax's layers."
+)
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
+def max_logits_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = None) -> PyTree | None:
+    """The maxima as float32 arrays on which all devices agree; None if none were given."""
+    given = extra.get("max_logits")
+    leaves, structure = jax.tree_util.tree_flatten_with_path(given, is_leaf=lambda leaf: leaf is None)
+    if given is None or not leaves:
+        return None
+    for path, leaf in leaves:
+        floats = is_number(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        if not floats or not np.ndim(leaf):
+            got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
+            raise ValueError(
+                f"{function}: `max_logits` must hold a float array [heads] for each attention layer; for "
+                f"`{path_name(path)}` it holds {got}. Leave out layers without attention. {HOW_TO_OBTAIN}"
+            )
+    arrays = [everywhere(jax.lax.stop_gradient(jnp.asarray(leaf)).astype(jnp.float32)) for _, leaf in leaves]
+    return over_devices(structure.unflatten(arrays), axis_name)
+
+
+def layers_of(function: str, max_logits: Any, wanted: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The maxima of the layers in `wanted`; raises if one is missing or of another shape."""
+    needs = (
+        "`max_logits` must hold the largest logit of every head for each layer in `layers` of `qk_clip`, "
+        f"{{{_shapes(wanted)}}}"
+    )
+    if not isinstance(max_logits, dict):
+        got = "none were passed" if max_logits is None else f"got a {type(max_logits).__name__}"
+        raise ValueError(f"{function}: {needs}; {got}. {HOW_TO_OBTAIN}")
+    if not max_logits.keys() >= wanted.keys():
+        raise ValueError(f"{function}: {needs}; got {{{_shapes(max_logits)}}}. {HOW_TO_OBTAIN}")
+    for layer, array in wanted.items():
+        if max_logits[layer].shape != array.shape:
+            raise ValueError(
+                f"{function}: `max_logits` of layer {layer!r} has shape {max_logits[layer].shape}, but `layers` of "
+                f"`qk_clip` finds weights for {array.shape} heads there. {HOW_TO_OBTAIN}"
+            )
+    return {layer: max_logits[layer] for layer in wanted}
+
+
+def _shapes(layers: dict[str, Any]) -> str:
+    return ", ".join(f"{layer!r}: {np.shape(array)}" for layer, array in layers.items())
+
+
+def over_devices(max_logits: PyTree, axis_name: AxisName | None) -> PyTree:
+    """The largest on any device, in one all-reduce."""
+    arrays, structure = jax.tree.flatten(max_logits)
+    if not any(axes_of(array, axis_name) for array in arrays):
+        return max_logits
+    return structure.unflatten(map(from_finite, max_arrays_over([*map(as_finite, arrays)], axis_name)))
+
+
+def largest(max_logits: PyTree) -> jax.Array:
+    """The largest logit of all layers and heads, f32[]; NaN if one is NaN."""
+    return jnp.max(jnp.stack([jnp.max(array) for array in jax.tree.leaves(max_logits)]))
+
+
+def nothing_seen(shape: tuple[int, ...]) -> jax.Array:
+    """The maximum over no micro-batch, as a finite number."""
+    return jnp.full(shape, -_LARGEST, jnp.float32)
+
+
+def as_finite(maxima: jax.Array) -> jax.Array:
+    """NaN and Inf as the largest finite number, which no other maximum removes."""
+    return jnp.where(jnp.isnan(maxima), _LARGEST, jnp.clip(maxima, -_LARGEST, _LARGEST))
+
+
+def from_finite(maxima: jax.Array) -> jax.Array:
+    """The inverse of `as_finite` up to the kind: Inf where there was NaN or Inf, NaN where nothing was seen."""
+    return jnp.where(maxima >= _LARGEST, jnp.inf, jnp.where(maxima <= -_LARGEST, jnp.nan, maxima))
