@@ -54,6 +54,7 @@ from optax_guard.rules import (
     zclip,
 )
 from optax_guard.state import (
+    event_logger,
     find_inner_state,
     flight_log,
     keep_if_held,
@@ -118,6 +119,7 @@ __all__ = [
     "dense_penalty",
     "elastic_net_penalty",
     "equinox_attention",
+    "event_logger",
     "find_inner_state",
     "flight_log",
     "flush",

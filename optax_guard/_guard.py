@@ -18,7 +18,7 @@ import optax
 from optax_guard._common import validate
 from optax_guard._common.axes import on_any_device
 from optax_guard._common.counters import count_if, next_step
-from optax_guard._common.extra import loss_in, named_by, warn_of_misspellings, with_value
+from optax_guard._common.extra import loss_in, named_by, tag_in, warn_of_misspellings, with_value
 from optax_guard._common.forms import cond_or_select
 from optax_guard._common.parts import part_of
 from optax_guard._common.tree import as_params, cast_like
@@ -101,6 +101,7 @@ class _Outcome(NamedTuple):
     plan: _ladder.Plan | None
     recovery_state: Any
     max_logit: jax.Array | None  # f32[]: the largest attention logit, if maxima were passed
+    tag: jax.Array | int  # i32[]: identifies the batch; -1 if unknown
 
 
 def guard(
@@ -340,7 +341,7 @@ def guarded(
         after = _ladder.After(happened, applied & ~happened, new_params, new_state, next_updates)
         recovery_state = _ladder.finish(ladder, plan, seen, after)
         max_logit = None if max_logits is None else largest(max_logits)
-        outcome = _Outcome(applied, bad_leaf, new_state, plan, recovery_state, max_logit)
+        outcome = _Outcome(applied, bad_leaf, new_state, plan, recovery_state, max_logit, tag_in(name, extra, axis_name))
         return result, _advance(state, judged, outcome, halt_after)
 
     return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
@@ -408,7 +409,7 @@ def _worst_leaf(statistics: GradientStatistics) -> jax.Array:
 
 def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_after: int) -> GuardState:
     """The counters and the recorder after a step."""
-    applied, bad_leaf, inner_state, plan, recovery_state, max_logit = outcome
+    applied, bad_leaf, inner_state, plan, recovery_state, max_logit, tag = outcome
     bad_update = applied & (bad_leaf >= 0)
     happened = applied & ~bad_update
     nonfinite = ~judged.finite | bad_update
@@ -431,6 +432,7 @@ def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_afte
         worst_leaf=jnp.where(bad_update, bad_leaf, judged.worst_leaf),
         recovery=0 if plan is None else plan.reason,
         max_logit=max_logit,
+        tag=tag,
     )
     halted = state.halted | (in_row >= halt_after)
     return state._replace(

@@ -16,8 +16,9 @@ from optax_guard._step.reading import (
     nonfinite_leaf,
     nonfinite_moment,
     seen_names,
+    what_was_seen,
 )
-from optax_guard._step.record import losses_given, read_rows
+from optax_guard._step.record import read_rows
 from optax_guard.recovery import _ladder
 
 __all__ = ["TrainingHalted", "clear_halt", "raise_if_halted"]
@@ -127,32 +128,15 @@ def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, param
     bad = np.flatnonzero((rows["event"] == "nonfinite") | (rows["event"] == "nonfinite_update"))
     if len(bad) == 0:
         return "halted; the cause is no longer in the flight recorder."
-    last, loss_given = rows[bad[-1]], bool(losses_given(recorder)[bad[-1]])
+    last = rows[bad[-1]]
     count = int(field_array(in_row))
+    batch = f" (batch {int(last['tag'])})" if last["tag"] >= 0 else ""
     steps = "step" if count == 1 else "steps"
-    seen = _what_was_seen(last, loss_given, guard_state, params)
+    seen = what_was_seen(last, seen_names(guard_state.seen_leaves, params))
     return (
-        f"halted at step {int(last['step'])} after {count} non-finite {steps} in a row: {seen}. "
+        f"halted at step {int(last['step'])}{batch} after {count} non-finite {steps} in a row: {seen}. "
         f"{_what_to_do(guard_state, index, state, params, clear)}"
     )
-
-
-def _what_was_seen(row: Any, loss_given: bool, guard_state: GuardState, params: PyTree | None) -> str:
-    leaf = int(row["worst_leaf"])
-    where = "the gradient"
-    if leaf >= 0:
-        name = seen_names(guard_state.seen_leaves, params)[leaf]
-        where += f" of {name}" if params is None or name.startswith("leaf ") else f" of `{name}`"
-    if row["event"] == "nonfinite_update":
-        leaf_name = where.removeprefix("the gradient of ")
-        return f"the gradient was finite, but the update of {leaf_name} was not (or its sum with the parameter)"
-    if np.isnan(row["grad_norm"]):
-        return f"{where} held NaN"
-    if np.isinf(row["grad_norm"]):
-        return f"{where} held Inf, or numbers too large to square in float32 (above 1.8e19)"
-    if loss_given and not np.isfinite(row["value"]):
-        return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
-    return "the gradient was finite, but a rule returned a scale that was not, or that made it overflow"
 
 
 def _what_to_do(

@@ -1,4 +1,4 @@
-"""Finds the loss among the extra arguments of an update, and warns of keywords that look misspelt.
+"""Finds the loss and the batch's tag among the extra arguments of an update, and warns of misspelt keywords.
 
 Optax passes extra arguments on by name and ignores unknown ones. It calls the loss `value`; training programs also call
 it `loss`, which is used if `value` is not given.
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_guard._common.axes import mean_over
+from optax_guard._common import validate
+from optax_guard._common.axes import axis_names, max_over, mean_over
 from optax_guard._common.typing import AxisName
 
-__all__ = ["is_number", "loss_in", "named_by", "warn_of_misspellings", "with_value"]
+__all__ = ["is_number", "loss_in", "named_by", "tag_in", "warn_of_misspellings", "with_value"]
 
 _READ = ("value", "weight", "loss")
 _NEAR = 2  # the number of letters that may be changed, added or left out
@@ -41,6 +42,21 @@ def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = N
         array = jnp.where(jnp.isfinite(array), jnp.real(array), jnp.nan)
     array = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     return mean_over(array, axis_name)
+
+
+def tag_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = None) -> jax.Array | int:
+    """The number that identifies the batch, i32[], the largest of all devices; -1 if none was given."""
+    tag = extra.get("tag")
+    if tag is None:
+        return -1
+    number = isinstance(tag, int) and not isinstance(tag, bool) and abs(tag) < 2**31
+    array = hasattr(tag, "dtype") and jnp.issubdtype(tag.dtype, jnp.integer) and np.shape(tag) == ()
+    if not number and not array:
+        raise ValueError(
+            f"{function}: `tag` must be one integer below 2**31 that identifies the batch, such as its index or "
+            f"epoch * batches_per_epoch + index; got {validate.shown(tag)}."
+        )
+    return max_over([jnp.asarray(tag).astype(jnp.int32)], axis_names(axis_name))[0]
 
 
 def with_value(extra: dict[str, Any]) -> dict[str, Any]:

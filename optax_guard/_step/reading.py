@@ -29,6 +29,8 @@ __all__ = [
     "nonfinite_moment",
     "saw_leaves",
     "seen_names",
+    "what_was_seen",
+    "where",
 ]
 
 
@@ -93,6 +95,28 @@ def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
     if not any(found) and len(names) == len(found):  # the same leaves under another root, such as `params["params"]`
         return names
     return [name or index for name, index in zip(found, unknown, strict=True)]
+
+
+def where(names: list[str], leaf: int) -> str:
+    """`names[leaf]` as a message shows it; empty for -1."""
+    if leaf < 0:
+        return ""
+    return names[leaf] if names[leaf].startswith("leaf ") else f"`{names[leaf]}`"
+
+
+def what_was_seen(row: Any, names: list[str]) -> str:
+    """What was not finite in a step, from its row of the flight recorder."""
+    leaf = where(names, int(row["worst_leaf"]))
+    gradient = f"the gradient of {leaf}" if leaf else "the gradient"
+    if row["event"] == "nonfinite_update":
+        return f"the gradient was finite, but the update of {leaf} was not (or its sum with the parameter)"
+    if np.isnan(row["grad_norm"]):
+        return f"{gradient} held NaN"
+    if np.isinf(row["grad_norm"]):
+        return f"{gradient} held Inf, or numbers too large to square in float32 (above 1.8e19)"
+    if row["value_given"] and not np.isfinite(row["value"]):
+        return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
+    return "the gradient was finite, but a rule returned a scale that was not, or that made it overflow"
 
 
 def axes_in_front(scalar: Any) -> int:

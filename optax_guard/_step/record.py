@@ -21,7 +21,6 @@ __all__ = [
     "add_row",
     "empty_recorder",
     "last_row",
-    "losses_given",
     "read_rows",
 ]
 
@@ -46,7 +45,7 @@ RECOVERIES = (  # what the ladder did; several may occur together
     "gave_up",  # halted, since the loss diverged again after all rewinds
 )
 _NUMBERS = ("value", "grad_norm", "clipped_norm", "scale", "max_logit")
-_CODES = 6  # columns of integers
+_CODES = 7  # columns of integers
 _FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)  # the kind of a number
 _BITS = 3  # the number of bits of a kind in the column of kinds
 
@@ -64,13 +63,14 @@ class Row(NamedTuple):
     worst_leaf: jax.Array  # i32[]: the first leaf that is not finite, else that of largest norm; -1 without leaves
     recovery: jax.Array | int = 0  # i32[]: bits of RECOVERIES
     max_logit: jax.Array | None = None  # f32[]: the largest attention logit, if maxima were passed
+    tag: jax.Array | int = -1  # i32[]: the number that identifies the batch; -1 if none was passed
 
 
 class FlightRecorder(NamedTuple):
     """The last `history` rows. The row of step t is at t % history; `codes[:, 0]` is -1 in unwritten rows."""
 
     numbers: jax.Array  # f32[history, 5]: value, grad_norm, clipped_norm, scale, max_logit; 0 where not finite
-    codes: jax.Array  # i32[history, 6]: step, event, rule, worst_leaf, the kinds of the five numbers, recovery
+    codes: jax.Array  # i32[history, 7]: step, event, rule, worst_leaf, the kinds of the five numbers, recovery, tag
 
 
 def empty_recorder(history: int) -> FlightRecorder:
@@ -90,8 +90,8 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
         jnp.full(len(given), _FINITE, jnp.int32),
     )
     packed = jnp.sum(kinds << _BITS * np.arange(len(_NUMBERS), dtype=np.int32), dtype=jnp.int32)
-    recovery = jnp.asarray(row.recovery, jnp.int32)
-    codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed, recovery])
+    recovery, tag = (jnp.asarray(code, jnp.int32) for code in (row.recovery, row.tag))
+    codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed, recovery, tag])
     place = row.step % recorder.codes.shape[0]
     return FlightRecorder(
         numbers=recorder.numbers.at[place].set(jnp.where(kinds == _FINITE, numbers, 0)),
@@ -103,9 +103,10 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     """The row of step `step - 1`; works inside `jit`. Before the first step, its event is -1 and its numbers are 0."""
     all_numbers, all_codes = _columns(recorder)
     place = (step - 1) % all_codes.shape[0]
-    step, event, rule, worst_leaf, kinds, recovery = all_codes[place]
+    step, event, rule, worst_leaf, kinds, recovery, tag = all_codes[place]
     numbers = dict(zip(_NUMBERS, _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp), strict=True))
-    return Row(step=step, **numbers, event=event, rule=rule, worst_leaf=worst_leaf, recovery=jnp.maximum(recovery, 0))
+    recovery = jnp.maximum(recovery, 0)
+    return Row(step=step, **numbers, event=event, rule=rule, worst_leaf=worst_leaf, recovery=recovery, tag=tag)
 
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:
@@ -123,21 +124,18 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
             ("rule", "i4"),
             ("worst_leaf", "i4"),
             ("recovery", "U64"),
+            ("tag", "i4"),
+            ("value_given", "?"),
         ],
     )
     for name, column in zip(_NUMBERS, _unpack(numbers[order].T, codes[order, 4], np), strict=True):
         rows[name] = column
-    rows["step"], rows["rule"], rows["worst_leaf"] = codes[order, 0], codes[order, 2], codes[order, 3]
+    for name, column in (("step", 0), ("rule", 2), ("worst_leaf", 3), ("tag", 6)):
+        rows[name] = codes[order, column]
+    rows["value_given"] = _kind(codes[order, 4], 0) != _ABSENT
     rows["event"] = np.array(EVENTS)[codes[order, 1]]
     rows["recovery"] = [_recovery_words(bits) for bits in codes[order, 5]]
     return rows
-
-
-def losses_given(recorder: FlightRecorder) -> np.ndarray:
-    """Whether a loss was passed, for every row of `read_rows`, where a missing loss reads as NaN."""
-    codes = np.asarray(jax.device_get(_columns(recorder)[1]))
-    codes = codes[codes[:, 0] >= 0]
-    return _kind(codes[np.argsort(codes[:, 0], kind="stable"), 4], 0) != _ABSENT
 
 
 def _columns(recorder: FlightRecorder) -> tuple[jax.Array, jax.Array]:

@@ -179,15 +179,20 @@ def _steps(log: TrainingLog) -> str:
         return "<p>None.</p>"
     shown = rows[-_SHOWN:]
     cells = []
+    tagged = bool((log.rows["tag"] >= 0).any())
     for row in shown:
         what = str(row["event"]).replace("_", " ")
         if row["recovery"]:
             what += f" ({str(row['recovery']).replace('_', ' ')})"
-        numbers = [_number(row[name]) for name in ("value", "grad_norm", "clipped_norm", "scale")]
-        cells.append([str(int(row["step"])), what, *numbers, leaf_label(log.names, int(row["worst_leaf"]))])
-    heads = ["step", "verdict", "loss", "norm before", "norm let in", "scale", "worst leaf"]
+        loss = _number(row["value"]) if row["value_given"] else "not passed"
+        numbers = [_number(row[name]) for name in ("grad_norm", "clipped_norm", "scale")]
+        batch = [str(int(row["tag"])) if row["tag"] >= 0 else "-"] if tagged else []
+        leaf = leaf_label(log.names, int(row["worst_leaf"]))
+        cells.append([str(int(row["step"])), *batch, what, leaf, loss, *numbers])
+    heads = ["step", *(["batch"] if tagged else []), "verdict", "worst leaf", "loss", "norm before", "norm let in"]
+    heads.append("scale")
     left_out = f" (the last {_SHOWN})" if len(rows) > _SHOWN else ""
-    table = _table(f"{len(rows)} of {len(log.rows)} recorded steps{left_out}", heads, cells, (1, 6))
+    table = _table(f"{len(rows)} of {len(log.rows)} recorded steps{left_out}", heads, cells, (1 + tagged, 2 + tagged))
     return _folded(f"{len(rows)} steps", table, len(shown))
 
 

@@ -15,6 +15,7 @@ _LOOK_BACK = 64  # steps before an incident that are searched for an early sign
 _CALM = 8  # with fewer usual steps than this, nothing is called unusual
 _FACTOR = 3.0  # an unusual norm is at least this much larger than usual, and six times its own spread
 _ALL = ", and so did every other leaf"
+_TAGS = 4  # the most batches that are listed for an incident
 _BOUND = 0.5  # a clip to more than this share is routine and not an incident
 
 
@@ -152,7 +153,7 @@ def _incident(log: TrainingLog, group: np.ndarray, usual: float) -> Incident:
     largest = np.max(rows["grad_norm"], initial=0.0, where=np.isfinite(rows["grad_norm"]))
     factor = float(largest / usual) if usual > 0 else float("nan")
     severity = 100.0 + int(bad.sum()) if bad.any() else float(np.log(max(factor, 1.0))) if factor == factor else 1.0
-    parts = [_cause(log, rows, bad, factor), _warning(log, first), _action(rows)]
+    parts = [_cause(log, rows, bad, factor) + _batches(rows), _warning(log, first), _action(rows)]
     after = _aftermath(log, group)
     text = f"{_when(first, last)}: " + "; ".join(part for part in parts if part) + (f"; {after}." if after else ".")
     return Incident(first, last, kinds, severity, text)
@@ -175,8 +176,7 @@ def _cause(log: TrainingLog, rows: np.ndarray, bad: np.ndarray, factor: float) -
         if row["event"] == "nonfinite_update":
             return f"the gradient was finite, but the update of {_name(log, leaf)} was not"
         seen = "NaN" if np.isnan(row["grad_norm"]) else "Inf or numbers too large to square"
-        passed = np.isfinite(log.rows["value"]).any()  # a loss that was never passed reads as NaN too
-        if np.isfinite(row["grad_norm"]) and passed and not np.isfinite(row["value"]):
+        if np.isfinite(row["grad_norm"]) and row["value_given"] and not np.isfinite(row["value"]):
             return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
         if np.isfinite(row["grad_norm"]):
             return "a rule returned a scale that was not finite, or that made the gradient overflow"
@@ -203,6 +203,16 @@ def _others(log: TrainingLog, step: int) -> str:
     if count + 1 == len(norms):
         return _ALL
     return f", and so did {count} other lea{'f' if count == 1 else 'ves'} of {len(norms)}"
+
+
+def _batches(rows: np.ndarray) -> str:
+    """Which batches an incident began with, if the run passed `tag=`."""
+    tags = list(dict.fromkeys(int(tag) for tag in rows["tag"] if tag >= 0))
+    if not tags:
+        return ""
+    shown = ", ".join(str(tag) for tag in tags[:_TAGS])
+    more = f" and {len(tags) - _TAGS} more" if len(tags) > _TAGS else ""
+    return f" (batch{'es' if len(tags) > 1 else ''} {shown}{more})"
 
 
 def _warning(log: TrainingLog, step: int) -> str:

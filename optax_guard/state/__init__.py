@@ -4,6 +4,7 @@
 You want                                               Use
 =====================================================  ================================================================
 counters, the last norm and scale, for a logger        `metrics`
+each new event in words, and an error on a halt        `event_logger`
 the last rows of the flight recorder                   `flight_log`
 the norm of every leaf, with `record_leaves`           `leaf_log`
 to add or remove the guard of a run in progress        `add_guard_state`, `remove_guard_state`, `find_inner_state`
@@ -16,6 +17,7 @@ The functions are also in `optax_guard` itself; the types of the states are only
 from optax_guard._guard import GuardState
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.record import FlightRecorder
+from optax_guard.state._events import event_logger
 from optax_guard.state._held import keep_if_held
 from optax_guard.state._metrics import flight_log, metrics
 from optax_guard.state._migration import add_guard_state, find_inner_state, remove_guard_state
@@ -25,6 +27,7 @@ __all__ = [
     "GuardState",
     "LossScalingState",
     "add_guard_state",
+    "event_logger",
     "find_inner_state",
     "flight_log",
     "keep_if_held",

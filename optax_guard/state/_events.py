@@ -1,0 +1,184 @@
+"""Tells on the host, once and in words, what a guard has done since the last look."""
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_guard._common import validate
+from optax_guard._common.tree import field_array, find_states
+from optax_guard._common.typing import PyTree
+from optax_guard._guard import GuardState
+from optax_guard._halt import raise_if_halted
+from optax_guard._step.reading import axes_in_front, member, members, seen_names, what_was_seen, where
+from optax_guard._step.record import EVENTS, FlightRecorder, read_rows
+
+__all__ = ["event_logger"]
+
+_IN_FLIGHT = 2  # looks whose result is still being computed; the next one waits for the oldest
+_UNUSUAL = 0.5  # a clip is told if its scale is less than this share of the usual scale
+
+
+def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Callable[..., None]:
+    """Returns a function for the training loop that tells each new event of the guard once, and raises on a halt.
+
+    ==================  ================================================================================================
+    Event               Told
+    ==================  ================================================================================================
+    a held step         what was not finite, or the rule that refused the step; the leaf, the loss, the batch's `tag`
+    let through         the same, for a step that was refused and applied because `patience` had run out
+    recovery            what was reset, backed off or rewound
+    clipped             only if unusual: the scale is less than half the median scale of the recorded steps
+    applied             never
+    halted              by the error, `TrainingHalted`
+    ==================  ================================================================================================
+
+    A look fetches four integers, without waiting for the step that was just dispatched: a step's events are told at
+    most two looks later. Only if there is something to tell does it wait and fetch the recorder's rows (44 bytes each).
+
+    Args:
+      write: receives one line of text per event, such as `print`, `logging.getLogger("train").warning` or
+        `tqdm.tqdm.write`.
+      every: look at every n-th call only (>= 1). Events in between are told too, as long as they are among the last
+        `recorder_rows` steps.
+
+    Returns:
+      `log_events(state, params=None)`, to be called after each step. The parameters give leaves their names; without
+      them, leaves are numbered. For a state of many runs at once (`jax.vmap`, `jax.pmap`), each line begins with the
+      member.
+
+    Raises:
+      TrainingHalted: by `log_events`, if a guard in `state` has halted.
+      ValueError: `every` is invalid; by `log_events`, if there is no guard in `state`, or fewer rows than `every`.
+
+    Example:
+      >>> import optax_guard as og
+      >>> tx = og.guard(optax.sgd(0.1), og.skip_large(10.0))
+      >>> params = {"w": jnp.ones(2)}
+      >>> state, log_events = tx.init(params), og.event_logger()
+      >>> for batch, size in enumerate((1.0, 100.0, jnp.nan, 1.0, 1.0, 1.0)):
+      ...     params, state = og.apply_gradients(tx, {"w": jnp.full(2, size)}, state, params, tag=batch)
+      ...     log_events(jax.block_until_ready(state), params)
+      step 1: held, rule 0 refused it: the gradient norm was 141, most of it in `w` (batch 1)
+      step 2: held: the gradient of `w` held NaN (batch 2)
+    """
+    every = validate.integer("event_logger", "every", every, low=1)
+    calls = 0
+    untold: dict[int, int] = {}  # guard -> the first step that has not been told
+    looks: deque[list[jax.Array]] = deque()
+
+    def log_events(state: optax.OptState, params: PyTree | None = None) -> None:
+        nonlocal calls, untold
+        calls += 1
+        guards = find_states(state, GuardState)
+        if not guards:
+            raise ValueError("event_logger: there is no guard in this state; wrap the optimizer in `guard` first.")
+        recorders = [FlightRecorder(*map(field_array, each.recorder)) for each in guards]
+        if recorders[0].codes.shape[-2] < every:
+            raise ValueError(
+                "event_logger: `every` must be at most the guard's `recorder_rows`, or events would be lost; got "
+                f"every={every} and {recorders[0].codes.shape[-2]} rows."
+            )
+        if calls % every:
+            return
+        firsts = [np.array([untold.get(number, -1), every], np.int32) for number in range(len(guards))]
+        parts = zip(recorders, guards, firsts, strict=True)
+        look = [_look(recorder, field_array(each.halted), first) for recorder, each, first in parts]
+        for news in look:
+            news.copy_to_host_async()
+        looks.append(look)
+        while looks and (len(looks) > _IN_FLIGHT or all(news.is_ready() for news in looks[0])):
+            seen = [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in looks.popleft()]
+            if any(news.event.any() or news.halted.any() for news in seen):
+                looks.clear()
+                for number, (each, news) in enumerate(zip(guards, seen, strict=True)):
+                    label = f"guard {number}, " if len(guards) > 1 else ""
+                    untold[number] = _tell(write, label, each, params, int(np.min(news.first)))
+                raise_if_halted(state, params)
+            else:
+                untold |= {number: int(np.max(news.newest)) + 1 for number, news in enumerate(seen)}
+
+    return log_events
+
+
+class _Look(NamedTuple):
+    """What a look fetches, each number with the axes of the members."""
+
+    event: np.ndarray  # whether there is something to tell
+    halted: np.ndarray  # whether the guard has halted
+    first: np.ndarray  # the first step that the look covers
+    newest: np.ndarray  # the last
+
+
+def _look(recorder: FlightRecorder, halted: jax.Array, first: np.ndarray) -> jax.Array:
+    """A `_Look` in one array, i32[..., 4]."""
+    return _look_at_many(axes_in_front(halted))(recorder, halted, first)
+
+
+@functools.cache
+def _look_at_many(axes: int) -> Callable[..., jax.Array]:
+    look = _look_at_one
+    for _ in range(axes):
+        look = jax.vmap(look, in_axes=(0, 0, None))
+    return jax.jit(look)
+
+
+def _look_at_one(recorder: FlightRecorder, halted: jax.Array, first: jax.Array) -> jax.Array:
+    steps, told = recorder.codes[:, 0], _is_told(recorder.codes[:, 1], recorder.numbers[:, 3], jnp)
+    newest, (untold, every) = jnp.max(steps), first
+    # On the first look, or if an older state was restored, only the steps since the last look are new.
+    since = jnp.where((untold < 0) | (newest < untold - 1), newest - every + 1, untold)
+    numbers = _Look(jnp.any(told & (steps >= since)), halted, since, newest)
+    return jnp.stack([number.astype(jnp.int32) for number in numbers])
+
+
+def _is_told(events: Any, scales: Any, xp: Any) -> Any:
+    """Which rows are worth telling. A step before the first counts as unclipped."""
+    usual = xp.nanmedian(xp.append(xp.where(scales > 0, scales, xp.nan), 1.0))
+    unusual_clip = (events == EVENTS.index("clipped")) & (scales < _UNUSUAL * usual)
+    return (events > EVENTS.index("clipped")) | unusual_clip
+
+
+def _tell(write: Callable[[str], Any], label: str, guard_state: GuardState, params: PyTree | None, first: int) -> int:
+    """Writes the lines of one guard and returns the first step that is still to be told."""
+    newest = first - 1
+    names = seen_names(guard_state.seen_leaves, params)
+    recorder = FlightRecorder(*map(field_array, guard_state.recorder))
+    for index in members(field_array(guard_state.halted)):
+        rows = read_rows(member(recorder, index))
+        if len(rows) == 0:
+            continue
+        newest = max(newest, int(rows["step"][-1]))
+        codes = np.array([EVENTS.index(event) for event in rows["event"]])
+        told = _is_told(codes, rows["scale"], np) & (rows["step"] >= first)
+        who = f"member {index[0] if len(index) == 1 else index}, " if index else ""
+        for i in np.flatnonzero(told & (rows["event"] != "halted")):
+            write(f"{label}{who}step {int(rows['step'][i])}: {_words(rows[i], names)}")
+    return newest + 1
+
+
+def _words(row: Any, names: list[str]) -> str:
+    """One event as a sentence."""
+    event = str(row["event"])
+    leaf = where(names, int(row["worst_leaf"]))
+    norm = f"the gradient norm was {row['grad_norm']:.3g}" + (f", most of it in {leaf}" if leaf else "")
+    if event in ("nonfinite", "nonfinite_update"):
+        text = f"held: {what_was_seen(row, names)}"
+    elif event == "skipped":
+        text = f"held, rule {int(row['rule'])} refused it: {norm}"
+    elif event == "let_through":
+        text = f"applied after `patience` refusals, though rule {int(row['rule'])} refused it: {norm}"
+    elif event == "clipped":
+        text = f"clipped to {row['scale']:.2g} of the gradient: {norm}"
+    else:
+        text = "held in favour of recovery"
+    if row["recovery"]:
+        text += "; recovery: " + str(row["recovery"]).replace("_", " ").replace("+", ", ")
+    loss = f", loss {row['value']:.4g}" if row["value_given"] and np.isfinite(row["value"]) else ""
+    batch = f" (batch {int(row['tag'])})" if row["tag"] >= 0 else ""
+    return text + loss + batch

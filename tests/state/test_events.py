@@ -1,0 +1,130 @@
+"""`event_logger` tells each event once, whatever the cadence, and `tag` says which batch it was."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_guard as og
+from optax_guard.report import load_log, read_log, save_log, story
+
+ROWS = 32
+TX = og.guard(optax.sgd(0.1), og.skip_large(10.0), og.clip_by_global_norm(1.0), halt_after=3, recorder_rows=ROWS)
+PARAMS = {"dense": jnp.ones(2)}
+NAN = float("nan")
+
+
+@jax.jit
+def train_step(params: Any, state: Any, size: jax.Array, tag: jax.Array) -> tuple[Any, Any]:
+    return og.apply_gradients(TX, {"dense": jnp.stack([size, jnp.zeros(())])}, state, params, value=size, tag=tag)
+
+
+def run(sizes: list[float], log_events: Callable[..., None], params: Any = PARAMS, state: Any = None) -> Any:
+    state = TX.init(PARAMS) if state is None else state
+    for i, size in enumerate(sizes):
+        params, state = train_step(params, state, jnp.float32(size), jnp.int32(100 + i))
+        log_events(state, params)
+    return params, state
+
+
+def look_often(log_events: Callable[..., None], *arguments: Any) -> None:
+    """Until everything is told: two looks may still be under way, each after at most three calls."""
+    for _ in range(9):
+        log_events(*arguments)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_each_event_is_told_once_at_any_cadence(every: int) -> None:
+    sizes = [0.5] * 24
+    sizes[3], sizes[4], sizes[10], sizes[14] = NAN, 50.0, float("inf"), 8.0
+    told: list[str] = []
+    log_events = og.event_logger(told.append, every=every)
+    _, state = run(sizes, log_events)
+    look_often(log_events, state, PARAMS)
+    assert told == [
+        "step 3: held: the gradient of `dense` held NaN (batch 103)",
+        "step 4: held, rule 0 refused it: the gradient norm was 50, most of it in `dense`, loss 50 (batch 104)",
+        "step 10: held: the gradient of `dense` held Inf, or numbers too large to square in float32 (above 1.8e19) "
+        "(batch 110)",
+        "step 14: clipped to 0.12 of the gradient: the gradient norm was 8, most of it in `dense`, loss 8 (batch 114)",
+    ]
+
+
+def test_routine_clipping_is_not_an_event() -> None:
+    told: list[str] = []
+    run([5.0] * 12 + [9.0, 5.0], og.event_logger(told.append))
+    assert [line.split(":")[0] for line in told] == ["step 0"]  # to 0.2, where 1 is usual; afterwards 0.2 is
+
+
+def test_a_halt_is_raised_after_its_events_were_told() -> None:
+    told: list[str] = []
+    with pytest.raises(og.TrainingHalted, match="dense"):
+        run([0.5] + [NAN] * 12, og.event_logger(told.append))
+    assert [line.split(":")[0] for line in told] == ["step 1", "step 2", "step 3"]
+
+
+def test_a_restored_state_is_told_from_where_it_stands() -> None:
+    told: list[str] = []
+    log_events = og.event_logger(told.append)
+    params, state = run([0.5, NAN, 0.5, 0.5, 0.5], og.event_logger([].append))
+    run([0.5] * 4, log_events, params, state)  # a new process does not tell the old NaN again
+    assert told == []
+    later = run([0.5] * 9, log_events, params, state)[1]
+    run([0.5, NAN, 0.5, 0.5, 0.5], log_events, params, state)  # back to an earlier checkpoint
+    assert [line.split(":")[0] for line in told] == ["step 6"]
+    assert int(later.guard_step) == 14
+
+
+def test_members_and_several_guards_are_named() -> None:
+    told: list[str] = []
+    many = jax.vmap(lambda size, state: og.apply_gradients(TX, {"dense": jnp.stack([size, size])}, state, PARAMS)[1])
+    state = jax.vmap(lambda _: TX.init(PARAMS))(jnp.arange(3))
+    look_often(og.event_logger(told.append), jax.jit(many)(jnp.array([0.5, NAN, 0.5]), state), PARAMS)
+    assert told == ["member 1, step 0: held: the gradient of `dense` held NaN"]
+    held = train_step(PARAMS, TX.init(PARAMS), jnp.float32(NAN), jnp.int32(7))[1]
+    told.clear()
+    look_often(og.event_logger(told.append), (TX.init(PARAMS), held))
+    assert told == ["guard 1, step 0: held: the gradient of leaf 0 of 1 held NaN (batch 7)"]
+
+
+def test_a_quiet_look_fetches_nothing_and_compiles_nothing() -> None:
+    log_events = og.event_logger(pytest.fail)
+    params, state = run([0.5] * 3, log_events)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_get", pytest.fail)
+        run([0.5] * 3, log_events, params, state)
+
+
+def test_what_cannot_be_told_is_refused() -> None:
+    with pytest.raises(ValueError, match="no guard in this state"):
+        og.event_logger()(optax.sgd(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match="recorder_rows"):
+        og.event_logger(every=ROWS + 1)(TX.init(PARAMS))
+    for wrong in (1.5, True, "a", 2**31, jnp.ones(2, jnp.int32), np.float32(1)):
+        with pytest.raises(ValueError, match="`tag` must be one integer"):
+            og.apply_gradients(TX, PARAMS, TX.init(PARAMS), PARAMS, tag=wrong)
+
+
+@pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: og.accumulate(tx, 2), lambda tx: og.loss_scaling(tx)])
+def test_the_tag_reaches_log_story_and_file(around: Callable[[Any], Any], tmp_path: Any) -> None:
+    tx = around(TX)
+    params, state = PARAMS, tx.init(PARAMS)
+    for tag in (11, None, 2**31 - 1, np.int64(12)):
+        size = NAN if tag == 12 and around(TX) is TX else 0.5
+        params, state = og.apply_gradients(tx, {"dense": jnp.full(2, size)}, state, params, tag=tag)
+    tags = og.flight_log(state)["tag"].tolist()
+    assert tags == ([-1, 12] if isinstance(state, og.accumulation.AccumulateState) else [11, -1, 2**31 - 1, 12])
+    read = load_log(save_log(tmp_path / "log", state, params))
+    assert read.rows["tag"].tolist() == tags
+    if around(TX) is TX:
+        assert "batch 12" in " ".join(story(read_log(state, params)))
+
+
+def test_every_metric_is_a_number_for_json() -> None:
+    _, state = run([0.5], lambda *_: None)
+    json.dumps({name: number.item() for name, number in jax.device_get(og.metrics(state)).items()})
