@@ -39,6 +39,7 @@ TITLES = {
     "rules/adaptive": "Adaptive clips",
     "rules/published": "Published rules",
     "rules/skip": "Skipping",
+    "state/events": "Events in words",
     "state/held": "State beside the optimizer",
     "state/metrics": "Metrics and flight log",
     "state/migration": "Adding and removing guards",

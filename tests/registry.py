@@ -38,6 +38,7 @@ NOT_TRANSFORMATIONS = {
     "accumulate_gradients": "makes a gradient function",
     "apply_gradients": "takes a step with a transformation",
     "clear_halt": "edits a state",
+    "event_logger": "reads a state in the training loop",
     "find_inner_state": "looks for a state in another",
     "flight_log": "reads a state",
     "flush": "takes a step with what `accumulate` holds",

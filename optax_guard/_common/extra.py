@@ -50,7 +50,8 @@ def tag_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = No
     if tag is None:
         return -1
     number = isinstance(tag, int) and not isinstance(tag, bool) and abs(tag) < 2**31
-    array = hasattr(tag, "dtype") and jnp.issubdtype(tag.dtype, jnp.integer) and np.shape(tag) == ()
+    dtype = getattr(tag, "dtype", None)
+    array = dtype is not None and jnp.issubdtype(dtype, jnp.integer) and np.shape(tag) == ()
     if not number and not array:
         raise ValueError(
             f"{function}: `tag` must be one integer below 2**31 that identifies the batch, such as its index or "

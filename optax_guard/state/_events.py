@@ -48,9 +48,9 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
         `recorder_rows` steps.
 
     Returns:
-      `log_events(state, params=None)`, to be called after each step. The parameters give leaves their names; without
-      them, leaves are numbered. For a state of many runs at once (`jax.vmap`, `jax.pmap`), each line begins with the
-      member.
+      `log_events(state, params=None, wait=False)`, to be called after each step, and with `wait=True` after the last,
+      which tells everything that is left. The parameters give leaves their names; without them, leaves are numbered.
+      For a state of many runs at once (`jax.vmap`, `jax.pmap`), each line begins with the member.
 
     Raises:
       TrainingHalted: by `log_events`, if a guard in `state` has halted.
@@ -60,10 +60,14 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
       >>> import optax_guard as og
       >>> tx = og.guard(optax.sgd(0.1), og.skip_large(10.0))
       >>> params = {"w": jnp.ones(2)}
-      >>> state, log_events = tx.init(params), og.event_logger()
-      >>> for batch, size in enumerate((1.0, 100.0, jnp.nan, 1.0, 1.0, 1.0)):
+      >>> lines = []
+      >>> state, log_events = tx.init(params), og.event_logger(lines.append)
+      >>> for batch, size in enumerate((1.0, 100.0, jnp.nan, 1.0)):
       ...     params, state = og.apply_gradients(tx, {"w": jnp.full(2, size)}, state, params, tag=batch)
-      ...     log_events(jax.block_until_ready(state), params)
+      ...     log_events(state, params)
+      >>> log_events(state, params, wait=True)
+      >>> for line in lines:
+      ...     print(line)
       step 1: held, rule 0 refused it: the gradient norm was 141, most of it in `w` (batch 1)
       step 2: held: the gradient of `w` held NaN (batch 2)
     """
@@ -72,7 +76,7 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     untold: dict[int, int] = {}  # guard -> the first step that has not been told
     looks: deque[list[jax.Array]] = deque()
 
-    def log_events(state: optax.OptState, params: PyTree | None = None) -> None:
+    def log_events(state: optax.OptState, params: PyTree | None = None, *, wait: bool = False) -> None:
         nonlocal calls, untold
         calls += 1
         guards = find_states(state, GuardState)
@@ -84,7 +88,7 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
                 "event_logger: `every` must be at most the guard's `recorder_rows`, or events would be lost; got "
                 f"every={every} and {recorders[0].codes.shape[-2]} rows."
             )
-        if calls % every:
+        if calls % every and not wait:
             return
         firsts = [np.array([untold.get(number, -1), every], np.int32) for number in range(len(guards))]
         parts = zip(recorders, guards, firsts, strict=True)
@@ -92,7 +96,7 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
         for news in look:
             news.copy_to_host_async()
         looks.append(look)
-        while looks and (len(looks) > _IN_FLIGHT or all(news.is_ready() for news in looks[0])):
+        while looks and (wait or len(looks) > _IN_FLIGHT or all(map(_is_ready, looks[0]))):
             seen = [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in looks.popleft()]
             if any(news.event.any() or news.halted.any() for news in seen):
                 looks.clear()
@@ -106,13 +110,18 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     return log_events
 
 
+def _is_ready(array: Any) -> bool:
+    """Whether an array has been computed (a method that JAX's types do not declare)."""
+    return array.is_ready()
+
+
 class _Look(NamedTuple):
     """What a look fetches, each number with the axes of the members."""
 
-    event: np.ndarray  # whether there is something to tell
-    halted: np.ndarray  # whether the guard has halted
-    first: np.ndarray  # the first step that the look covers
-    newest: np.ndarray  # the last
+    event: Any  # whether there is something to tell
+    halted: Any  # whether the guard has halted
+    first: Any  # the first step that the look covers
+    newest: Any  # the last
 
 
 def _look(recorder: FlightRecorder, halted: jax.Array, first: np.ndarray) -> jax.Array:

@@ -78,6 +78,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "dense_penalty": {"strength": 0.1},
     "elastic_net_penalty": {"l1": 0.1, "l2": 0.1},
     "equinox_attention": {"heads": 2},
+    "event_logger": {"write": print},
     "find_inner_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
     "keep_if_held": {"state": GUARD.init(PARAMS), "new": PARAMS, "old": PARAMS},
     "flight_log": {"state": GUARD.init(PARAMS)},

@@ -1,6 +1,7 @@
 """The recipes of docs/state/logging.md do what the page says: its blocks run as they stand and their output is read."""
 
 import csv
+import json
 import re
 import struct
 import sys
@@ -123,3 +124,16 @@ def test_a_scan_returns_every_step() -> None:
     columns = run_block("Every step, without waiting")["columns"]
     np.testing.assert_allclose(columns["guard/grad_norm"], SIZES, rtol=1e-6)
     assert columns["guard/clipped_total"][-1] == expected()["guard/clipped_total"][99]
+
+
+def test_events_are_told_as_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    run_block("Each event, once, in words")
+    section = PAGE.read_text().split("## Each event, once, in words\n")[1]
+    (shown,) = re.findall(r"```\n(step.*?)```", section, flags=re.DOTALL)[:1]
+    assert capsys.readouterr().out == shown
+
+
+def test_the_numbers_are_ready_for_json() -> None:
+    numbers = run_block("Numbers")["numbers"]
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert numbers["guard/worst_leaf"] == -1
