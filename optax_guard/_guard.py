@@ -163,7 +163,7 @@ def guard(
         resets.
       halt_after: the number of non-finite steps in a row at which the guard halts (>= 1). A finite step resets the
         count.
-      recorder_rows: the number of rows of the flight recorder (>= 1); each takes 44 bytes.
+      recorder_rows: the number of rows of the flight recorder (>= 1); each takes 48 bytes.
       check_updates: whether to hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a
         zero float16 gradient into NaN, or would take a finite parameter beyond its dtype. This needs a second copy of
         the parameters and the inner state while it runs. None checks only if `inner.update` has a parameter for
@@ -341,7 +341,9 @@ def guarded(
         after = _ladder.After(happened, applied & ~happened, new_params, new_state, next_updates)
         recovery_state = _ladder.finish(ladder, plan, seen, after)
         max_logit = None if max_logits is None else largest(max_logits)
-        outcome = _Outcome(applied, bad_leaf, new_state, plan, recovery_state, max_logit, tag_in(name, extra, axis_name))
+        outcome = _Outcome(
+            applied, bad_leaf, new_state, plan, recovery_state, max_logit, tag_in(name, extra, axis_name)
+        )
         return result, _advance(state, judged, outcome, halt_after)
 
     return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)

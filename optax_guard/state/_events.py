@@ -39,7 +39,7 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     ==================  ================================================================================================
 
     A look fetches four integers, without waiting for the step that was just dispatched: a step's events are told at
-    most two looks later. Only if there is something to tell does it wait and fetch the recorder's rows (44 bytes each).
+    most two looks later. Only if there is something to tell does it wait and fetch the recorder's rows (48 bytes each).
 
     Args:
       write: receives one line of text per event, such as `print`, `logging.getLogger("train").warning` or
