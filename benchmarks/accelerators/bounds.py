@@ -9,7 +9,7 @@ from typing import NamedTuple
 from benchmarks.accelerators.measure import Measured
 from benchmarks.accelerators.steps import BARE
 
-__all__ = ["BOUNDS", "Bound", "broken", "said"]
+__all__ = ["BOUNDS", "Bound", "broken", "limits", "said", "worse"]
 
 _SLACK = {"bytes": 5e-3, "temporaries": 5e-4, "conditionals": 0}  # half of the last digit that the table shows
 
@@ -79,18 +79,33 @@ BOUNDS: dict[str, dict[str, Bound]] = {
 }
 
 
+def limits(bound: Bound, rows: dict[str, Measured]) -> dict[str, float]:
+    """What each figure is to stay below. Bytes relative to a row that was not compiled: below nothing."""
+    found: dict[str, float] = {}
+    if bound.bytes is not None:
+        unit = 1.0 if not bound.of else rows[bound.of].bytes if bound.of in rows else float("-inf")
+        found["bytes"] = bound.bytes * unit + bound.plus
+    temporaries = rows[bound.of].temporaries if bound.same_temporaries else bound.temporaries
+    if temporaries is not None:
+        found["temporaries"] = temporaries
+    if bound.conditionals is not None:
+        found["conditionals"] = bound.conditionals
+    return found
+
+
 def broken(row: Measured, bound: Bound, rows: dict[str, Measured]) -> list[str]:
     """Which of the row's figures are above their bound; one of "bytes", "temporaries", "conditionals"."""
-    if bound.bytes is not None and bound.of and bound.of not in rows:
-        return ["bytes"]  # what it is relative to was not compiled
-    unit = rows[bound.of].bytes if bound.of else 1.0
-    temporaries = rows[bound.of].temporaries if bound.same_temporaries else bound.temporaries
-    limits = {
-        "bytes": None if bound.bytes is None else bound.bytes * unit + bound.plus,
-        "temporaries": temporaries,
-        "conditionals": bound.conditionals,
-    }
-    return [name for name, limit in limits.items() if limit is not None and getattr(row, name) > limit + _SLACK[name]]
+    return [name for name, limit in limits(bound, rows).items() if getattr(row, name) > limit + _SLACK[name]]
+
+
+def worse(row: Measured, bound: Bound, rows: dict[str, Measured], recorded: dict[str, Measured]) -> list[str]:
+    """The same, in words; a figure that misses its bound in the results may be what it is there, and no more."""
+    found = []
+    for name, limit in limits(bound, rows).items():
+        held = max(limit, getattr(recorded[row.name], name)) if row.name in recorded else limit
+        if getattr(row, name) > held + _SLACK[name]:
+            found.append(f"{row.name}: {name} {getattr(row, name):g}, at most {held:g}")
+    return found
 
 
 def said(bound: Bound) -> str:

@@ -9,7 +9,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["CHIPS", "Chip", "Program", "chip_of", "compiled"]
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+__all__ = ["CHIPS", "Chip", "Program", "chip_of", "compiled", "lowered", "topology"]
 
 PyTree = Any
 H100 = Path(__file__).with_name("h100.txtpb")
@@ -38,11 +42,16 @@ CHIPS = {
 
 def chip_of(key: str) -> Any:
     """The described device, one chip of it."""
+    return topology(key, {"tpu": "v5e:2x2", "gpu": "1x1x1"}[key])[0]
+
+
+def topology(key: str, shape: str) -> np.ndarray:
+    """The described devices."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a machine in the cloud
     from jax.experimental import topologies
 
     if key == "tpu":
-        return topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+        return np.array(topologies.get_topology_desc(shape, platform="tpu").devices)
     from jax._src import xla_bridge  # JAX finds the plugin by itself only where a driver is
 
     logging.getLogger(xla_bridge.__name__).setLevel(logging.CRITICAL)  # it logs what is caught here
@@ -51,16 +60,18 @@ def chip_of(key: str) -> Any:
     except Exception as error:  # XLA has an exception of its own here
         if "ALREADY_EXISTS" not in str(error):
             raise
-    description = H100.read_text()
-    return topologies.get_topology_desc("h100", platform="cuda", target_config=description, topology="1x1x1").devices[0]
+    described = topologies.get_topology_desc("h100", platform="cuda", target_config=H100.read_text(), topology=shape)
+    return np.array(described.devices)
 
 
 def compiled(function: Any, arguments: PyTree, chip: Any) -> Program:
     """Compiles `function` for one chip, its first two arguments donated; `arguments` are shapes."""
-    import jax
-    from jax.sharding import SingleDeviceSharding
-
     there = SingleDeviceSharding(chip)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments)
-    program = jax.jit(function, donate_argnums=(0, 1)).lower(*arguments).compile()
+    program = lowered(function, arguments).compile()
     return Program(program.as_text(), program.memory_analysis().temp_size_in_bytes)
+
+
+def lowered(function: Any, arguments: PyTree) -> Any:
+    """Traced, its first two arguments donated; `arguments` are shapes with shardings."""
+    return jax.jit(function, donate_argnums=(0, 1)).lower(*arguments)

@@ -54,8 +54,8 @@ def missing(chips: list[str]) -> str | None:
         print(f"Making {HERE.name} with {python}.", flush=True)
         if subprocess.run([python, "-m", "venv", str(HERE)], check=False).returncode:
             return f"{python} -m venv failed."
-    if not installed("optax") and not install("optax", "matplotlib", "jax"):
-        return "pip could not install jax, optax and matplotlib."
+    if not installed("flax") and not install("flax", "matplotlib", "optax", "jax"):
+        return "pip could not install jax, optax, flax and matplotlib."
     for chip in chips:
         wheel, module = WHEELS[chip]
         if not installed(module):

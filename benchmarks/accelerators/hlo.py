@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["Branches", "Count", "Hlo", "count", "parsed"]
+__all__ = ["Branches", "Count", "Hlo", "Sent", "count", "parsed", "sent"]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # others carry them in their name: f32, bf16, s4, f8e4m3fn
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
@@ -38,6 +38,7 @@ _FREE = {
     "tuple",
 }
 _FREE_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound")  # a TPU's: name what lies side by side, promise
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _PARTS = {"slice", "dynamic-slice", "gather"}  # read only as much as they return
 _LARGE = 1024  # bytes; a copy of less is one of a counter or a verdict
 
@@ -95,6 +96,15 @@ class Count(NamedTuple):
 
     def __mul__(self, times: int) -> "Count":  # type: ignore[override]
         return Count(*(x * times for x in self[:4]), self.conditionals)
+
+
+class Sent(NamedTuple):
+    """The collectives of a program, those of all branches of its conditionals."""
+
+    all_reduces: int
+    all_gathers: int
+    others: int
+    bytes: int  # that one chip puts in
 
 
 Choice = Callable[[Instruction, list[int]], int]
@@ -183,6 +193,19 @@ def count(hlo: Hlo, choose: Choice = dearest) -> Count:
         return _kernel(hlo, each, body)
 
     return of(hlo.entry)
+
+
+def sent(hlo: Hlo) -> Sent:
+    """What a chip sends in one run in which everything in the program happens once."""
+    found: dict[str, list[int]] = {name: [] for name in _COLLECTIVES}
+    for body in hlo.computations.values():
+        for each in body.values():
+            name = each.operation.removesuffix("-start")
+            if name in found:
+                buffers = [buffer for operand in each.operands for buffer in body[operand].buffers]
+                found[name].append(sum(buffer.bytes for buffer in buffers))
+    reduces, gathers, *others = found.values()
+    return Sent(len(reduces), len(gathers), sum(map(len, others)), sum(map(sum, found.values())))
 
 
 def _kernel(hlo: Hlo, each: Instruction, body: dict[str, Instruction]) -> Count:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from benchmarks.accelerators.bounds import BOUNDS, broken
 from benchmarks.accelerators.measure import Record
+from benchmarks.accelerators.page import IN_TRAINING
 from benchmarks.accelerators.steps import BARE
 
 __all__ = ["PICTURE", "draw"]
@@ -21,7 +22,7 @@ def draw(records: list[Record], file: Path = PICTURE) -> None:
     mpl.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     if not records:
         return
-    names = list(dict.fromkeys(name for record in records for name in record.rows))[::-1]
+    names = list(dict.fromkeys(name for record in records for name in record.rows if name not in IN_TRAINING))[::-1]
     figure = Figure(figsize=(4.5 + 3.5 * len(records), 1.2 + 0.23 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
     for axes, record in zip(panels, records, strict=True):

@@ -1,5 +1,8 @@
 """The count of bytes on programs whose bytes are known by hand, the ordinary step's branches, and the page."""
 
+import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +14,15 @@ from running import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accelerators import environment
-from benchmarks.accelerators.bounds import BOUNDS, Bound, broken
-from benchmarks.accelerators.hlo import count, parsed
+from benchmarks.accelerators.bounds import BOUNDS, Bound, broken, worse
+from benchmarks.accelerators.hlo import Sent, count, parsed, sent
 from benchmarks.accelerators.measure import Measured, read_records
 from benchmarks.accelerators.ordinary import chooser, places, taken
-from benchmarks.accelerators.page import PAGE, regions
+from benchmarks.accelerators.page import ROOT as PAGES
+from benchmarks.accelerators.page import regions
+from benchmarks.accelerators.pod import CLIP, GUARD, POD_STEPS, PodRow, missed, pod_parameters, read_pods
 from benchmarks.accelerators.steps import BARE, STEPS, fast, parameters, plain, step_arguments
+from benchmarks.accelerators.training import TRAINING
 from benchmarks.marked import marked
 
 KILO = 1024  # elements of f32[1024]
@@ -248,13 +254,78 @@ def test_a_bound_is_broken_by_what_is_above_it() -> None:
     assert broken(rows["guard"], Bound(1.2, of="absent"), rows) == ["bytes"]
 
 
+def test_what_missed_its_bound_before_may_miss_it_as_much_and_no_more() -> None:
+    rows = {BARE: row(BARE, 7.0), "guard": row("guard", 9.0, 0.02, 1)}
+    assert worse(rows["guard"], Bound(9.0, 0.02, 1), rows, {}) == []
+    recorded = {"guard": row("guard", 9.0, 0.02, 1)}
+    assert worse(rows["guard"], Bound(8.0, 0.0, 0), rows, recorded) == []
+    now = row("guard", 9.1, 0.03, 2)
+    assert worse(now, Bound(8.0, 0.0, 0), rows, recorded) == [
+        "guard: bytes 9.1, at most 9",
+        "guard: temporaries 0.03, at most 0.02",
+        "guard: conditionals 2, at most 1",
+    ]
+    assert worse(now, Bound(8.0), rows, {"guard": row("guard", 7.9)}) == ["guard: bytes 9.1, at most 8"]
+
+
+def test_collectives_are_counted_where_they_start_with_what_goes_in() -> None:
+    body = (
+        X
+        + "  %s = f32[1024]{0} all-reduce-start(%x), to_apply=%add\n  %d = f32[1024]{0} all-reduce-done(%s)\n"
+        + "  %g = f32[4096]{0} all-gather(%d), dimensions={0}\n  %p = f32[1024]{0} collective-permute(%d)\n"
+        + "  ROOT %r = f32[1024]{0} all-reduce(%p), to_apply=%add"
+    )
+    assert sent(parsed(program(body))) == Sent(all_reduces=2, all_gathers=1, others=1, bytes=4 * ARRAY)
+
+
+def test_the_pod_s_tree_is_that_of_a_decoder_of_8_billion() -> None:
+    leaves = jax.tree.leaves(pod_parameters(), is_leaf=lambda x: isinstance(x, tuple))
+    assert len(leaves) == 291
+    assert sum(math.prod(shape) for shape, _ in leaves) == 8_030_261_248
+    assert len({step.name for step in POD_STEPS}) == len(POD_STEPS)
+
+
+def test_the_pod_s_bounds_are_those_of_the_clip() -> None:
+    def over_pod(name: str, seconds: float, **figures: float) -> PodRow:
+        return PodRow(name, **({"all_reduces": 2, "all_gathers": 0, "temporaries": 0.24} | figures), others=0, sent=8,
+                      conditionals=0, seconds=seconds)  # fmt: skip
+
+    rows = {name: over_pod(name, 100.0) for name in (BARE, CLIP)}
+    assert missed(over_pod(GUARD, 125.0), rows) == []
+    worse_row = over_pod(GUARD, 126.0, all_reduces=3, all_gathers=1, temporaries=0.3)
+    assert missed(worse_row, rows) == ["all_reduces", "all_gathers", "temporaries", "seconds"]
+    assert missed(worse_row._replace(name=BARE), rows) == []
+
+
+@pytest.mark.slow
+def test_the_bounds_of_the_tpu_hold() -> None:
+    """By its compiler, in the environment of `make accelerators`."""
+    problem = environment.missing(["--tpu"])
+    if problem is not None:
+        pytest.skip(f"THE BOUNDS OF THE TPU WERE NOT CHECKED: {problem}")
+    command = [str(environment.PYTHON), "-m", "benchmarks.accelerators", "--tpu", "--check"]
+    bare = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=bare | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=590,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_the_page_is_what_the_results_say() -> None:
     records = read_records()
     assert records
-    for name, content in regions(records).items():
-        assert marked(PAGE.read_text(), name) == content.strip(), "python -m benchmarks.accelerators --write-pages"
+    for page, parts in regions(records, read_pods()).items():
+        for name, content in parts.items():
+            written = marked((PAGES / page).read_text(), name)
+            assert written == content.strip(), "python -m benchmarks.accelerators --write-pages"
     for record in records:
-        assert set(record.rows) == {step.name for step in STEPS}
+        assert {step.name for step in STEPS} <= set(record.rows) <= {step.name for step in (*STEPS, *TRAINING)}
 
 
 def test_what_is_missing_is_said(
@@ -268,7 +339,7 @@ def test_what_is_missing_is_said(
     assert "no Python 3.12" in capsys.readouterr().err
     monkeypatch.setattr(environment, "python312", lambda: sys.executable)
     monkeypatch.setattr(environment, "PYTHON", Path(sys.executable))
-    monkeypatch.setattr(environment, "installed", lambda module: module == "optax")
+    monkeypatch.setattr(environment, "installed", lambda module: module == "flax")
     monkeypatch.setattr(environment, "install", lambda *_: False)
     assert environment.main() == 1
     assert "jax[tpu]" in capsys.readouterr().err

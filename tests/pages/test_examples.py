@@ -100,6 +100,21 @@ def test_multi_device_holds_the_steps_with_nan_on_all_devices(processes: int) ->
 
 
 @pytest.mark.slow
+def test_multi_host_holds_alike_in_all_processes_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    ends = {}
+    for folder, runs in (("whole", [16]), ("cut", [8, 16])):
+        for steps in runs:
+            arguments = ("--local", "2", "--quick", "--steps", str(steps), "--folder", str(tmp_path / folder))
+            output = output_of("multi_host.py", *arguments)
+        assert "step 16: loss" in output
+        assert "2 steps held so far" in output  # those at which one process read NaN
+        ends[folder] = [line for line in output.splitlines() if line.startswith("process ")]
+    assert [line.split(": ")[0] for line in sorted(ends["cut"])] == ["process 0 of 2", "process 1 of 2"]
+    assert all("began at step 8" in line for line in ends["cut"])
+    assert len({line.split("norm ")[1] for lines in ends.values() for line in lines}) == 1
+
+
+@pytest.mark.slow
 def test_character_transformer_dies_bare_and_lives_guarded_and_leaves_a_report(tmp_path: Path) -> None:
     run = example("--quick", "--out", str(tmp_path / "page.html"), script="character_transformer.py", compile_fast=True)
     assert run.returncode == 0, run.stderr
