@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from optax_guard._common import validate
-from optax_guard._common.tree import as_arrays, is_gradient, leaf_names, path_name
+from optax_guard._common.tree import as_arrays, is_gradient, leaf_names
 from optax_guard._common.typing import PyTree
 
-__all__ = ["Problem", "batch_size", "part_of_batch", "problem"]
+__all__ = ["Problem", "part_of_batch", "problem"]
 
 
 class Problem(NamedTuple):
@@ -69,31 +69,6 @@ def _kind(result: Any) -> str:
     if hasattr(result, "shape"):
         return f"{result.dtype}{list(result.shape)}"
     return f"a {type(result).__name__} of {len(jax.tree.leaves(result))} arrays"
-
-
-def batch_size(function: str, batch: PyTree) -> int:
-    """The number of examples, or a ValueError with the path of the leaf that disagrees."""
-    batch = as_arrays(function, batch)
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    if not leaves:
-        raise ValueError(f"{function}: `batch` has no arrays.")
-    first, size = path_name(leaves[0][0]), None
-    for path, leaf in leaves:
-        if leaf.ndim == 0:
-            raise ValueError(
-                f"{function}: leaf `{path_name(path)}` of `batch` is a single number; each leaf needs a leading axis "
-                "of examples. Close over the rest: loss_fn = lambda params, batch: loss(params, batch, rate)."
-            )
-        if size is None:
-            size = leaf.shape[0]
-        elif leaf.shape[0] != size:
-            raise ValueError(
-                f"{function}: the leading axes of `batch` differ: `{first}` has {size} examples, `{path_name(path)}` "
-                f"has {leaf.shape[0]}."
-            )
-    if not size:
-        raise ValueError(f"{function}: `batch` has no examples: its leading axis has length 0.")
-    return size
 
 
 def part_of_batch(batch: PyTree, start: int, stop: int) -> PyTree:

@@ -20,8 +20,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from optax_guard._common import validate
 from optax_guard._common.axes import max_arrays_over
+from optax_guard._common.batch import batch_size
 from optax_guard._common.eager import compiled_once
-from optax_guard._common.tree import as_arrays, is_gradient, path_name, varying_axes, wider_dtype
+from optax_guard._common.tree import as_arrays, is_gradient, varying_axes, wider_dtype
 from optax_guard._common.typing import PyTree
 from optax_guard._step.max_logits import as_finite, from_finite, nothing_seen
 from optax_guard._step.observe import one_pass_statistics, scale_statistics, squarable
@@ -227,21 +228,7 @@ def _split(x: jax.Array, n: int) -> jax.Array:
 def _padded(batch: PyTree, n: int, devices: int, remainder: Remainder) -> PyTree:
     """The batch with a first axis that is divisible by n on every device, or an error."""
     name = "accumulate_gradients"
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    if not leaves:
-        raise ValueError(f"{name}: the batch has no leaves.")
-    first, rows = leaves[0][0], None
-    for path, leaf in leaves:
-        if leaf.ndim == 0:
-            raise ValueError(f"{name}: leaf `{path_name(path)}` of the batch has no axis to split.")
-        if rows is None:
-            rows = leaf.shape[0]
-        elif leaf.shape[0] != rows:
-            raise ValueError(
-                f"{name}: the first axes of the batch disagree: `{path_name(first)}` has {rows} rows, "
-                f"`{path_name(path)}` has {leaf.shape[0]}."
-            )
-    assert rows is not None  # for the type checker: there are leaves
+    rows = batch_size(name, batch)
     pieces = n * devices
     if pieces > rows:
         raise ValueError(f"{name}: `num_micro_batches` must be at most the rows per device; got {n} for {rows} rows.")

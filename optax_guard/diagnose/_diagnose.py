@@ -9,9 +9,10 @@ import numpy as np
 from jax.experimental import checkify
 
 from optax_guard._common import validate
+from optax_guard._common.batch import batch_size
 from optax_guard._common.tree import is_gradient, path_name
 from optax_guard._common.typing import PyTree
-from optax_guard._host.loss import Problem, batch_size, part_of_batch, problem
+from optax_guard._host.loss import Problem, part_of_batch, problem
 from optax_guard._host.terminal import number, plain, progress_bar, shown, text_table
 from optax_guard._step.observe import gradient_statistics
 from optax_guard.diagnose._origin import Origin, find_origins

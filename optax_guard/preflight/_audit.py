@@ -9,9 +9,10 @@ import numpy as np
 import optax
 
 from optax_guard._common import validate
+from optax_guard._common.batch import batch_size
 from optax_guard._common.tree import count_true
 from optax_guard._common.typing import PyTree
-from optax_guard._host.loss import Problem, batch_size, part_of_batch, problem
+from optax_guard._host.loss import Problem, part_of_batch, problem
 from optax_guard._host.terminal import progress_bar, two_digits
 from optax_guard._step.observe import gradient_statistics
 from optax_guard.preflight._layers import along_time, layer_growth, look_at_activations

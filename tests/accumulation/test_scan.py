@@ -154,10 +154,14 @@ def test_without_axis_name_jit_places_the_communication_and_the_result_is_the_sa
 @pytest.mark.parametrize(
     ("batch", "n", "message"),
     [
-        ({"tokens": TOKENS, "mask": MASK[:9]}, 3, "disagree: `mask` has 9 rows, `tokens` has 48"),
+        (
+            {"tokens": TOKENS, "mask": MASK[:9]},
+            3,
+            "the leading axes of `batch` differ: `mask` has 9 examples, `tokens` has 48",
+        ),
         (BATCH, 49, "`num_micro_batches` must be at most the rows per device; got 49 for 48 rows"),
-        ({**BATCH, "scale": np.float32(1)}, 3, "leaf `scale` of the batch has no axis to split"),
-        ({}, 3, "the batch has no leaves"),
+        ({**BATCH, "scale": np.float32(1)}, 3, "leaf `scale` of `batch` is a single number"),
+        ({}, 3, "`batch` has no arrays"),
         ({**BATCH, "name": "x"}, 3, "leaf `name` is not an array"),
     ],
 )

@@ -6,19 +6,12 @@ import equinox as eqx
 import flax.serialization
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 import pytest
 from conforming import GRADS, PARAMS, STATEFUL, assert_same_bits, each, in_part, quick_step, run, stepper
+from helpers import through_orbax
 from registry import Entry
 
 import optax_guard as og
-
-
-def through_orbax(state: Any, like: Any, folder: Any) -> Any:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "state", state)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / "state", like)
 
 
 def through_msgpack(state: Any, like: Any, folder: Any) -> Any:

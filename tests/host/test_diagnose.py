@@ -1,8 +1,6 @@
 """Which operation, leaf and example did it: faults put in on purpose, found again."""
 
-import io
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import terminal
 
 from optax_guard.diagnose import diagnose as loud
 from optax_guard.diagnose import worst_examples
@@ -188,13 +187,7 @@ def test_gradients_per_example_are_those_of_a_loop() -> None:
 
 
 def test_the_progress_bar_counts_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Screen(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Screen()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
+    screen = terminal(monkeypatch)
     worst_examples(squares, PARAMS, data(), chunk_size=4)
     assert "worst_examples" in screen.getvalue()
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training import train_state
+from helpers import through_orbax
 
 import optax_guard as og
 from optax_guard.flax import Optimizer, TrainState, add_guard, clear_halt, inner_state, remove_guard
@@ -105,13 +105,6 @@ def test_a_donated_linen_step_needs_no_copy() -> None:
     memory = linen_step.lower(state, X).compile().memory_analysis()
     parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     assert memory.alias_size_in_bytes >= 3 * parameters  # parameters and both moments
-
-
-def through_orbax(state: Any, like: Any, folder: Any) -> Any:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "state", state)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / "state", like)
 
 
 def through_msgpack(state: Any, like: Any, folder: Any) -> Any:

@@ -1,6 +1,5 @@
 """The audit before the run: against dense Hessians, and against runs that really diverge."""
 
-import io
 import itertools
 import json
 import sys
@@ -15,6 +14,7 @@ import optax
 import pytest
 from compiling import quick_jit
 from flax import nnx
+from helpers import terminal
 from sklearn.datasets import load_digits
 
 import optax_guard as og
@@ -259,13 +259,7 @@ def test_the_reference_transformer_is_audited_within_a_minute_with_a_progress_ba
         logits = nnx.merge(graph, nnx.State(params))(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    class Screen(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Screen()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
+    screen = terminal(monkeypatch)
     start = time.process_time()
     report = preflight(loss, params, tokens, optimizer=optax.adamw(1e-3), progress=True)
     assert time.process_time() - start < 240  # wall time is 30 s on two idle cores; CPU time is what others cannot slow
