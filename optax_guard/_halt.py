@@ -25,7 +25,10 @@ __all__ = ["TrainingHalted", "clear_halt", "raise_if_halted"]
 
 
 class TrainingHalted(RuntimeError):  # noqa: N818 (named after what happened, as StopIteration is)
-    """Raised on the host when a guard has halted: too many non-finite steps in a row, or rewinds that did not help."""
+    """Raised on the host when a guard has halted: too many non-finite steps in a row, or rewinds that did not help.
+
+    docs/triage.md says what to do next.
+    """
 
 
 def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None:
@@ -75,7 +78,7 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
             if halted.ndim > 0:
                 names = ", ".join(str(index[0] if len(index) == 1 else index) for index in who)
                 story = f"{len(who)} of {halted.size} members of this state halted: {names}. The first of them {story}"
-            raise TrainingHalted(story)
+            raise TrainingHalted(f"{story} (What now: docs/triage.md.)")
 
 
 def clear_halt(state: State) -> State:
