@@ -59,7 +59,8 @@ def layers_of(function: str, max_logits: Any, wanted: dict[str, jax.Array]) -> d
         f"{{{_shapes(wanted)}}}"
     )
     if not isinstance(max_logits, dict):
-        got = "none were passed" if max_logits is None else f"got a {type(max_logits).__name__}"
+        kind = "an array" if hasattr(max_logits, "shape") else f"a {type(max_logits).__name__}"
+        got = "none were passed" if max_logits is None else f"got {kind}"
         raise ValueError(f"{function}: {needs}; {got}. {HOW_TO_OBTAIN}")
     if not max_logits.keys() >= wanted.keys():
         raise ValueError(f"{function}: {needs}; got {{{_shapes(max_logits)}}}. {HOW_TO_OBTAIN}")

@@ -19,6 +19,7 @@ import optax
 from optax_guard._common.tree import field_array, find_states
 from optax_guard._guard import GuardState
 from optax_guard._loss_scaling import LossScalingState
+from optax_guard._step.new_params import QKClipState
 from optax_guard._step.reading import axes_in_front, member, members
 from optax_guard._step.record import EVENTS, HELD, last_row, read_rows
 from optax_guard.accumulation._calls import AccumulateState
@@ -71,6 +72,12 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     limit_step/scale              f32: the smallest factor of a leaf in the last update
     clippy/..., update_norm/...   the same for `clippy` and for `clip_by_update_norm` (without `step`)
     published_update_norm/...     the same for `published.clip_by_update_norm`
+    qk_clip/max_logit             f32: the largest attention logit of the last step, over all layers and heads
+    qk_clip/clipped_heads         i32: heads that `qk_clip` scaled in the last step
+    qk_clip/clipped_total         i32: steps in which it scaled a head
+    qk_clip/invalid_total         i32: maxima that were NaN, Inf or not above 0
+    qk_clip/LAYER/max_logit       f32: the same for each layer, as in `qk_clip/blocks_0/attention/max_logit`
+    qk_clip/LAYER/worst_head      i32: its head; an index into the flattened [layers, heads] if layers are stacked
     accumulate/...                micro_step, weight, emitted_total, dropped_total, empty_total, updated
     loss_scaling/...              scale (f32), clean_in_row, overflow_total
     ============================  ====================================================================================
@@ -101,6 +108,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
         (ClippyState, "clippy", _bound("clippy", "step", "bound_total", "scale")),
         (UpdateNormState, "update_norm", _bound("update_norm", "bound_total", "scale")),
         (PublishedUpdateNormState, "published_update_norm", _bound("published_update_norm", "bound_total", "scale")),
+        (QKClipState, "qk_clip", _qk_clip),
         (AccumulateState, "accumulate", _accumulate),
         (LossScalingState, "loss_scaling", _loss_scaling),
     )
@@ -172,6 +180,7 @@ def _member_axes(state: optax.OptState) -> int:
         (ClippyState, "clippy_scale"),
         (UpdateNormState, "update_norm_scale"),
         (PublishedUpdateNormState, "published_update_norm_scale"),
+        (QKClipState, "qk_clip_step"),
     )
     found = [axes_in_front(getattr(each, field)) for kind, field in scalars for each in find_states(state, kind)]
     return found[0] if found else 0
@@ -244,6 +253,17 @@ def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
         "dropped_total": field_array(state.dropped_total),
         "empty_total": field_array(state.empty_total),
         "updated": field_array(state.emitted),
+    }
+
+
+def _qk_clip(state: QKClipState) -> dict[str, jax.Array]:
+    layers = {layer: field_array(maxima) for layer, maxima in state.qk_clip_max_logits.items()}
+    names = ("clipped_heads", "clipped_total", "invalid_total")
+    return {
+        "max_logit": jnp.max(jnp.stack([jnp.max(maxima) for maxima in layers.values()])),
+        **{name: field_array(getattr(state, f"qk_clip_{name}")) for name in names},
+        **{f"{layer}/max_logit".lstrip("/"): jnp.max(maxima) for layer, maxima in layers.items() if layer},
+        **{f"{layer}/worst_head".lstrip("/"): jnp.argmax(maxima).astype(jnp.int32) for layer, maxima in layers.items()},
     }
 
 
