@@ -1,7 +1,7 @@
 """Optax's own tests with every optimizer in a silent guard: python tests/upstream/optax_tests.py [pytest's arguments].
 
 Optax ships them. `exceptions.txt` lists those that are left out, each with its reason; more than 5 % are too many.
-`EVERY=10` in the environment takes each tenth, for a quick look.
+`EVERY=10` in the environment takes each tenth, for a quick look. Programs are compiled quickly (tests/compiling.py).
 """
 
 import os
@@ -13,6 +13,9 @@ from pathlib import Path
 import optax
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from compiling import quick_flags  # noqa: E402 (which lies one folder up)
+
 SOURCE = Path(optax.__file__).parent
 MODULES = [
     *(f"optax._src.{name}_test" for name in ("alias", "combine", "lookahead", "float64", "sharding")),
@@ -43,7 +46,8 @@ def main(arguments: list[str]) -> int:
         ]
         command += ["-c", os.devnull, "--rootdir", str(SOURCE), "--pyargs", *modules, *arguments]
         path = os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "GUARDED": guarded}
+        flags = " ".join([os.environ.get("XLA_FLAGS", ""), *quick_flags()])
+        environment = {**os.environ, "PYTHONPATH": path, "GUARDED": guarded, "XLA_FLAGS": flags}
         run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for line in run.stdout or ():
             print(line, end="", flush=True)
