@@ -9,6 +9,7 @@
 # make article  the article's experiments: docs/benchmarks/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/benchmarks/performance.md, its pictures and numbers, some 25 minutes
 # make bench-stability  StabilityBench: docs/benchmarks/stability_bench.md, its pictures and numbers, 2.3 core hours
+# make bench-attention  what holds attention logits: the tables and pictures of docs/attention/index.md; minutes on a GPU
 # make accelerators  what a step costs on a TPU and a GPU, by their compilers, without either; ARGS=--tpu, ARGS=--gpu: one
 # make bench-large  two large tasks and the study of neutrality: docs/benchmarks/large.md; ARGS="--seconds 600 --workers 2"
 # make bench-histories  the table of docs/rules/norm_history.md, two minutes
@@ -16,7 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-large bench-histories accelerators docs api conformance dist lowest clean
+.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-large bench-histories bench-attention accelerators docs api conformance dist lowest clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -81,6 +82,9 @@ bench-large: $(VENV)/.installed
 
 bench-histories: $(VENV)/.installed
 	$(BIN)/python benchmarks/norm_histories.py --write-docs
+
+bench-attention: $(VENV)/.installed
+	$(BIN)/python benchmarks/attention.py
 
 # In an environment of its own, .venv-accelerators, which needs Python 3.12 and makes itself.
 accelerators:

@@ -42,6 +42,8 @@ __all__ = [
     "path_name",
     "resolve_mask",
     "small_leaves_together",
+    "variable_free",
+    "variable_free_names",
     "varying_axes",
     "wider_dtype",
 ]
@@ -101,10 +103,26 @@ def leaf_names(params: PyTree) -> list[str]:
       One string per position, all of them different; a `None` in the tree has one too. If two paths would read the
       same, as in {"a/b": x, "a": {"b": y}}, both are written with brackets: "['a/b']" and "['a']['b']".
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_none)]
+    return _different([path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_none)])
+
+
+def _different(paths: list[tuple[Any, ...]]) -> list[str]:
+    """A name for each path, no two alike."""
     names = [path_name(path) for path in paths]
     often = collections.Counter(names)
     return [name if often[name] == 1 else jax.tree_util.keystr(path) for name, path in zip(names, paths, strict=True)]
+
+
+def variable_free(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key path without the key that an nnx Variable adds: a state may be initialised with Variables or without."""
+    wraps = len(path) > 1 and getattr(path[-1], "name", None) == "value"
+    return path[:-1] if wraps else path
+
+
+def variable_free_names(params: PyTree) -> list[str]:
+    """`leaf_names`, which are the same for nnx Variables and for the arrays in them."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_none)]
+    return _different([variable_free(path) for path in paths])
 
 
 def is_gradient(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optax_guard._common.axes import placed_like
 from optax_guard._common.numerics import accumulator_dtype, multiplied
-from optax_guard._common.tree import find_states, is_gradient, leaf_names, leaves_with_none, wider_dtype
+from optax_guard._common.tree import find_states, is_gradient, leaves_with_none, variable_free_names, wider_dtype
 from optax_guard._common.typing import PyTree
 
 __all__ = ["SCALED_LATER", "QKClipState", "scaled_new_params", "scaled_updates", "scales_new_params"]
@@ -84,7 +84,7 @@ def _map_named(function: Callable[..., Any], tree: PyTree, factors: dict[str, ja
     """Maps over the leaves for which there is a factor, which must all be in the tree."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
     others = [leaves_with_none(other) for other in rest]
-    names = leaf_names(tree)
+    names = variable_free_names(tree)
     missing = factors.keys() - {name for name, leaf in zip(names, leaves, strict=True) if is_gradient(leaf)}
     if missing:
         raise ValueError(

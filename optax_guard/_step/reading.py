@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_guard._common import tree as _tree
-from optax_guard._common.tree import field_array, find_states, is_gradient, path_name
+from optax_guard._common.tree import field_array, find_states, is_gradient, path_name, variable_free
 from optax_guard._common.typing import PyTree
 from optax_guard._step.moments import moments
 
@@ -144,7 +144,7 @@ def nonfinite_leaf(tree: PyTree, only: set[int] | None = None) -> tuple[str, str
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         held = _what_is_bad(leaf) if only is None or id(leaf) in only else None
         if held is not None:
-            return _variable_free(path), held
+            return path_name(variable_free(path)), held
     return None
 
 
@@ -164,10 +164,4 @@ def _what_is_bad(leaf: Any) -> str | None:
 
 def _path_hashes(params: PyTree) -> np.ndarray:
     paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None)
-    return np.array([zlib.crc32(_variable_free(path).encode()) for path, _ in paths], np.uint32)
-
-
-def _variable_free(path: tuple[Any, ...]) -> str:
-    """The path without the key that an nnx Variable adds, since a guard may be initialised with or without those."""
-    wraps = len(path) > 1 and getattr(path[-1], "name", None) == "value"
-    return path_name(path[:-1] if wraps else path)
+    return np.array([zlib.crc32(path_name(variable_free(path)).encode()) for path, _ in paths], np.uint32)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_guard._common import validate
-from optax_guard._common.tree import is_gradient, leaf_names, leaves_with_none
+from optax_guard._common.tree import is_gradient, leaves_with_none, variable_free_names
 from optax_guard._common.typing import PyTree
 
 __all__ = [
@@ -188,7 +188,7 @@ def transformer_attention(heads: int, layers: str = "*") -> AttentionLayout:
 
 def find_layers(function: str, layouts: tuple[AttentionLayout, ...], params: PyTree) -> list[Layer]:
     """The attention layers in the parameters; a ValueError lists the leaves if a layout fits nothing, or half."""
-    names, leaves = leaf_names(params), leaves_with_none(params)
+    names, leaves = variable_free_names(params), leaves_with_none(params)
     shapes = {name: leaf.shape for name, leaf in zip(names, leaves, strict=True) if is_gradient(leaf)}
     found: dict[str, Layer] = {}
     for layout in layouts:

@@ -6,12 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from compiling import quick_jit
 from flax import nnx
 
 import optax_guard as og
-from optax_guard.flax import dot_product_attention, record_max_logits
+from optax_guard.flax import Optimizer, dot_product_attention, record_max_logits
 from optax_guard.models import Transformer
 
 BATCH, TIME, HEADS, WIDTH = 2, 6, 2, 8
@@ -148,3 +149,28 @@ def test_the_reference_transformer_sows_only_when_asked() -> None:
         expected = np.where(np.tri(TIME, dtype=bool), logits, -np.inf).max((0, 2, 3))
         np.testing.assert_allclose(layer, expected, rtol=1e-5)
     assert jax.tree.structure(nnx.state(model)) == before
+
+
+def test_qk_clip_steps_in_an_nnx_optimizer_with_what_the_transformer_sows() -> None:
+    model = Transformer(7, TIME, width=WIDTH, layers=1, heads=HEADS, rngs=nnx.Rngs(0))
+    query = model.blocks[0].query.kernel
+    query[...] = 300 * query[...]
+    tx = og.guard(optax.chain(optax.sgd(0.0), og.qk_clip(1.0, layers=og.attention.transformer_attention(HEADS))))
+    optimizer, tokens = Optimizer(model, tx, wrt=nnx.Param), jnp.zeros((1, TIME), jnp.int32)
+
+    def forward(model: Any) -> jax.Array:
+        return jnp.mean(model(tokens, sow_max_logits=True) ** 2)
+
+    def loss_fn(model: Any) -> Any:
+        loss, sown = nnx.capture(forward, nnx.Intermediate)(model)
+        return loss, og.collect_max_logits(sown)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> Any:
+        (loss, max_logits), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
+        optimizer.update(model, grads, value=loss, max_logits=max_logits)
+        return max_logits["blocks/0"]
+
+    before, after = step(model, optimizer), step(model, optimizer)
+    assert np.all(before > 1)
+    np.testing.assert_allclose(after, 1, rtol=1e-3)
