@@ -165,6 +165,17 @@ def test_below_a_scale_of_1_the_loss_and_every_leaf_are_judged() -> None:
         assert (params["b"] != 0) == (held == 2 and loss == 1)
 
 
+def test_parameters_keep_their_dtype_under_gradients_of_a_wider_one() -> None:
+    tx, params = og.loss_scaling(optax.sgd(0.5), init=1.0), jnp.ones(1, jnp.float16)
+    new, _ = og.apply_gradients(tx, jnp.ones(1, jnp.float32), tx.init(params), params)
+    assert (new, new.dtype) == (0.5, jnp.float16)
+
+
+def test_a_new_scale_has_seen_no_overflow() -> None:
+    state = og.loss_scaling(optax.identity(), init=4.0, hysteresis=3).init(PARAMS)
+    assert [x.item() for x in state[1:]] == [4.0, 0, 3, False, 0]
+
+
 def test_a_leaf_of_integers_stays_one() -> None:
     params = {"w": jnp.ones(1, jnp.float16), "n": jnp.ones(1, jnp.int32)}
     tx = og.loss_scaling(optax.trace(0.9), init=1.0)

@@ -14,7 +14,7 @@ import pytest
 from compiling import quick_jit
 
 import optax_guard as og
-from optax_guard._step.moments import moves_float32
+from optax_guard._step.moments import fingerprints, moves_float32
 from optax_guard._step.record import RECOVERIES
 from optax_guard.recovery import _ladder, _reset
 
@@ -286,3 +286,8 @@ def test_an_update_moves_what_is_at_most_a_rounding_of_float32_larger(dtype: Any
     updates, params = ([jnp.full(2, pair[k], dtype).at[0].set(0) for pair in pairs] for k in (0, 1))
     np.testing.assert_array_equal(moves_float32(updates, params, None), [pair[2] for pair in pairs])
     assert not moves_float32([jnp.ones(1), jnp.ones(1, int)], [jnp.ones(1, int), jnp.ones(1)], None).any()
+
+
+def test_the_sums_of_a_leaf_that_are_not_finite_count_as_zero() -> None:
+    tree = {"a": jnp.array([3.0, -1.0]), "b": jnp.array([1.0, jnp.inf]), "c": None}
+    np.testing.assert_array_equal(fingerprints(tree, None), [[10, 2], [0, 0], [0, 0]])
