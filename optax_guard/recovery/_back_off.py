@@ -63,7 +63,7 @@ def back_off(
       - The scale never falls below `lowest`.
 
     Under `guard(..., recovery=(back_off(),))`, these count as trouble: the `after`-th step of trouble in a row (once
-    per row, so that a hundred bad batches cause one reduction), a reset because of dead moments, a rewind and, with
+    per streak, so that a hundred bad batches cause one reduction), a reset because of dead moments, a rewind and, with
     `diverged`, the step at which the smoothed loss first exceeds `diverged` times its best. The *finished* update is
     scaled, including weight decay and penalties; moments are not.
 

@@ -50,8 +50,8 @@ class Reset(NamedTuple):
 def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
     """Reset the inner optimizer's moments after trouble, or if they are dead.
 
-    moments, ages <- those of inner.init(params)     after `after` steps of trouble in a row (once per row), or
-                                                     every `check_every` steps if the moments are dead
+    moments, ages <- those of inner.init(params)     after `after` steps of trouble in a row (once per streak),
+                                                     or every `check_every` steps if they are dead
 
     Moments can die silently: with the bare `optax.adam`, one finite gradient of 1e30 makes the second moment infinite,
     and every later update is exactly zero, although no loss, gradient or parameter is ever NaN. A guard holds such a
@@ -86,7 +86,7 @@ def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
     ==========================================  ====================================================================
     Case                                        Result
     ==========================================  ====================================================================
-    the row of trouble continues                no second reset until a healthy step has ended it
+    the streak of trouble continues             no second reset until a healthy step has ended it
     an optimizer without moments (plain SGD)    nothing changes, but the reset is counted
     moving averages of *parameters* inside      reset like any moment: keep them outside the guard
     the learning rate falls to 0                one reset, since all leaves stop; harmless, as nothing moves

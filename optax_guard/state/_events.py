@@ -21,14 +21,14 @@ from optax_guard._step.record import EVENTS, FlightRecorder, read_rows
 __all__ = ["event_logger"]
 
 _IN_FLIGHT = 2  # looks whose result is still being computed; the next one waits for the oldest
-_UNUSUAL = 0.5  # a clip is told if its scale is less than this share of the usual scale
+_UNUSUAL = 0.5  # a clip is reported if its scale is less than this share of the usual scale
 
 
 def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Callable[..., None]:
-    """Returns a function for the training loop that tells each new event of the guard once, and raises on a halt.
+    """Returns a function for the training loop that reports each new event of the guard once, and raises on a halt.
 
     ==================  ================================================================================================
-    Event               Told
+    Event               Reported
     ==================  ================================================================================================
     a held step         what was not finite, or the rule that refused the step; the leaf, the loss, the batch's `tag`
     let through         the same, for a step that was refused and applied because `patience` had run out
@@ -38,18 +38,19 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     halted              by the error, `TrainingHalted`
     ==================  ================================================================================================
 
-    A look fetches four integers, without waiting for the step that was just dispatched: a step's events are told at
-    most two looks later. Only if there is something to tell does it wait and fetch the recorder's rows (48 bytes each).
+    A look fetches four integers, without waiting for the step that was just dispatched: a step's events are reported
+    at most two looks later. It waits and fetches the recorder's rows (48 bytes each) only if there is something to
+    report.
 
     Args:
       write: receives one line of text per event, such as `print`, `logging.getLogger("train").warning` or
         `tqdm.tqdm.write`.
-      every: look at every n-th call only (>= 1). Events in between are told too, as long as they are among the last
+      every: look at every n-th call only (>= 1). Events in between are reported too, as long as they are among the last
         `recorder_rows` steps.
 
     Returns:
       `log_events(state, params=None, wait=False)`, to be called after each step, and with `wait=True` after the last,
-      which tells everything that is left. The parameters give leaves their names; without them, leaves are numbered.
+      which reports all that is left. The parameters give leaves their names; without them, leaves are numbered.
       For a state of many runs at once (`jax.vmap`, `jax.pmap`), each line begins with the member.
 
     Raises:
@@ -73,11 +74,11 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     """
     every = validate.integer("event_logger", "every", every, low=1)
     calls = 0
-    untold: dict[int, int] = {}  # guard -> the first step that has not been told
+    unreported: dict[int, int] = {}  # guard -> the first step that has not been reported
     looks: deque[list[jax.Array]] = deque()
 
     def log_events(state: optax.OptState, params: PyTree | None = None, *, wait: bool = False) -> None:
-        nonlocal calls, untold
+        nonlocal calls, unreported
         calls += 1
         guards = find_states(state, GuardState)
         if not guards:
@@ -90,7 +91,7 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
             )
         if calls % every and not wait:
             return
-        firsts = [np.array([untold.get(number, -1), every], np.int32) for number in range(len(guards))]
+        firsts = [np.array([unreported.get(number, -1), every], np.int32) for number in range(len(guards))]
         parts = zip(recorders, guards, firsts, strict=True)
         look = [_look(recorder, field_array(each.halted), first) for recorder, each, first in parts]
         for news in look:
@@ -102,10 +103,10 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
                 looks.clear()
                 for number, (each, news) in enumerate(zip(guards, seen, strict=True)):
                     label = f"guard {number}, " if len(guards) > 1 else ""
-                    untold[number] = _tell(write, label, each, params, int(np.min(news.first)))
+                    unreported[number] = _tell(write, label, each, params, int(np.min(news.first)))
                 raise_if_halted(state, params)
             else:
-                untold |= {number: int(np.max(news.newest)) + 1 for number, news in enumerate(seen)}
+                unreported |= {number: int(np.max(news.newest)) + 1 for number, news in enumerate(seen)}
 
     return log_events
 
@@ -138,15 +139,15 @@ def _look_at_many(axes: int) -> Callable[..., jax.Array]:
 
 
 def _look_at_one(recorder: FlightRecorder, halted: jax.Array, first: jax.Array) -> jax.Array:
-    steps, told = recorder.codes[:, 0], _is_told(recorder.codes[:, 1], recorder.numbers[:, 3], jnp)
-    newest, (untold, every) = jnp.max(steps), first
+    steps, reported = recorder.codes[:, 0], _is_reported(recorder.codes[:, 1], recorder.numbers[:, 3], jnp)
+    newest, (unreported, every) = jnp.max(steps), first
     # On the first look, or if an older state was restored, only the steps since the last look are new.
-    since = jnp.where((untold < 0) | (newest < untold - 1), newest - every + 1, untold)
-    numbers = _Look(jnp.any(told & (steps >= since)), halted, since, newest)
+    since = jnp.where((unreported < 0) | (newest < unreported - 1), newest - every + 1, unreported)
+    numbers = _Look(jnp.any(reported & (steps >= since)), halted, since, newest)
     return jnp.stack([number.astype(jnp.int32) for number in numbers])
 
 
-def _is_told(events: Any, scales: Any, xp: Any) -> Any:
+def _is_reported(events: Any, scales: Any, xp: Any) -> Any:
     """Which rows are worth telling. A step before the first counts as unclipped."""
     usual = xp.nanmedian(xp.append(xp.where(scales > 0, scales, xp.nan), 1.0))
     unusual_clip = (events == EVENTS.index("clipped")) & (scales < _UNUSUAL * usual)
@@ -154,7 +155,7 @@ def _is_told(events: Any, scales: Any, xp: Any) -> Any:
 
 
 def _tell(write: Callable[[str], Any], label: str, guard_state: GuardState, params: PyTree | None, first: int) -> int:
-    """Writes the lines of one guard and returns the first step that is still to be told."""
+    """Writes the lines of one guard and returns the first step that is still to be reported."""
     newest = first - 1
     names = seen_names(guard_state.seen_leaves, params)
     recorder = FlightRecorder(*map(field_array, guard_state.recorder))
@@ -164,9 +165,9 @@ def _tell(write: Callable[[str], Any], label: str, guard_state: GuardState, para
             continue
         newest = max(newest, int(rows["step"][-1]))
         codes = np.array([EVENTS.index(event) for event in rows["event"]])
-        told = _is_told(codes, rows["scale"], np) & (rows["step"] >= first)
+        reported = _is_reported(codes, rows["scale"], np) & (rows["step"] >= first)
         who = f"member {index[0] if len(index) == 1 else index}, " if index else ""
-        for i in np.flatnonzero(told & (rows["event"] != "halted")):
+        for i in np.flatnonzero(reported & (rows["event"] != "halted")):
             write(f"{label}{who}step {int(rows['step'][i])}: {_words(rows[i], names)}")
     return newest + 1
 

@@ -47,7 +47,7 @@ def add_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_stat
     Guarantees:
       - Every array taken from `inner_state` is unchanged in the result, so the run continues bit for bit.
       - The guard's own state (rules, counters, recorder, ladder) starts afresh.
-      - Nothing is guessed: if two places fit, an error lists them; if none fits, an error tells the first difference.
+      - Nothing is guessed: if two places fit, an error lists them; if none fits, an error states the first difference.
 
     ============================================================  =====================================================
     `inner_state` is the state of                                 Taken over
