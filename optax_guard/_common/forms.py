@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 __all__ = ["PLATFORMS", "cond_or_select", "form_of"]
@@ -100,7 +102,15 @@ def _traced(function: Callable[[], Any]) -> _Traced:
     def run(consts: list[Any]) -> Any:
         return jax.tree.unflatten(structure, jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))())
 
-    return _Traced(closed.consts, run, closed.effects)
+    return _Traced([_as_array(const) for const in closed.consts], run, closed.effects)
+
+
+def _as_array(const: Any) -> Any:
+    """The same value. Under `vmap`, a tracer may stand for a NumPy array, which `custom_jvp` refuses: it is copied."""
+    value = const
+    while isinstance(value, Tracer):
+        value = getattr(value, "val", None)
+    return jnp.array(const, copy=True) if isinstance(value, (np.ndarray, np.generic)) else const
 
 
 def _where(predicate: jax.Array, new: Any, old: Any) -> Any:

@@ -192,3 +192,18 @@ def test_every_form_takes_the_same_steps(name: str, standard_promotion: None) ->
     for (path, expected), leaf in zip(paths, jax.tree.leaves(results["gpu"]), strict=True):
         np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
         assert np.isfinite(np.asarray(leaf, np.float64)).all(), path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numpy_arrays_that_vmap_maps_over_are_constants_like_others(form: str) -> None:
+    rates = np.float32([0.1, 0.2])
+
+    def step(rate: Any, params: jax.Array) -> jax.Array:
+        return cond_or_select(params[0] > 0, lambda: params * rate, lambda: params)
+
+    with form_of(form):
+        assert jnp.array_equal(
+            quick_jit(lambda c: jax.vmap(step)(rates, c))(jnp.ones((2, 3))), np.outer(rates, np.ones(3))
+        )
+        nested = quick_jit(lambda c: jax.vmap(jax.vmap(step, (0, None)), (None, 0))(rates, c))
+        assert jnp.array_equal(nested(jnp.ones((2, 3)))[1], np.outer(rates, np.ones(3)))
