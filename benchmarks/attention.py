@@ -1,7 +1,7 @@
 """What keeps attention logits small, and what it costs: seven ways to train a transformer, two optimizers, four rates.
 
     python benchmarks/attention.py                  # minutes on a GPU, 3 core hours on a CPU; writes results and page
-    python benchmarks/attention.py --seconds 300    # starts no further cell that would end after so long
+    python benchmarks/attention.py --seconds 300    # waits for no further cell after so long
     python benchmarks/attention.py --write-pages    # measures nothing: page and pictures from the results file
     python benchmarks/attention.py --quick          # tiny sizes: checks that it runs, and writes nothing
 
@@ -11,8 +11,10 @@ is written at once, and the next run with the same settings and versions continu
 """
 
 import argparse
+import concurrent.futures
 import functools
 import json
+import os
 import platform
 import sys
 import time
@@ -180,8 +182,8 @@ def loss_fn(params: Any, tokens: jax.Array, query_key_norm: bool) -> tuple[jax.A
     return jnp.mean(losses), {"layers": largest}
 
 
-def train(optimizer: str, arm: Arm, size: Size, text: Text) -> Runs:
-    """All rates and seeds of a cell at once."""
+def program(optimizer: str, arm: Arm, size: Size, text: Text) -> Callable[[], Runs]:
+    """Compiles the training of all rates and seeds of a cell at once."""
     windows = np.arange(size.context + 1)
     starts = np.random.default_rng(0).integers(len(text.held_out) - size.context - 1, size=128)
     test = text.held_out[starts[:, None] + windows]
@@ -203,10 +205,11 @@ def train(optimizer: str, arm: Arm, size: Size, text: Text) -> Runs:
         return Runs(loss_fn(params, test, arm.query_key_norm)[0], loss, largest)
 
     every_seed = jax.vmap(one, in_axes=(None, 0, None, None))
-    run = jax.jit(jax.vmap(every_seed, in_axes=(0, None, None, None)))
     seeds = jax.tree.map(lambda *x: np.stack(x), *(draw(seed, size, text) for seed in range(size.seeds)))
+    arguments = np.asarray(size.rates, np.float32), seeds, text.train, test
     with jax.default_matmul_precision("float32"):  # a GPU would round its factors to 10 bits
-        return jax.device_get(run(jnp.asarray(size.rates, jnp.float32), seeds, text.train, test))
+        run = jax.jit(jax.vmap(every_seed, in_axes=(0, None, None, None))).lower(*arguments).compile()
+    return lambda: jax.device_get(run(*arguments))
 
 
 def summary(runs: Runs) -> dict[str, Any]:
@@ -232,8 +235,8 @@ def _plain(numbers: np.ndarray) -> Any:
 
 
 def measure(size: Size, path: Path | None, seconds: float, fresh: bool) -> dict[str, Any]:
-    """Runs the cells that are not in the results file yet, in the order of `ARMS`."""
-    began, text, longest = time.perf_counter(), read_text(), 0.0
+    """Runs the cells that are not in the results file yet, in the order of `ARMS`; compiles the next ones meanwhile."""
+    began, text = time.perf_counter(), read_text()
     setting = {
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__, "optax": optax.__version__, "python": platform.python_version()},
@@ -243,19 +246,26 @@ def measure(size: Size, path: Path | None, seconds: float, fresh: bool) -> dict[
     results: dict[str, Any] = {"setting": setting, "cells": {}}
     if not fresh and path is not None and path.exists() and (old := json.loads(path.read_text()))["setting"] == setting:
         results = old
-    for name, arm in ARMS.items():
-        for optimizer in OPTIMIZERS:
-            cell = f"{optimizer} {name}"
-            start = time.perf_counter()
-            if cell in results["cells"] or start - began + longest > seconds:
-                continue
-            found = summary(train(optimizer, arm, size, text))
-            found["seconds"] = round(time.perf_counter() - start, 1)
-            longest = max(longest, found["seconds"])
-            results["cells"][cell] = found
-            print(f"{cell:18s} {found['seconds']:7.1f} s  " + "  ".join(row(found, size.rates)), flush=True)
-            if path is not None:
-                path.write_text(json.dumps(results) + "\n")
+    cells = [(f"{optimizer} {name}", optimizer, arm) for name, arm in ARMS.items() for optimizer in OPTIMIZERS]
+    pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    todo = {cell: pool.submit(program, *of, size, text) for cell, *of in cells if cell not in results["cells"]}
+    before = time.perf_counter()
+    for cell, compiled in todo.items():
+        try:
+            found = summary(
+                compiled.result(
+                    timeout=None if seconds == np.inf else max(0.0, seconds + began - time.perf_counter())
+                )()
+            )
+        except TimeoutError:
+            print(f"{seconds:g} seconds are over before {cell}", flush=True)
+            break
+        found["seconds"], before = round(time.perf_counter() - before, 1), time.perf_counter()
+        results["cells"][cell] = found
+        print(f"{cell:18s} {found['seconds']:7.1f} s  " + "  ".join(row(found, size.rates)), flush=True)
+        if path is not None:
+            path.write_text(json.dumps(results) + "\n")
+    pool.shutdown(wait=False, cancel_futures=True)
     return results
 
 
