@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_guard._common import validate
-from optax_guard._common.tree import as_arrays, is_gradient, leaf_names
+from optax_guard._common.tree import as_arrays, is_gradient, leaf_names, leaves_with_none
 from optax_guard._common.typing import PyTree
 
 __all__ = ["Problem", "part_of_batch", "problem"]
@@ -32,7 +32,7 @@ def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: P
         raise ValueError(
             f"{function}: `params` has no floating-point leaf with an element, so there is nothing to differentiate."
         )
-    names = [name for name, leaf in zip(leaf_names(params), _positions(params), strict=True) if leaf is not None]
+    names = [name for name, leaf in zip(leaf_names(params), leaves_with_none(params), strict=True) if leaf is not None]
 
     def tree(chosen: list[Any]) -> PyTree:
         filled = list(leaves)
@@ -46,10 +46,6 @@ def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: P
 
     _check_loss(function, loss_fn, params, batch, has_aux)
     return Problem([names[i] for i in where], [jnp.asarray(leaves[i]) for i in where], loss, tree)
-
-
-def _positions(params: PyTree) -> list[Any]:
-    return jax.tree.leaves(params, is_leaf=lambda leaf: leaf is None)
 
 
 def _check_loss(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, has_aux: bool) -> None:

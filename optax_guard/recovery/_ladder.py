@@ -25,9 +25,9 @@ from optax_guard.recovery._rewind import (
     RewindState,
     after_rewind,
     empty_rewind,
-    forgiven,
     go_back,
     reasons_to_rewind,
+    rewinds_cleared,
     take_snapshot,
     updates_to,
     watch_after_rewind,
@@ -265,7 +265,7 @@ def cleared(state: RecoveryState | tuple[()]) -> RecoveryState | tuple[()]:
     return state._replace(
         trouble_in_row=jax.tree.map(jnp.zeros_like, state.trouble_in_row),
         loss_watch=anew(state.loss_watch),
-        rewind_state=forgiven(state.rewind_state) if isinstance(state.rewind_state, RewindState) else (),
+        rewind_state=rewinds_cleared(state.rewind_state) if isinstance(state.rewind_state, RewindState) else (),
     )
 
 

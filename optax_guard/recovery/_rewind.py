@@ -24,10 +24,10 @@ __all__ = [
     "RewindState",
     "after_rewind",
     "empty_rewind",
-    "forgiven",
     "go_back",
     "reasons_to_rewind",
     "rewind",
+    "rewinds_cleared",
     "take_snapshot",
     "updates_to",
     "watch_after_rewind",
@@ -285,7 +285,7 @@ def take_snapshot(
     )
 
 
-def forgiven(state: RewindState) -> RewindState:
+def rewinds_cleared(state: RewindState) -> RewindState:
     """The state after `clear_halt`, with the count of rewinds at 0."""
     return state._replace(rewinds_in_row=jax.tree.map(jnp.zeros_like, state.rewinds_in_row))
 

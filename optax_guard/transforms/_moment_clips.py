@@ -33,7 +33,7 @@ from optax_guard.transforms._spam import (
     LARGEST,
     at_size,
     clip_by_second_moment,
-    map_positions,
+    map_with_lists,
     normalise_leaves,
     restarted,
     roots_of,
@@ -296,7 +296,7 @@ def clip_by_update_rms(
             scale = jnp.where(over, jnp.asarray(max_rms, real) * lax.rsqrt(jnp.where(over, square, 1)), 1)
             return jnp.where(over, multiplied(moved, scale), moved)
 
-        clipped = map_positions(clip, updates, leaves_with_none(gradients), roots)
+        clipped = map_with_lists(clip, updates, leaves_with_none(gradients), roots)
         return clipped, after
 
     return transformation_with_extra(name, init, change, needs_params=True)

@@ -41,7 +41,7 @@ __all__ = [
     "StableSpamState",
     "at_size",
     "clip_by_second_moment",
-    "map_positions",
+    "map_with_lists",
     "normalise_leaves",
     "restarted",
     "roots_of",
@@ -126,7 +126,7 @@ def clip_by_second_moment(
         restart, factor = _restart(step, restart_every, warmup)
         before = begin(state.spam_inner_state, params, restart)
         roots = roots_of(read, before, params)
-        clipped = map_positions(lambda leaf, root: clip(leaf, root, step), updates, roots)
+        clipped = map_with_lists(lambda leaf, root: clip(leaf, root, step), updates, roots)
         updates, after = update_inner(clipped, before, params, **extra)
         return _scaled(updates, factor), SpamState(spam_inner_state=cast_like(after, before), spam_step=step)
 
@@ -215,7 +215,7 @@ def roots_of(read: Reader, state: Any, params: PyTree) -> list[jax.Array | None]
     return [each.metric for each in responses(read, state, params, chosen, jnp.zeros((), jnp.int32))]
 
 
-def map_positions(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
+def map_with_lists(function: Any, tree: PyTree, *rest: list[Any]) -> PyTree:
     """Maps over the floating-point leaves of `tree` and the entries of lists in the order of `leaves_with_none`."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
     mapped = [
@@ -230,7 +230,7 @@ def at_size(leaf: jax.Array, size: jax.Array) -> jax.Array:
 
 
 def _scaled(updates: PyTree, factor: jax.Array) -> PyTree:
-    return map_positions(lambda leaf: jnp.where(factor == 1, leaf, multiplied(leaf, factor)), updates)
+    return map_with_lists(lambda leaf: jnp.where(factor == 1, leaf, multiplied(leaf, factor)), updates)
 
 
 def _validated_interval(name: str, restart_every: Any) -> int | None:
