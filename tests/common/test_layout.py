@@ -109,3 +109,9 @@ def test_only_a_few_functions_make_transformations() -> None:
         "optax_guard._step.act",  # `fast_transformation`, with the same checks, and `as_transformation` of a user's
         "optax_guard._stabilize",  # calls the `update` of another
     }
+
+
+def test_states_are_made_by_the_names_of_their_fields() -> None:
+    """Not by position, where a new field would shift the others."""
+    by_position = re.compile(r"(State|Series|Row)\(\*|type\(\w+\)\(\*|\bstate\[\d*:")
+    assert not [name_of(file) for file in FILES if by_position.search(file.read_text())]
