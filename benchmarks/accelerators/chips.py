@@ -48,6 +48,7 @@ def chip_of(key: str) -> Any:
 def topology(key: str, shape: str) -> np.ndarray:
     """The described devices."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a machine in the cloud
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile: none runs anything
     from jax.experimental import topologies
 
     if key == "tpu":

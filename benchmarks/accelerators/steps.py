@@ -10,7 +10,17 @@ from jax import lax
 
 import optax_guard as og
 
-__all__ = ["BARE", "STEPS", "Step", "parameters", "step_arguments"]
+__all__ = [
+    "BARE",
+    "STEPS",
+    "Step",
+    "act_first",
+    "hold_first",
+    "parameters",
+    "plain",
+    "state_first",
+    "step_arguments",
+]
 
 PyTree = Any
 Function = Callable[..., tuple[PyTree, PyTree]]  # (params, state, grads, value) -> (params, state)

@@ -8,6 +8,7 @@ File               What it measures
 `scaling.py`       10 to 3 000 leaves (compiling and stepping), 1 M to 300 M parameters, the import
 `waits.py`         how often the host waits for a GPU, counted in a profile
 `programs.py`      what the compiled programs need: memory, bytes, kernels; dispatch ahead and bfloat16 on a GPU
+`traps.py`         the order of branches and of donated arguments
 `training.py`      the guard's share of a real training step
 `pytorch.py`       the same tree in PyTorch, if it is installed
 `measure.py`       the method: arms, rounds, rows

@@ -43,6 +43,7 @@ from benchmarks.performance.steps import (
     update_rows,
 )
 from benchmarks.performance.training import training_rows
+from benchmarks.performance.traps import trap_rows
 
 LEAVES = {10: 5, 100: 5, 1000: 2, 3000: 1}  # how many leaves: how often compiled
 MILLIONS = (1, 3, 10, 30, 100, 300)
@@ -56,6 +57,7 @@ PARTS = (
     "noise",
     "accumulation",
     "programs",
+    "traps",
     "training",
     "pytorch",
     "leaves",
@@ -70,6 +72,7 @@ GPU_PARTS = (
     "updates",
     "noise",
     "recovery",
+    "traps",
     "rules",
     "training",
     "programs",
@@ -125,6 +128,7 @@ def measurements(quick: bool, rounds: int) -> tuple[str, dict[str, Callable[[], 
         "proximal": lambda: proximal_rows(*tree(), rounds),
         "noise": lambda: noise_rows(*tree(), rounds),
         "accumulation": lambda: accumulation_rows(*tree(), rounds, width=64 if quick else 1024),
+        "traps": lambda: trap_rows(*tree(), rounds),
         "programs": lambda: program_rows(*tree()),
         "training": lambda: training_rows(*((16, 1, (1,)) if quick else TRAINED.get(backend, TRAINED["cpu"])), rounds),
         "pytorch": lambda: pytorch_rows(*tree(), rounds),

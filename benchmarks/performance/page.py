@@ -23,6 +23,7 @@ PARTS = {
     "accumulation": "accumulation",
     "memory": "memory",
     "bytes": "bytes",
+    "traps": "traps",
     "training": "training",
     "pytorch": "PyTorch",
     "import": "import",

@@ -7,7 +7,7 @@ from benchmarks.performance.page import Record
 
 __all__ = ["draw"]
 
-_PARTS = ("guard", "recovery", "updates", "proximal", "noise", "accumulation", "training", "pytorch")
+_PARTS = ("guard", "recovery", "updates", "proximal", "noise", "accumulation", "traps", "training", "pytorch")
 _COLOURS = {"met": "#2a9d6f", "missed": "#d1495b", "no target": "#8d99ae"}
 _PANELS = {
     "compiling: ": ("leaves", "seconds to trace and compile"),

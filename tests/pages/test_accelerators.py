@@ -311,7 +311,7 @@ def test_the_bounds_of_the_tpu_hold() -> None:
         env=bare | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=500,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
