@@ -165,6 +165,16 @@ def test_heavy_tails_compares_four_arms_on_two_sets_of_data() -> None:
 
 
 @pytest.mark.slow
+def test_attention_holds_the_logits_of_two_arms_and_draws_all_three(tmp_path: Path) -> None:
+    run = example("--quick", "--out", str(tmp_path / "picture.png"), script="attention.py", compile_fast=True)
+    assert run.returncode == 0, run.stderr
+    rows = table_rows(run.stdout)
+    assert [row[0] for row in rows] == ["adam", "adam, qk_clip", "adam, limit_step"]
+    assert all(float(row[1]) < 4.6 for row in rows)  # chance
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_guarding_a_running_job_saves_it() -> None:
     run = example("--quick", script="guard_a_running_job.py", compile_fast=True)
     assert run.returncode == 0, run.stderr
@@ -181,6 +191,7 @@ def test_guarding_a_running_job_saves_it() -> None:
         ("character_transformer.py", ["--learning-rate", "-1"], "--learning-rate must be positive"),
         ("character_transformer.py", ["--out", "no/such/folder/x.html"], "there is no folder"),
         ("resume.py", ["--batches", "1"], "--batches must be at least"),
+        ("attention.py", ["--steps", "3"], "--steps must be at least"),
     ],
 )
 def test_examples_refuse_bad_arguments_in_a_sentence(script: str, arguments: list[str], message: str) -> None:
