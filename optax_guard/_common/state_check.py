@@ -64,7 +64,7 @@ def _difference(
     if not jax.tree.leaves(state) and not jax.tree.leaves(wanted):
         return None  # a state without arrays may be left out: `optax.clip(1.0).update(grads, None)`
     wanted_shapes = tuple(leaf.shape for leaf in jax.tree.leaves(wanted))
-    if state_tree == jax.tree.structure(wanted) and (not shapes or state_shapes == wanted_shapes):
+    if state_tree == jax.tree.structure(wanted) and state_shapes == wanted_shapes:
         return None  # nearly always; the walk below looks for the name of what differs
     if not whole:
         found = _other_shape(state, wanted, shapes) if type(state) is type(wanted) else _kinds("it", state, wanted)
