@@ -1,7 +1,7 @@
 # make demo   the quickstart: five ways to take the step, one table, quickstart.png
 # make test   the test suite                make lint   format, lint, types
-# make test-all  the same, including the slow tests
-# make upstream  Optax's own tests, with its optimizers guarded
+# make test-all  all of it: the slow tests, the compiler of users, the form of a GPU, Optax's own tests
+# make upstream  Optax's own tests, with its optimizers guarded; EVERY=10: each tenth
 # make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts the changes that no test detects
 # make dist   builds sdist and wheel in dist/ and checks both: the sdist unpacked, the wheel in an empty environment
 # make lowest some of the tests with the lowest supported JAX, Optax and Flax, in a separate environment
@@ -27,13 +27,19 @@ article: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
+# Every test once; then some once more, compiled as users compile (tests/compiling.py) and in the form that a GPU gets
+# (docs/design.md); and Optax's own tests. .ci/run takes less of the last three, and says why.
+USERS_TESTS ?= tests/guard tests/rules tests/accumulation tests/common
+GPU_TESTS ?= tests/conformance
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
-	COMPILER=users $(BIN)/python -m pytest -n 2 -m "not slow" tests/guard tests/rules tests/accumulation tests/common
-	FORM=gpu $(BIN)/python -m pytest -n 2 tests/conformance
+	COMPILER=users $(BIN)/python -m pytest -n 2 -m "not slow" $(USERS_TESTS)
+	FORM=gpu $(BIN)/python -m pytest -n 2 -m "not slow" $(GPU_TESTS)
+	$(MAKE) upstream
 
+EVERY ?= 1
 upstream: $(VENV)/.installed
-	$(BIN)/python tests/upstream/optax_tests.py -n 2
+	EVERY=$(EVERY) $(BIN)/python tests/upstream/optax_tests.py -n 2
 
 SECONDS ?= 3600
 fuzz: $(VENV)/.installed

@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> int:
                 total, left_out = total + int(count[1]), left_out + int(count[2])
         status = run.wait() or status
     print(f"{left_out} of {total} tests left out")
-    return status or int(left_out > MOST_LEFT_OUT * total)
+    whole = os.environ.get("EVERY", "1") == "1"  # a sample may by chance hold more of them
+    return status or int(whole and left_out > MOST_LEFT_OUT * total)
 
 
 if __name__ == "__main__":
