@@ -217,7 +217,7 @@ class Places(ast.NodeVisitor):
         pass
 
     def generic_visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.expr):
+        if isinstance(node, ast.expr) and not (isinstance(node, ast.BinOp) and not self.function):  # a union of types
             self.found.append((".".join(self.function) or "(module)", node))
         super().generic_visit(node)
 
