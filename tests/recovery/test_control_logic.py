@@ -122,3 +122,12 @@ def test_alone_in_a_chain_a_loss_that_is_nan_gives_zeros() -> None:
     skip = og.skip_spikes(on="loss")
     updates, _ = skip.update(jnp.ones(2), skip.init(jnp.ones(2)), value=jnp.float32(jnp.nan))
     np.testing.assert_array_equal(updates, 0)
+
+
+def test_a_guard_scales_the_step_after_trouble_both_ways() -> None:
+    tx = og.guard(optax.sgd(1.0), recovery=(og.back_off(0.5, recover_after=2),))
+    steps = quick_jit(lambda g, s, p: (og.apply_gradients(tx, g, s, p), tx.update(g, s, p)))
+    state = steps(jnp.full(2, jnp.nan), tx.init(jnp.zeros(2)), jnp.zeros(2))[0][1]
+    (params, _), (updates, _) = steps(jnp.ones(2), state, jnp.zeros(2))
+    np.testing.assert_allclose(params, -0.5, rtol=1e-6)
+    np.testing.assert_allclose(updates, -0.5, rtol=1e-6)
