@@ -52,7 +52,7 @@ def test_an_object_is_not_given_an_extra_argument_that_it_takes_by_place() -> No
             assert not isinstance(model, str)
             return gradients, state
 
-    tx, params = og.guard(Plain()), {"kernel": jnp.ones(3)}  # pyright: ignore[reportArgumentType] (any object will do)
+    tx, params = og.guard(Plain()), {"kernel": jnp.ones(3)}
     jax.eval_shape(lambda p: og.apply_gradients(tx, p, tx.init(p), p, model=jnp.ones(())), params)
 
 
