@@ -45,7 +45,7 @@ TITLES = {
     "state/migration": "Adding and removing guards",
     "step/act": "Taking a step",
     "step/judge": "A rule of your own",
-    "step/new_params": "State of QK-Clip",
+    "common/new_params": "State of QK-Clip",
     "step/observe": "Gradient statistics",
     "step/reading": "Leaf names",
     "step/record": "Flight recorder",

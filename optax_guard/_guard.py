@@ -20,6 +20,7 @@ from optax_guard._common.axes import on_any_device
 from optax_guard._common.counters import count_if, next_step
 from optax_guard._common.extra import loss_in, named_by, tag_in, warn_of_misspellings, with_value
 from optax_guard._common.forms import cond_or_select
+from optax_guard._common.new_params import scaled_new_params
 from optax_guard._common.parts import part_of
 from optax_guard._common.tree import as_params, cast_like
 from optax_guard._common.typing import AxisName, Mask, PyTree
@@ -37,7 +38,6 @@ from optax_guard._step.gradient import Gradient
 from optax_guard._step.judge import Judgement, Rule
 from optax_guard._step.mask import only_chosen
 from optax_guard._step.max_logits import largest, max_logits_in
-from optax_guard._step.new_params import scaled_new_params
 from optax_guard._step.observe import GradientStatistics, overflows, scale_statistics, squarable
 from optax_guard._step.reading import SeenLeaves, saw_leaves
 from optax_guard._step.record import EVENTS, FlightRecorder, Row, add_row, empty_recorder

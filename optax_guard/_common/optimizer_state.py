@@ -18,6 +18,7 @@ from optax._src.transform import (  # states that Optax does not export
 
 from optax_guard._common import validate
 from optax_guard._common.counters import value_at
+from optax_guard._common.new_params import QKClipState
 from optax_guard._common.numerics import accumulator_dtype
 from optax_guard._common.tree import (
     check_same_structure,
@@ -106,7 +107,7 @@ def responses(read: Reader, state: Any, params: PyTree, chosen: PyTree, step: ja
                     raise ValueError(f"{read.function}: `inner` keeps two second moments for leaf `{_name(path)}`.")
                 roots[path] = root
             unknown |= {path: kind for path in roots if path == ANY}
-        elif not isinstance(node, optax.EmaState):
+        elif not isinstance(node, (optax.EmaState, QKClipState)):
             unknown |= {path: kind for part in _parts(node, params)[1] for path, _ in _arrays(part, shapes)}
     needed = [path for path, use in zip(leaves, leaves_with_none(chosen), strict=True) if use and path in shapes]
     _check(read, needed, roots, unknown)

@@ -18,6 +18,7 @@ from jax import lax
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.extra import warn_of_misspellings
 from optax_guard._common.forms import cond_or_select
+from optax_guard._common.new_params import scaled_new_params
 from optax_guard._common.parts import part_of, with_part
 from optax_guard._common.state_check import state_check
 from optax_guard._common.tree import (
@@ -31,7 +32,6 @@ from optax_guard._common.tree import (
 )
 from optax_guard._common.typing import AxisName, Mask, Params, PyTree, State
 from optax_guard._step.gradient import Gradient
-from optax_guard._step.new_params import scaled_new_params
 from optax_guard._step.updates import add_updates, no_updates
 
 __all__ = [

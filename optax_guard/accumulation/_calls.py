@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
 from optax_guard._common.extra import loss_in
+from optax_guard._common.new_params import QKClipState
 from optax_guard._common.numerics import widest_accumulator
 from optax_guard._common.parts import part_of
 from optax_guard._common.tree import (
@@ -43,7 +44,6 @@ from optax_guard._step.act import (
 from optax_guard._step.gradient import Gradient
 from optax_guard._step.mask import only_chosen, zeros_elsewhere
 from optax_guard._step.max_logits import as_finite, from_finite, layers_of, max_logits_in, nothing_seen
-from optax_guard._step.new_params import QKClipState
 from optax_guard._step.observe import GradientStatistics, one_pass_statistics
 from optax_guard.accumulation._sums import (
     BadMicroBatch,

@@ -7,7 +7,7 @@ for `jax.lax.scan`. Layers without attention are not in it.
 The functions are also in `optax_guard` itself; the types are only here.
 """
 
-from optax_guard._step.new_params import QKClipState
+from optax_guard._common.new_params import QKClipState
 from optax_guard.attention._layout import (
     AttentionLayout,
     Projection,

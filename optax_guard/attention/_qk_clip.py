@@ -25,11 +25,11 @@ import optax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if, next_step, value_at
+from optax_guard._common.new_params import SCALED_LATER, QKClipState, scaled_updates
 from optax_guard._common.transformation import transformation_with_extra
 from optax_guard._common.tree import as_params
 from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule
 from optax_guard._step.max_logits import layers_of, max_logits_in
-from optax_guard._step.new_params import SCALED_LATER, QKClipState, scaled_updates
 from optax_guard.attention._layout import Layer, Layers, check_layouts, factor_of, find_layers
 
 __all__ = ["qk_clip"]

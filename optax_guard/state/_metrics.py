@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_guard._common.new_params import QKClipState
 from optax_guard._common.tree import field_array, find_states
 from optax_guard._guard import GuardState
 from optax_guard._loss_scaling import LossScalingState
-from optax_guard._step.new_params import QKClipState
 from optax_guard._step.reading import axes_in_front, member, members
 from optax_guard._step.record import EVENTS, HELD, last_row, read_rows
 from optax_guard.accumulation._calls import AccumulateState

@@ -25,6 +25,7 @@ from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step, value_at
+from optax_guard._common.new_params import scaled_new_params
 from optax_guard._common.numerics import accumulator_dtype, multiplied
 from optax_guard._common.optimizer_state import Metric, Reader, Response, injected_learning_rate, reader, responses
 from optax_guard._common.tree import (
@@ -41,7 +42,6 @@ from optax_guard._common.typing import Mask, PyTree, ScalarOrSchedule
 from optax_guard._guard import HOLDING
 from optax_guard._step.act import Start, as_transformation, fast_transformation, refuse_inside
 from optax_guard._step.gradient import Gradient
-from optax_guard._step.new_params import scaled_new_params
 from optax_guard.transforms._penalties import penalised
 
 __all__ = [
