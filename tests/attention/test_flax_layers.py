@@ -125,7 +125,7 @@ def test_what_the_fused_function_cannot_do_is_refused(arguments: dict[str, Any],
     with pytest.raises(ValueError, match=rf"{message}.*record_max_logits"):
         dot_product_attention(query, query, query, **arguments)
     with pytest.raises(ValueError, match="`attention_fn` must be a function"):
-        record_max_logits("attention")  # pyright: ignore[reportArgumentType]  # on purpose
+        record_max_logits("attention")
 
 
 def test_the_reference_transformer_sows_only_when_asked() -> None:

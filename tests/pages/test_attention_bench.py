@@ -18,6 +18,7 @@ import optax_guard as og
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import attention as study
+from benchmarks.marked import marked
 
 TINY = study.QUICK._replace(steps=30, context=8, batch=2)
 
@@ -69,6 +70,17 @@ def test_a_cell_is_summed_up_as_one_counts_by_hand() -> None:
     assert cell["largest_at_end"][0] == [59, 119, 179]
     assert cell["curve"]["middle"][0] == [69, 79, 89, 99, 109, 119]
     assert study.row(cell, (0.1, 1.0)) == ["2.00 ± 1.00, 119", "NaN in 2 of 3, 299"]
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    results = json.loads(study.RESULTS.read_text())
+    assert marked(study.PAGE.read_text(), "tables") == study.generated(results).strip()
+    assert results["cells"].keys() == {f"{optimizer} {name}" for name in study.ARMS for optimizer in study.OPTIMIZERS}
+    assert results["setting"]["size"]["seeds"] >= 5
+    untreated = [
+        np.median(results["cells"][f"{optimizer} none"]["largest_at_end"], axis=1) for optimizer in study.OPTIMIZERS
+    ]
+    assert all(largest.max() > 1000 for largest in untreated)
 
 
 @pytest.mark.slow
