@@ -93,9 +93,11 @@ def train(options: argparse.Namespace) -> None:
     import optax_guard as og
     from optax_guard.models import Transformer
 
+    if jax.local_device_count() % options.model:
+        sys.exit("--model must divide the devices of a process, or its rows would have to be read by several")
     shape = (jax.device_count() // options.model, options.model)
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(("data", "model")))
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     def sharding(x: Any) -> NamedSharding:
         """Kernels over both axes, where their sizes allow; vectors whole, everywhere."""
