@@ -10,7 +10,7 @@ import optax
 from benchmarks.accelerators.steps import act_first, hold_first, plain, state_first
 from benchmarks.performance.measure import Arm, Row, compare, race, say
 
-__all__ = ["trap_rows"]
+__all__ = ["FORMS", "form_arm", "trap_rows"]
 
 PyTree = Any
 FORMS = {
@@ -23,12 +23,13 @@ FORMS = {
 
 def trap_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
     """The order of a conditional's branches, and that of donated arguments. The rows of `make accelerators`, timed."""
-    arms = {name: _arm(form, params, grads) for name, form in FORMS.items()}
+    arms = {name: form_arm(form, params, grads) for name, form in FORMS.items()}
     t = race(arms, grads, max(rounds // 2, 3))
     return [compare("traps", f"{name}, over bare `optax.adamw`", t[name], t["bare"]) for name in list(FORMS)[1:]]
 
 
-def _arm(form: Callable[[optax.GradientTransformation], Any], params: PyTree, grads: PyTree) -> Arm:
+def form_arm(form: Callable[[optax.GradientTransformation], Any], params: PyTree, grads: PyTree) -> Arm:
+    """Compiled, with buffers of its own."""
     tx, value = optax.adamw(1e-3), jnp.ones(())
     params = jax.tree.map(jnp.copy, params)
     state = jax.tree.map(jnp.copy, tx.init(params))

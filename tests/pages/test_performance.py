@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from running import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.marked import marked, put
+from benchmarks.performance.__main__ import tree_size
 from benchmarks.performance.measure import Row
 from benchmarks.performance.page import Record, plain, read_records, regions
 from benchmarks.performance.programs import kernels
+from benchmarks.performance.waits import counted
 
 
 @pytest.mark.slow
@@ -41,6 +44,19 @@ def test_the_short_run_measures_and_ends_in_the_targets() -> None:
     ):
         assert what in table
     assert "a step, 0.3 M parameters, guarded over bare" in run.stdout
+
+
+def test_waits_of_the_host_are_known_by_their_names() -> None:
+    events = {"cuStreamSynchronize": 50, "cuEventSynchronize": 2, "MemcpyD2H": 49, "cuMemcpyDtoHAsync_v2": 1}
+    others = {"cuLaunchKernelEx": 500, "cuStreamWaitEvent": 4, "MemcpyH2D": 3, "loop_add_fusion": 100}
+    assert counted(Counter(events | others)) == (52, 50)
+
+
+def test_the_tree_is_as_large_as_memory_allows() -> None:
+    assert tree_size("cpu", 24e9) == (640, 12)
+    assert tree_size("gpu", 60e9) == (1792, 4)
+    assert tree_size("gpu", 8e9) == (640, 4)
+    assert tree_size("tpu", 0) == (160, 12)
 
 
 def test_pages_are_what_the_results_say() -> None:
