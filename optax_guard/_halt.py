@@ -93,6 +93,9 @@ def clear_halt(state: State) -> State:
     Returns:
       A state of the same structure, with everything else unchanged.
 
+    Raises:
+      ValueError: there is no guard in `state`, for instance since it was restored without a target.
+
     Example:
       >>> import optax_guard as og
       >>> tx = og.guard(optax.sgd(0.1), halt_after=1)
@@ -101,12 +104,16 @@ def clear_halt(state: State) -> State:
       >>> bool(state.halted), bool(og.clear_halt(state).halted)
       (True, False)
     """
+    if not find_states(state, GuardState):
+        raise ValueError(
+            "clear_halt: there is no guard in this state. Pass the optimizer's state, restored into `tx.init(params)`."
+        )
 
     def clear(node: Any) -> Any:
         if not isinstance(node, GuardState):
             return node
         return node._replace(
-            guarded_state=clear_halt(node.guarded_state),
+            guarded_state=jax.tree.map(clear, node.guarded_state, is_leaf=lambda part: isinstance(part, GuardState)),
             halted=jax.tree.map(jnp.zeros_like, node.halted),
             nonfinite_in_row=jax.tree.map(jnp.zeros_like, node.nonfinite_in_row),
             recovery_state=_ladder.cleared(node.recovery_state),

@@ -209,6 +209,7 @@ WRONG = {
     "tuple for array": ({"dense": (numbers(3), (numbers(4, 3),))}, "`dense/1` tuple array (4, 3)"),
     "one leaf less": ({"dense": (numbers(3),)}, "lacks `dense/1`"),
     "one leaf more": ({"dense": (numbers(3), numbers(4, 3), numbers(1))}, "`dense/2` not"),
+    "nothing": (None, "None dict"),
     "empty dict": ({}, "lacks `dense/0`"),
     "nothing masked": ({"dense": (numbers(3), optax.MaskedNode())}, "`dense/1` MaskedNode array (4, 3)"),
 }

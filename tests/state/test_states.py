@@ -113,6 +113,13 @@ def test_a_state_of_many_runs_reads_as_those_of_its_members() -> None:
     assert og.has_updated(state).shape == (MEMBERS,)
 
 
+def test_a_halt_is_not_cleared_in_silence_where_there_is_no_guard() -> None:
+    state = og.guard(optax.sgd(0.1)).init(PARAMS)
+    for other in (optax.adam(0.1).init(PARAMS), list(state), None):
+        with pytest.raises(ValueError, match="clear_halt: there is no guard in this state"):
+            og.clear_halt(other)
+
+
 def test_members_of_different_age_are_read_too() -> None:
     tx = og.guard(optax.sgd(0.1), og.record_leaves(4), recorder_rows=4)
     step = step_of(tx)
