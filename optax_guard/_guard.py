@@ -292,6 +292,7 @@ def guarded(
         plan = _ladder.plan(ladder, state.recovery_state, seen, start.params)
         params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, start.params, state.guarded_state)
         here = start._replace(params=params)
+        like = gradient.like if params is None else params
 
         def propose(
             inner_state: Any = inner_state, params: PyTree = params, in_place: bool = False
@@ -307,13 +308,14 @@ def guarded(
 
         def act() -> tuple[PyTree, Any, jax.Array]:
             nothing_bad = jnp.full((), -1, jnp.int32)
+            begun = _ladder.started(ladder, plan, like, inner_state)
             if start.in_place and not checks and not scales_updates:
                 written = Gradient(scaled.written(), gradient.like)
-                new_params, new_state = take_step(inner, written, inner_state, here, extra)
+                new_params, new_state = take_step(inner, written, begun, here, extra)
                 return new_params, checked_state(name, new_state, inner_state), nothing_bad
             if not checks:
-                return *propose(in_place=start.in_place), nothing_bad
-            updates, new_state = propose()
+                return *propose(begun, in_place=start.in_place), nothing_bad
+            updates, new_state = propose(begun)
             bad_leaf = _first(bad_updates(params, updates), axis_name)
             result, new_state = cond_or_select(
                 bad_leaf < 0, lambda: (here.moved(updates), new_state), lambda: (untouched, inner_state)
@@ -321,7 +323,9 @@ def guarded(
             return result, new_state, bad_leaf
 
         def hold() -> tuple[PyTree, Any, jax.Array]:
-            result = untouched if start.in_place else _ladder.held_updates(plan, start.params, params, untouched)
+            result = (
+                untouched if start.in_place else _ladder.held_updates(ladder, plan, start.params, params, untouched)
+            )
             return result, inner_state, jnp.full((), -1, jnp.int32)
 
         applied = judged.finite & ~state.halted & (~judged.refused | (state.refused_in_row >= patience))
@@ -338,8 +342,15 @@ def guarded(
         def next_updates(inner_state: Any, params: PyTree) -> PyTree:
             return propose(inner_state, params)[0]
 
-        after = _ladder.After(happened, applied & ~happened, new_params, new_state, next_updates)
+        after = _ladder.After(
+            happened, applied & ~happened, judged.norm, judged.clipped_norm, new_params, new_state, next_updates
+        )
         recovery_state = _ladder.finish(ladder, plan, seen, after)
+        if plan is not None and plan.restarts is not None:
+            begun = tuple(each.init(like) for each in rules)
+            restarted = plan.restarts & happened
+            kept = jax.tree.map(lambda new, old: jnp.where(restarted, new, old), begun, judged.rule_states)
+            judged = judged._replace(rule_states=kept)
         max_logit = None if max_logits is None else largest(max_logits)
         outcome = _Outcome(
             applied, bad_leaf, new_state, plan, recovery_state, max_logit, tag_in(name, extra, axis_name)

@@ -25,6 +25,7 @@ from optax_guard._step.act import as_transformation
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
 from optax_guard.recovery._ladder import Rung
+from optax_guard.recovery._start import Start
 from optax_guard.rules._norm_history import clip_by_norm_history
 from optax_guard.rules._skip import skip_spikes
 from optax_guard.rules._window import validate_scope_and_cap
@@ -62,6 +63,9 @@ def stabilize(
     Guarantees:
       - The guarantees of `guard` hold: nothing non-finite is ever applied, a held step leaves no trace, and a flight
         recorder keeps the last steps.
+      - A first gradient that is far too large does not stop the run: if one of the first 16 norms that reached `inner`
+        is followed by eight in a row below a thousandth of it, its moments and the rules' histories start anew with the
+        next applied step, once per such row. Parameters stay as they are.
       - Until a rule acts, and while steps are within `max_change`, the result equals that of `inner` up to the
         rounding of single operations, as under `guard`.
 
@@ -73,6 +77,10 @@ def stabilize(
     a lasting change in the level of the norm    followed within about `horizon` steps
     first steps                                  the loss is judged from the 16th and the norm from the 2nd step on;
                                                  `max_norm` bounds the first
+    first gradient, or several, 1e6 times        the first one passes; its effect on moments and histories is undone
+    too large                                    eight steps later (`reset_start` in the flight log); plain SGD has
+                                                 moved the parameters by then: `max_change` bounds that
+    healthy norms that fall x1000 within 24      the same, harmless: moments of much larger gradients are forgotten
     fixed learning rate, far too large           trains with `max_change`; without it, finite but useless
     ===========================================  ===================================================================
 
@@ -126,6 +134,8 @@ def stabilize(
             limit = optax.masked(limit, mask)
         inner = optax.chain(inner, limit)
     rules = _skip_loss_spikes(axis_name), clip_by_norm_history(horizon, max_norm=max_norm, axis_name=axis_name)
+    if isinstance(recovery, (tuple, list)):  # else an error says so
+        recovery = *recovery, Start()
     settings = Settings(recovery, patience, halt_after, recorder_rows, None, mask, axis_name)
     return guarded(name, inner, rules, settings)
 

@@ -43,6 +43,7 @@ RECOVERIES = (  # what the ladder did; several may occur together
     "rewind_refused",  # back to a snapshot, after refused or non-finite steps in a row
     "rewind_diverged",  # back to a snapshot, since the smoothed loss had diverged
     "gave_up",  # halted, since the loss diverged again after all rewinds
+    "reset_start",  # moments reset and histories begun anew, since one of the first gradients had been far too large
 )
 _NUMBERS = ("value", "grad_norm", "clipped_norm", "scale", "max_logit")
 _CODES = 7  # columns of integers

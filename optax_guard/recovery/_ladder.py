@@ -33,6 +33,7 @@ from optax_guard.recovery._rewind import (
     watch_after_rewind,
 )
 from optax_guard.recovery._seen import After, Seen, Trouble
+from optax_guard.recovery._start import Start, StartState, empty_start, fresh_where, watch_start
 
 __all__ = [
     "Ladder",
@@ -47,9 +48,10 @@ __all__ = [
     "plan",
     "recover",
     "scaled",
+    "started",
 ]
 
-Rung: TypeAlias = Reset | Rewind | optax.GradientTransformation  # the last of `back_off`
+Rung: TypeAlias = Reset | Rewind | Start | optax.GradientTransformation  # the last of `back_off`
 
 _BIT = {name: 1 << position for position, name in enumerate(RECOVERIES)}
 
@@ -63,6 +65,7 @@ class RecoveryState(NamedTuple):
     back_off_state: Any  # BackOffState
     rewind_state: Any  # RewindState
     loss_watch: Any  # LossWatch, if a rung uses the loss
+    start_state: Any  # StartState, under `stabilize`
 
 
 class Ladder(NamedTuple):
@@ -72,6 +75,7 @@ class Ladder(NamedTuple):
     reset: Reset | None
     back_off: BackOff | None
     rewind: Rewind | None
+    start: Start | None
     inner: optax.GradientTransformation
     axis_name: AxisName | None
     mask: Mask | None
@@ -86,6 +90,7 @@ class Plan(NamedTuple):
     gives_up: jax.Array  # bool[]: the guard halts
     place: jax.Array  # i32[]: the snapshot to which to return
     update_scale: jax.Array | None  # f32[]; None without `back_off`
+    restarts: jax.Array | None  # bool[]: the step is the first of a new start; None without `Start`
     reason: jax.Array  # i32[]: bits of RECOVERIES
 
     @property
@@ -103,7 +108,7 @@ def as_ladder(
     mask: Mask | None = None,
 ) -> Ladder | None:
     """Sorts the rungs into a ladder; None if there are none."""
-    names = {Reset: "reset_moments", BackOff: "back_off", Rewind: "rewind"}
+    names = {Reset: "reset_moments", BackOff: "back_off", Rewind: "rewind", Start: "start"}
     wanted = "a tuple of `reset_moments(...)`, `back_off(...)`, `rewind(...)`"
     if _rung(recovery) is not None or not isinstance(recovery, (tuple, list)):
         raise ValueError(f"{function}: `recovery` must be {wanted}; got {recovery!r}.")
@@ -115,7 +120,7 @@ def as_ladder(
         name = names[type(rung)]
         if name in found:
             raise ValueError(f"{function}: `recovery` holds `{name}` twice; each rung may occur once.")
-        if name != "back_off" and rung.after > halt_after:
+        if isinstance(rung, (Reset, Rewind)) and rung.after > halt_after:
             raise ValueError(
                 f"{function}: `{name}(after={rung.after})` would never act on non-finite steps, since `halt_after` is "
                 f"{halt_after}; `after` must be in [1, halt_after]."
@@ -123,12 +128,12 @@ def as_ladder(
         found[name] = rung
     if not found:
         return None
-    reset, back_off, rewind = (found.get(name) for name in names.values())
-    return Ladder(function, reset, back_off, rewind, inner, axis_name, mask)
+    reset, back_off, rewind, start = (found.get(name) for name in names.values())
+    return Ladder(function, reset, back_off, rewind, start, inner, axis_name, mask)
 
 
-def _rung(each: Any) -> Reset | BackOff | Rewind | None:
-    return each if isinstance(each, (Reset, Rewind)) else part_of(each, BackOff)
+def _rung(each: Any) -> Reset | BackOff | Rewind | Start | None:
+    return each if isinstance(each, (Reset, Rewind, Start)) else part_of(each, BackOff)
 
 
 def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> RecoveryState | tuple[()]:
@@ -142,6 +147,7 @@ def init_ladder(ladder: Ladder | None, params: PyTree, inner_state: PyTree) -> R
         back_off_state=() if ladder.back_off is None else empty_back_off(()),
         rewind_state=() if ladder.rewind is None else empty_rewind(ladder.rewind, params, inner_state),
         loss_watch=empty_watch() if _watches(ladder) else (),
+        start_state=() if ladder.start is None else empty_start(),
     )
 
 
@@ -173,6 +179,12 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
     dead = reasons["reset_nonfinite"] | reasons["reset_frozen"]
     resets = dead | reasons["reset_refused"]
 
+    restarts = None
+    if isinstance(state.start_state, StartState):
+        replaced = resets | rewinds | reasons["gave_up"]
+        restarts = state.start_state.spoilt & seen.alive & ~bad & ~replaced
+        reasons["reset_start"] = restarts
+
     reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
     if ladder.back_off is not None:
         bar = ladder.back_off.diverged
@@ -197,6 +209,7 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
         gives_up=reasons["gave_up"],
         place=place,
         update_scale=None if ladder.back_off is None else back_off.update_scale,
+        restarts=restarts,
         reason=sum(jnp.where(on, _BIT[name], 0) for name, on in reasons.items()) + jnp.zeros((), jnp.int32),
     )
 
@@ -219,9 +232,18 @@ def recover(
     return params, inner_state
 
 
-def held_updates(planned: Plan | None, before: PyTree, after: PyTree, untouched: PyTree) -> PyTree:
+def started(ladder: Ladder | None, planned: Plan | None, params: PyTree, inner_state: PyTree) -> PyTree:
+    """The inner state with which the optimizer takes the step: with new moments if the run starts anew."""
+    if ladder is None or planned is None or planned.restarts is None:
+        return inner_state
+    return fresh_where(planned.restarts, ladder.inner, inner_state, params)
+
+
+def held_updates(
+    ladder: Ladder | None, planned: Plan | None, before: PyTree, after: PyTree, untouched: PyTree
+) -> PyTree:
     """Optax's updates for a step that was not applied, which lead to a snapshot or change nothing."""
-    if planned is None or before is None:
+    if ladder is None or ladder.rewind is None or planned is None or before is None:
         return untouched
     return lax.cond(planned.rewinds, lambda: updates_to(after, before, untouched), lambda: untouched)
 
@@ -249,12 +271,16 @@ def finish(ladder: Ladder | None, planned: Plan | None, seen: Seen, after: After
         rewind = take_snapshot(
             ladder.rewind, ladder.mask, ladder.axis_name, rewind, state.loss_watch, healthy & low, seen, after
         )
+    start = state.start_state
+    if isinstance(start, StartState) and planned.restarts is not None:
+        start = watch_start(start, planned.restarts, after)
     return state._replace(
         # What Adam makes of zeros in float16 (0 / 0) is held; moments and parameters have nothing to do with it.
         bad_update_before=jnp.where(seen.alive, after.bad_update & jnp.any(seen.has_gradient), state.bad_update_before),
         reset_state=reset,
         back_off_state=back_off,
         rewind_state=rewind,
+        start_state=start,
     )
 
 

@@ -33,6 +33,8 @@ class After(NamedTuple):
 
     applied: jax.Array  # bool[]: whether the optimizer's update was applied
     bad_update: jax.Array  # bool[]: whether there was an update that was held as not finite
+    norm: jax.Array  # f32[]: of the gradient before the rules
+    clipped_norm: jax.Array  # f32[]: and as it reached the optimizer
     params: Callable[[], PyTree]  # returns the parameters
     inner_state: PyTree
     next_updates: Callable[[PyTree, PyTree], PyTree]  # the updates for this step's gradient at (state, parameters)

@@ -51,7 +51,8 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     guard/refused_in_row          i32: finite refusals in a row
     guard/nonfinite_in_row        i32: non-finite steps in a row
     guard/halted                  bool: every further step is held
-    guard/trouble_in_row          i32: with `recovery`: steps in a row that were refused or not finite
+    guard/trouble_in_row          i32: with `recovery` or `stabilize`: steps in a row that were refused or not finite
+    guard/start_reset_total       i32: with `stabilize`: new starts, since one of the first gradients was far too large
     guard/reset_total             i32: with `reset_moments`: resets, for whatever reason
     guard/silent_death_total      i32: likewise: resets because moments were not finite or parameters did not move
     guard/moments_finite          bool: likewise: whether the moments were finite at the last check
@@ -136,10 +137,10 @@ def flight_log(state: optax.OptState) -> np.ndarray:
       was passed), `value_given`, `grad_norm` (NaN and Inf included), `clipped_norm`, `scale`, `event` (applied,
       clipped, skipped, let_through, nonfinite, nonfinite_update, halted, recovery), `rule` (the rule that refused, else
       the first that scaled, else -1), `worst_leaf` (an index into `leaf_names(params, state)`), `recovery` (what the
-      ladder did: reset_refused, reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up;
-      several are joined by `+`) and `tag` (the integer passed as `tag=` to identify the batch; -1 if none was). For a
-      state of many runs at once (`jax.vmap`, `jax.pmap`), the axes of the members come before that of the rows, and a
-      member with fewer rows than another begins with rows of step -1 and no event.
+      ladder did: reset_refused, reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up,
+      reset_start; several are joined by `+`) and `tag` (the integer passed as `tag=` to identify the batch; -1 if none
+      was). For a state of many runs at once (`jax.vmap`, `jax.pmap`), the axes of the members come before that of the
+      rows, and a member with fewer rows than another begins with rows of step -1 and no event.
 
     Raises:
       ValueError: `state` holds no guard or more than one.
@@ -237,6 +238,7 @@ def _recovery_metrics(state: RecoveryState) -> dict[str, jax.Array]:
         (state.back_off_state, ("update_scale", "back_off_total")),
         (state.rewind_state, ("rewind_total",)),
         (state.loss_watch, ("smoothed_loss", "best_loss")),
+        (state.start_state, ("start_reset_total",)),
     ):
         numbers |= {name: field_array(getattr(part, name)) for name in names if part != ()}
     if state.rewind_state != ():

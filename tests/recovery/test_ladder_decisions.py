@@ -17,6 +17,7 @@ import optax_guard as og
 from optax_guard._step.moments import fingerprints, moves_float32
 from optax_guard._step.record import RECOVERIES
 from optax_guard.recovery import _ladder, _reset
+from optax_guard.recovery._start import Start
 
 CASES = 800
 KEEP, RESET_AFTER, DOWN_AFTER, BACK_AFTER, ATTEMPTS, OWES, EVERY, LOOKS = 3, 3, 2, 4, 2, 4, 5, 4
@@ -25,7 +26,8 @@ RUNGS = (
     og.back_off(0.5, OWES, after=DOWN_AFTER, lowest=0.3, diverged=2.0),
     og.rewind(EVERY, keep=KEEP, after=BACK_AFTER, attempts=ATTEMPTS, diverged=3.0),
 )
-LADDER = _ladder.as_ladder("guard", RUNGS, optax.sgd(0.1, momentum=0.5), 50, None)
+LADDER = _ladder.as_ladder("guard", (*RUNGS, Start()), optax.sgd(0.1, momentum=0.5), 50, None)
+ONE = jnp.ones(())
 PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}
 MOST_OWED = math.floor(OWES * math.log(0.3) / math.log(0.5))
 
@@ -80,6 +82,7 @@ def random_cases(seed: int) -> tuple[Any, _ladder.Seen]:
         back_off_state=back,
         rewind_state=rewind,
         loss_watch=watch,
+        start_state=state.start_state._replace(spoilt=flags(rng, 0.2)),
     )
     value = np.where(flags(rng, 0.1), rng.choice([0.0, np.nan, np.inf, 3e37], CASES), levels(rng))
     return state, _ladder.Seen(
@@ -99,7 +102,7 @@ def case(tree: Any, i: int) -> Any:
 def fields(state: Any) -> dict[str, Any]:
     """Every number in the ladder's state by its name."""
     found: dict[str, Any] = {}
-    for part in (state, state.reset_state, state.back_off_state, state.rewind_state, state.loss_watch):
+    for part in (state, *(x for x in state if isinstance(x, tuple) and x != ())):
         found |= {name: x for name, x in part._asdict().items() if isinstance(x, np.ndarray)}
     return found
 
@@ -143,6 +146,9 @@ def planned(state: Any, seen: Any) -> dict[str, Any]:
         reason.update(reset_refused=False, reset_nonfinite=False, reset_frozen=False)
     dead = reason["reset_nonfinite"] or reason["reset_frozen"]
     resets = dead or reason["reset_refused"]
+    reason["reset_start"] = (
+        alive and bool(state.start_state.spoilt) and not (bad or resets or rewinds or reason["gave_up"])
+    )
     rises = alive and above(watch, 2.0) and not above(before, 2.0)
     down = dead or rewinds or (bad and row == DOWN_AFTER) or rises
     owed = min(int(back.healthy_steps_owed) + OWES * down, MOST_OWED)
@@ -226,6 +232,7 @@ def finished(state: Any, seen: Any, applied: bool, bad_update: bool, finite: boo
 
 def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
     states, seen = random_cases(1)
+    states = states._replace(start_state=())  # tests/recovery/test_start.py
     rng = np.random.default_rng(2)
     applied, bad_update, finite = flags(rng, 0.6), flags(rng, 0.2), flags(rng, 0.8)
     inner = LADDER.inner.init(PARAMS)
@@ -234,7 +241,7 @@ def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
     def finish(state: Any, seen: Any, applied: Any, bad_update: Any, finite: Any) -> Any:
         moments = jax.tree.map(lambda x: jnp.where(finite | (x.ndim == 1), x + 2, jnp.inf), inner)
         plan = _ladder.plan(LADDER, state, seen, PARAMS)._replace(state=state)
-        after = _ladder.After(applied, bad_update, lambda: PARAMS, moments, lambda *_: PARAMS)
+        after = _ladder.After(applied, bad_update, ONE, ONE, lambda: PARAMS, moments, lambda *_: PARAMS)
         return _ladder.finish(LADDER, plan, seen, after)
 
     got = jax.device_get(quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite))
@@ -275,7 +282,7 @@ def test_only_a_leaf_of_sixteen_bits_can_be_too_coarse_for_its_update() -> None:
     params = {"coarse": jnp.ones(2, jnp.bfloat16), "fine": jnp.ones(2)}
     updates = {"coarse": jnp.full(2, 1e-4), "fine": jnp.full(2, 1e-4)}
     still = jnp.array([True, True])
-    after = _ladder.After(jnp.array(True), jnp.array(False), lambda: params, (), lambda *_: updates)
+    after = _ladder.After(jnp.array(True), jnp.array(False), ONE, ONE, lambda: params, (), lambda *_: updates)
     got = _reset._rounded(still, after, None)
     np.testing.assert_array_equal(got, [True, False])
 
