@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="run cells again that were done before")
     parser.add_argument("--page", action="store_true", help="run nothing: the page and pictures from the results file")
     parser.add_argument(
-        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: all cores)"
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes, one on each core (default: all cores)"
     )
     options = parser.parse_args(arguments)
     console = Console()

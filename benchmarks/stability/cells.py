@@ -50,7 +50,7 @@ def run_cell(where: str, method: str, size: Size) -> dict[str, Any]:
 def _natural(task: Task, method: Method, size: Size) -> dict[str, Any]:
     """All learning rates and seeds at the default setting, then at the best setting of the grid on a separate seed."""
     rates, seeds = np.asarray(size.rates, np.float32), size.seeds
-    run = make_runner(task, method.make, list(range(seeds + 1)))
+    run = make_runner(task, method.build, list(range(seeds + 1)))
 
     def evaluate(setting: float) -> dict[str, Any]:
         lanes = _lanes(np.arange(seeds), rates, np.full(1, setting))
@@ -97,13 +97,13 @@ def _summary(out: Runs, shape: tuple[int, int]) -> dict[str, Any]:
 def _faults(base: str, method: Method, size: Size) -> dict[str, Any]:
     """Every fault and seed, on whole batches and on micro-batches."""
     task = base_task(base)
-    whole = _fault_rows(task, method, method.make, base, FAULTS, size)
+    whole = _fault_rows(task, method, method.build, base, FAULTS, size)
     small = task._replace(batch=rows_of(digits(centred=True)[0], BATCH // EVERY))
     parts = _fault_rows(small, method, method.accumulated, base, MICRO_FAULTS, size)
     return {"faults": whole | {"micro_nan": parts["micro_nan"]}}
 
 
-def _fault_rows(task: Task, method: Method, make: Any, base: str, faults: Any, size: Size) -> dict[str, Any]:
+def _fault_rows(task: Task, method: Method, build: Any, base: str, faults: Any, size: Size) -> dict[str, Any]:
     """The effect of each fault, as lists over seeds."""
     seeds, names = size.seeds, list(faults)
     table: Fault = stacked(faults)
@@ -113,7 +113,7 @@ def _fault_rows(task: Task, method: Method, make: Any, base: str, faults: Any, s
         setting=np.full(seeds * len(names), method.settings[0], np.float32),
         fault=np.repeat(np.arange(len(names)), seeds).astype(np.int32),
     )
-    out = make_runner(task, make, list(range(seeds)))(lanes, table)
+    out = make_runner(task, build, list(range(seeds)))(lanes, table)
     final, finite = out.final.reshape(len(names), seeds), out.finite.reshape(len(names), seeds)
     loss, share = (x.reshape(-1, len(names), seeds) for x in (out.loss, out.share))
     rows = {}

@@ -3,6 +3,10 @@
 The function takes the optimizer to protect and one setting, and returns a transformation. `settings` are the values
 tried: the first is the published default (ours: the library's), the others the grid. Settings arrive as traced numbers,
 so that all of them share one compiled program.
+
+A method that is an optimizer itself, or that changes the learning rate over time, is decorated with
+`@method(..., takes_rate=True)`. It takes the optimizer as a function of a rate or a schedule, the rate, and the
+setting; an optimizer of its own goes through `probed`, which the measurements need.
 """
 
 from collections.abc import Callable
@@ -13,11 +17,13 @@ import jax.numpy as jnp
 import optax
 
 import optax_guard as og
+from benchmarks.stability.train import Base, probed
 
 Transformation = optax.GradientTransformation
-Make = Callable[[Transformation, Any], Transformation]
+Make = Callable[..., Transformation]  # of (optimizer, setting), or of (optimizer of a rate, rate, setting)
 
 OPTAX, PUBLISHED, OURS = "Optax", "published", "ours"
+WARM_UP = 40  # steps, a tenth of the usual task
 EVERY = 4  # micro-batches in a step, where a fault hits one of them
 _FOREVER = 2**30
 
@@ -31,27 +37,37 @@ class Method(NamedTuple):
     setting: str  # what the setting is; "" where there is none
     settings: tuple[float, ...]
     second_moment: bool  # needs an optimizer that keeps one
+    takes_rate: bool
 
-    @property
-    def accumulated(self) -> Callable[[Transformation, Any], Transformation]:
+    def build(self, base: Base, rate: Any, setting: Any) -> Transformation:
+        """The method around the optimizer at a rate."""
+        return self.make(base, rate, setting) if self.takes_rate else self.make(base(rate), setting)
+
+    def accumulated(self, base: Base, rate: Any, setting: Any) -> Transformation:
         """The method over micro-batches: with `og.accumulate` for ours, else with `optax.MultiSteps`."""
-        if self.group == OURS:
-            return lambda optimizer, setting: og.accumulate(self.make(optimizer, setting), EVERY)
-        return lambda optimizer, setting: optax.MultiSteps(
-            self.make(optimizer, setting), EVERY
-        ).gradient_transformation()
+        built = self.build(base, rate, setting)
+        return (
+            og.accumulate(built, EVERY)
+            if self.group == OURS
+            else optax.MultiSteps(built, EVERY).gradient_transformation()
+        )
 
 
 METHODS: dict[str, Method] = {}
 
 
 def method(
-    title: str, group: str, setting: str = "", settings: tuple[float, ...] = (0.0,), second_moment: bool = False
+    title: str,
+    group: str,
+    setting: str = "",
+    settings: tuple[float, ...] = (0.0,),
+    second_moment: bool = False,
+    takes_rate: bool = False,
 ) -> Callable[[Make], Make]:
     """Registers a method under the name of its function."""
 
     def register(make: Make) -> Make:
-        METHODS[make.__name__] = Method(title, group, make, setting, settings, second_moment)
+        METHODS[make.__name__] = Method(title, group, make, setting, settings, second_moment, takes_rate)
         return make
 
     return register
@@ -103,6 +119,94 @@ def finite(optimizer: Transformation, setting: Any) -> Transformation:
 def agc(optimizer: Transformation, setting: Any) -> Transformation:
     """Brock et al. 2021."""
     return optax.chain(optax.adaptive_grad_clip(setting), optimizer)
+
+
+@method("zero_nans", OPTAX)
+def zero_nans(optimizer: Transformation, setting: Any) -> Transformation:
+    """NaN becomes 0; Inf stays."""
+    del setting
+    return optax.chain(optax.zero_nans(), optimizer)
+
+
+@method("clip + linear warm-up", OPTAX, "max_norm", NORMS, takes_rate=True)
+def clip_and_warm_up(base: Base, rate: Any, setting: Any) -> Transformation:
+    """The cure that most people use: over a tenth of the steps."""
+    return clip(base(lambda count: rate * jnp.minimum((count + 1) / WARM_UP, 1.0)), setting)
+
+
+@method("normalize_by_update_norm", OPTAX, "scale_factor", NORMS)
+def normalized(optimizer: Transformation, setting: Any) -> Transformation:
+    """The direction of the gradient alone."""
+    return optax.chain(optax.normalize_by_update_norm(setting), optimizer)
+
+
+@method("reduce_on_plateau", OPTAX, "patience", (10.0, 5.0, 20.0, 50.0, 100.0))
+def plateau(optimizer: Transformation, setting: Any) -> Transformation:
+    """A tenth of the rate whenever the loss has not improved for some steps."""
+    return optax.chain(optimizer, optax.contrib.reduce_on_plateau(patience=setting))
+
+
+@method("LARS", OPTAX, "trust_coefficient", (0.001, 0.0001, 0.01, 0.1, 1.0), takes_rate=True)
+def lars(base: Base, rate: Any, setting: Any) -> Transformation:
+    """You et al. 2017: the step of every leaf relative to its norm; with SGD's momentum."""
+    del base
+    return probed(lambda r: optax.lars(r, trust_coefficient=setting))(rate)
+
+
+@method("LAMB", OPTAX, second_moment=True, takes_rate=True)
+def lamb(base: Base, rate: Any, setting: Any) -> Transformation:
+    """You et al. 2019: the same with Adam."""
+    del base, setting
+    return probed(optax.lamb)(rate)
+
+
+@method("MoMo", OPTAX, takes_rate=True)
+def momo(base: Base, rate: Any, setting: Any) -> Transformation:
+    """Schaipp et al. 2023: momentum with a Polyak step size, capped at the rate; 0 as the lower bound of the loss."""
+    del base, setting
+    return probed(optax.contrib.momo)(rate)
+
+
+@method("MoMo-Adam", OPTAX, second_moment=True, takes_rate=True)
+def momo_adam(base: Base, rate: Any, setting: Any) -> Transformation:
+    """The same with Adam."""
+    del base, setting
+    return probed(optax.contrib.momo_adam)(rate)
+
+
+@method("Prodigy", OPTAX, "estim_lr_coef", (1.0, 0.1, 0.5, 2.0, 10.0), takes_rate=True)
+def prodigy(base: Base, rate: Any, setting: Any) -> Transformation:
+    """Mishchenko and Defazio 2023: finds the rate itself, so that ours is not used."""
+    del base, rate
+    return probed(lambda r: optax.contrib.prodigy(r, estim_lr_coef=setting))(1.0)
+
+
+@method("D-Adaptation", OPTAX, "estim_lr0", (1e-6, 1e-8, 1e-7, 1e-5, 1e-4), takes_rate=True)
+def dadapt(base: Base, rate: Any, setting: Any) -> Transformation:
+    """Defazio and Mishchenko 2023, AdamW: likewise."""
+    del base, rate
+    return probed(lambda r: optax.contrib.dadapt_adamw(r, estim_lr0=setting))(1.0)
+
+
+@method("schedule-free", OPTAX, "b1", (0.9, 0.5, 0.8, 0.95, 0.98), takes_rate=True)
+def schedule_free(base: Base, rate: Any, setting: Any) -> Transformation:
+    """Defazio et al. 2024, around SGD: averages in place of a schedule, with warm-up."""
+    del base
+    return probed(lambda r: optax.contrib.schedule_free_sgd(r, warmup_steps=WARM_UP, b1=setting))(rate)
+
+
+@method("schedule-free AdamW", OPTAX, "b1", (0.9, 0.5, 0.8, 0.95, 0.98), second_moment=True, takes_rate=True)
+def schedule_free_adamw(base: Base, rate: Any, setting: Any) -> Transformation:
+    """The same with AdamW."""
+    del base
+    return probed(lambda r: optax.contrib.schedule_free_adamw(r, warmup_steps=WARM_UP, b1=setting))(rate)
+
+
+@method("Muon", OPTAX, "beta", (0.95, 0.8, 0.9, 0.98, 0.99), second_moment=True, takes_rate=True)
+def muon(base: Base, rate: Any, setting: Any) -> Transformation:
+    """Jordan et al. 2024, with its own scaling: matrices along their singular vectors, Adam for all else."""
+    del base
+    return probed(lambda r: optax.contrib.muon(r, beta=setting))(rate)
 
 
 @method("ZClip", PUBLISHED, "z_threshold", SCORES)

@@ -77,7 +77,9 @@ def regret_table(results: Results, setting: str) -> str:
     for name, method in METHODS.items():
         cells = [cell_text(columns[t][name], name in best[t]) if name in columns[t] else "" for t in tasks]
         shared = [float(np.mean(columns[t][name])) for t in tasks if name in columns[t]]
-        rows.append([f"`{method.title}`", *cells, f"{np.mean(shared):.2f}" if shared else ""])
+        if not shared:  # not run yet
+            continue
+        rows.append([f"`{method.title}`", *cells, f"{np.mean(shared):.2f}"])
     return markdown(["method", *(f"{t}*" if t in HELD_OUT else t for t in tasks), "mean"], rows)
 
 

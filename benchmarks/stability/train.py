@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 import optax_guard as og
 from benchmarks.stability.faults import Fault, corrupt, spoil
 from benchmarks.stability.tasks import Task
 
 PyTree = Any
+Base = Callable[[Any], optax.GradientTransformation]  # an optimizer, of a rate or a schedule
+Build = Callable[[Base, Any, Any], optax.GradientTransformation]  # a method, of an optimizer, a rate and a setting
 
 
 class Lanes(NamedTuple):
@@ -59,15 +62,28 @@ def probe() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def make_runner(
-    task: Task, make: Callable[[optax.GradientTransformation, Any], optax.GradientTransformation], seeds: list[int]
-) -> Callable[[Lanes, Fault | None], Runs]:
+def probed(optimizer: Base) -> Base:
+    """An optimizer between two probes."""
+    return lambda rate: optax.chain(probe(), optimizer(rate), probe())
+
+
+def evaluated(params: PyTree, state: PyTree) -> PyTree:
+    """The parameters to evaluate: with a schedule-free optimizer, its average."""
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_schedule_free) if _is_schedule_free(x)]
+    return schedule_free_eval_params(found[0], params) if found else params
+
+
+def _is_schedule_free(node: Any) -> bool:
+    return isinstance(node, ScheduleFreeState)
+
+
+def make_runner(task: Task, build: Build, seeds: list[int]) -> Callable[[Lanes, Fault | None], Runs]:
     """A function that trains lanes; those of one shape share one compiled program."""
     start = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(task.init(seed) for seed in seeds))
     keys = jnp.stack([jax.random.key(1000 + seed) for seed in seeds])
 
     def transformation(lane: Lanes) -> optax.GradientTransformation:
-        return make(optax.chain(probe(), task.optimizer(lane.rate), probe()), lane.setting)
+        return build(probed(task.optimizer), lane.rate, lane.setting)
 
     def step(lane: Lanes, params: PyTree, state: PyTree, batches: Any, faults: Fault | None) -> Any:
         batch = jax.tree.map(lambda x: x[lane.seed], batches)
@@ -93,7 +109,8 @@ def make_runner(
             *carry, seen = jax.vmap(step, in_axes=(0, 0, 0, None, None))(lanes, *carry, batches, rows)
             return tuple(carry), seen
 
-        (last, _), seen = jax.lax.scan(body, (params, state), jnp.arange(task.steps))
+        (last, state), seen = jax.lax.scan(body, (params, state), jnp.arange(task.steps))
+        last = jax.vmap(evaluated)(last, state)
         finite = jax.vmap(lambda tree: jnp.all(og.gradient_statistics(tree).finite))(last)
         return jax.vmap(task.evaluate)(start)[lanes.seed], jax.vmap(task.evaluate)(last), finite, *seen
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import optax_guard as og
-from benchmarks.stability.large.training import Make, evaluated
+from benchmarks.stability.large.training import Make
 from benchmarks.stability.large.trials import Lanes, Trial
+from benchmarks.stability.train import evaluated
 
 PyTree = Any
 COPIES, LENGTH, PASSES, BATCHES = 16, 64, 4, 4

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 import optax_guard as og
 from benchmarks.stability.large.trials import Lanes, Trial
 from benchmarks.stability.tasks import Task, characters
+from benchmarks.stability.train import evaluated
 
 PyTree = Any
 Make = Callable[[Lanes], optax.GradientTransformation]
@@ -54,13 +54,3 @@ def training(task: Task, make: Make) -> Trial:
         return task.evaluate(params), jnp.all(og.gradient_statistics(params).finite)
 
     return Trial(task.steps, start, step, evaluate)
-
-
-def evaluated(params: PyTree, state: PyTree) -> PyTree:
-    """The parameters to evaluate: with a schedule-free optimizer, its average."""
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_schedule_free) if _is_schedule_free(x)]
-    return schedule_free_eval_params(found[0], params) if found else params
-
-
-def _is_schedule_free(node: Any) -> bool:
-    return isinstance(node, ScheduleFreeState)
