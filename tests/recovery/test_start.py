@@ -103,7 +103,7 @@ def test_a_burst_after_one_healthy_gradient_is_clipped_and_slows_the_run_down_bu
     assert int(og.metrics(state)["guard/start_reset_total"]) == 0
 
 
-def histories() -> dict[str, np.ndarray]:
+def histories() -> dict[str, Any]:
     """Healthy starts: steady, falling by 500 at once, by 1e6 slowly, noisy, rising, and one that is low at first."""
     noise = np.exp(np.random.default_rng(1).normal(0, 1, STEPS)).astype(np.float32)
     return {
