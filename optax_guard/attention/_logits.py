@@ -132,10 +132,13 @@ def max_attention_logits(
             product = jnp.where(_of_rank(seen, product.ndim), product, jnp.asarray(-jnp.inf, dtype))
         return jnp.max(product, axis=(*range(len(batch)), -2, -1))
 
-    corners = _corners(queries, keys, rows, columns, visible)
     # A loop of known length over the blocks that are not excluded: a GPU would wait for the host at one of unknown
-    # length. Maxima of the blocks are kept and not carried, so that heads may be split over devices.
-    return jnp.max(lax.map(of_block, jnp.asarray(corners)), axis=0)
+    # length. It begins with a block and not with -Inf, whose type would not say how heads are split over devices.
+    first, *rest = _corners(queries, keys, rows, columns, visible)
+    maxima = of_block(jnp.asarray(first))
+    if not rest:
+        return maxima
+    return lax.scan(lambda top, corner: (jnp.maximum(top, of_block(corner)), None), maxima, np.stack(rest))[0]
 
 
 def max_attention_logits_from_lse(lse: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:

@@ -47,7 +47,7 @@ class Linen(nn.Module):
 WAYS = {"bound": dot_product_attention, "exact": record_max_logits(nn.dot_product_attention)}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param("bound", marks=pytest.mark.slow), "exact"])
 def test_linen_layers_record_maxima_and_keep_their_output(way: str) -> None:
     model, stock = Linen(WAYS[way]), Linen(nn.dot_product_attention)
     params = jax.jit(model.init)(jax.random.key(0), INPUTS)["params"]
@@ -76,7 +76,7 @@ def test_linen_layers_record_maxima_and_keep_their_output(way: str) -> None:
     assert np.all(above <= (LOG_KEYS if way == "bound" else 0) + 1e-5 * np.abs(exact))
 
 
-@pytest.mark.parametrize("way", ["bound", "exact"])
+@pytest.mark.parametrize("way", ["bound", pytest.param("exact", marks=pytest.mark.slow)])
 def test_nnx_layers_record_grouped_heads_with_dropout_and_inside_a_gradient(way: str) -> None:
     attention_fn = dot_product_attention if way == "bound" else record_max_logits(nnx.dot_product_attention)
     rate = 0.0 if way == "bound" else 0.5
@@ -132,17 +132,17 @@ def test_the_reference_transformer_sows_only_when_asked() -> None:
     model = Transformer(7, TIME, width=WIDTH, layers=2, heads=HEADS, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(7, size=(BATCH, TIME)))
     before = jax.tree.structure(nnx.state(model))
-    seen: list[Any] = []
 
-    def forward(model: Any, sow: bool) -> jax.Array:
-        hidden = model.tokens(tokens) + model.positions(jnp.arange(TIME)[None])
+    @nnx.jit
+    def run(model: Any) -> Any:
+        hidden, seen = model.tokens(tokens) + model.positions(jnp.arange(TIME)[None]), []
         for block in model.blocks:
             seen.append(block.queries_and_keys(block.attention_norm(hidden)))
             hidden = block(hidden)
-        return model(tokens, sow_max_logits=sow)
+        _, sown = nnx.capture(lambda model: model(tokens, sow_max_logits=True), nnx.Intermediate)(model)
+        return seen, og.collect_max_logits(sown)
 
-    _, sown = nnx.capture(lambda model: forward(model, True), nnx.Intermediate)(model)
-    maxima = og.collect_max_logits(sown)
+    seen, maxima = run(model)
     assert maxima.keys() == {"blocks/0", "blocks/1"}
     for layer, (query, key) in zip(maxima.values(), seen, strict=True):
         logits = np.einsum("bthd,bshd->bhts", *(np.asarray(x, np.float64) for x in (query, key))) / 2

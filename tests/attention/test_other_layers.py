@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_guard as og
@@ -35,7 +36,7 @@ def test_equinox_returns_maxima_that_qk_clip_takes() -> None:
     tx = og.guard(optax.chain(optax.sgd(0.0), og.qk_clip(1.0, layers=layers)))
     params, rest = eqx.partition(model, eqx.is_inexact_array)
 
-    @jax.jit
+    @quick_jit
     def step(params: Any, state: Any) -> Any:
         def loss_fn(params: Any) -> Any:
             outputs, maxima = jax.vmap(eqx.combine(params, rest))(jnp.asarray(INPUTS))
@@ -59,12 +60,14 @@ def test_equinox_returns_maxima_that_qk_clip_takes() -> None:
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec(None, None, "x")])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(PartitionSpec("x"), marks=pytest.mark.slow), PartitionSpec(None, None, "x")]
+)
 def test_batches_and_heads_may_be_split_over_devices(kind: AxisType, spec: PartitionSpec) -> None:
     query = np.random.default_rng(1).normal(size=(BATCH, TIME, 8, 4)).astype(np.float32)
     expected = og.max_attention_logits(query, query, is_causal=True, block_size=4)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     with jax.set_mesh(mesh):
         split = jax.device_put(query, NamedSharding(mesh, spec))
-        found = jax.jit(lambda q: og.max_attention_logits(q, q, is_causal=True, block_size=4))(split)
+        found = quick_jit(lambda q: og.max_attention_logits(q, q, is_causal=True, block_size=4))(split)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
