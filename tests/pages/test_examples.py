@@ -108,10 +108,10 @@ def test_multi_host_holds_alike_in_all_processes_and_goes_on_from_its_checkpoint
             output = output_of("multi_host.py", *arguments)
         assert "step 16: loss" in output
         assert "2 steps held so far" in output  # those at which one process read NaN
-        ends[folder] = [line for line in output.splitlines() if line.startswith("process ")]
-    assert [line.split(": ")[0] for line in sorted(ends["cut"])] == ["process 0 of 2", "process 1 of 2"]
-    assert all("began at step 8" in line for line in ends["cut"])
-    assert len({line.split("norm ")[1] for lines in ends.values() for line in lines}) == 1
+        ends[folder] = sorted(re.findall(r"process (\d) of 2: began at step (\d+), norm ([\d.]+)", output))
+    assert [end[:2] for end in ends["whole"]] == [("0", "0"), ("1", "0")]
+    assert [end[:2] for end in ends["cut"]] == [("0", "8"), ("1", "8")]
+    assert len({norm for of_run in ends.values() for _, _, norm in of_run}) == 1
 
 
 @pytest.mark.slow
