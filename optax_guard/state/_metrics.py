@@ -134,9 +134,10 @@ def flight_log(state: optax.OptState) -> np.ndarray:
 
     Returns:
       A NumPy structured array of at most `recorder_rows` rows, with the columns `step`, `value` (the loss; NaN if none
-      was passed), `value_given`, `grad_norm` (NaN and Inf included), `clipped_norm`, `scale`, `event` (applied,
-      clipped, skipped, let_through, nonfinite, nonfinite_update, halted, recovery), `rule` (the rule that refused, else
-      the first that scaled, else -1), `worst_leaf` (an index into `leaf_names(params, state)`), `recovery` (what the
+      was passed), `value_given`, `grad_norm` (NaN and Inf included), `clipped_norm`, `scale`, `max_logit`
+      (the largest attention logit of `max_logits=`; NaN if none were passed), `event` (applied, clipped, skipped,
+      let_through, nonfinite, nonfinite_update, halted, recovery), `rule` (the rule that refused, else the first that
+      scaled, else -1), `worst_leaf` (an index into `leaf_names(params, state)`), `recovery` (what the
       ladder did: reset_refused, reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up,
       reset_start; several are joined by `+`) and `tag` (the integer passed as `tag=` to identify the batch; -1 if none
       was). For a state of many runs at once (`jax.vmap`, `jax.pmap`), the axes of the members come before that of the
