@@ -1,6 +1,6 @@
 """Attention logits that explode at a learning rate that is too large, and two ways to hold them.
 
-    python examples/attention.py            # about two minutes on two cores; prints a table and writes attention.png
+    python examples/attention.py            # two to three minutes on two cores; a table, and attention.png
     python examples/attention.py --quick    # a short mode, to see that it runs
     python examples/attention.py --learning-rate 0.1
 
