@@ -64,6 +64,8 @@ def no_updates(shapes: PyTree, updates: PyTree) -> PyTree:
 
 def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
     wide = wider_dtype(param.dtype, update.dtype)
+    if wide.itemsize == 1 and is_gradient(param):
+        wide = jnp.dtype(jnp.float32)  # most 8-bit types have no Inf: beyond their largest number is NaN
     return param.astype(wide) + update.astype(wide)
 
 

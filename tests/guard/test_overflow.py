@@ -140,6 +140,8 @@ SUMS = {
     "bfloat16": (3.2e38, 1e38),
     "float32": (3.2e38, 1e38),
     "complex64": (3.2e38 + 1j, 3e38 + 1j),
+    "float8_e4m3fn": (320, 256),  # without Inf: NaN is what lies beyond
+    "float8_e5m2": (49152, 32768),
 }
 
 
