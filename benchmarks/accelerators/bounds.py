@@ -52,6 +52,7 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "guard with `reset_moments`, `back_off` and `rewind`, a quiet step": Bound(8.1, 0.01, 1),
         "`loss_scaling(guard(adamw, clip))`": _FLOOR,
         "`guard(proximal_l1(adamw), clip)`": _FLOOR,
+        "`guard(chain(adamw, qk_clip), clip)`": _FLOOR,
         "`guard(adamw, clip, record_leaves(256))`": _FLOOR,
         "`guard(adamw, ...)` with every rule": _FLOOR,
         "`guard(muon, clip)`": _inside("contrib.muon", 1.01)._replace(conditionals=0, same_temporaries=True),

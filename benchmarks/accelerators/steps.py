@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -25,6 +26,7 @@ __all__ = [
 PyTree = Any
 Function = Callable[..., tuple[PyTree, PyTree]]  # (params, state, grads, value) -> (params, state)
 EVERY = 4  # micro-batches a step
+_HEADS = 8
 BARE = "bare `optax.adamw`"
 
 
@@ -73,6 +75,16 @@ def fast(tx: optax.GradientTransformation) -> Function:
 def fast_with_value(tx: optax.GradientTransformation) -> Function:
     """The same, with the loss."""
     return lambda params, state, grads, value: og.apply_gradients(tx, grads, state, params, value=value)
+
+
+def fast_with_max_logits(tx: optax.GradientTransformation) -> Function:
+    """The same, with attention logits that are on both sides of a threshold."""
+
+    def step(params: PyTree, state: PyTree, grads: PyTree, value: jax.Array) -> tuple[PyTree, PyTree]:
+        maxima = value + 20.0 * jnp.arange(_HEADS)
+        return og.apply_gradients(tx, grads, state, params, max_logits=dict.fromkeys(params, maxima))
+
+    return step
 
 
 def plain(tx: optax.GradientTransformation) -> Function:
@@ -127,6 +139,15 @@ def _adamw() -> optax.GradientTransformation:
 
 def _guarded(inner: optax.GradientTransformation, *rules: og.Rule, **options: Any) -> optax.GradientTransformation:
     return og.guard(inner, og.clip_by_global_norm(1.0), *rules, **options)
+
+
+def _logit_clipped() -> optax.GradientTransformation:
+    """The `attention` leaves hold queries, keys and values side by side."""
+    query, key = (
+        (og.attention.Projection("attention", axis=2, split={1: (3, _HEADS, -1)}, part=np.s_[:, side]),)
+        for side in (0, 1)
+    )
+    return optax.chain(_adamw(), og.qk_clip(100.0, layers=og.attention.AttentionLayout(query, key)))
 
 
 def _clipped() -> optax.GradientTransformation:
@@ -200,6 +221,7 @@ STEPS = (
     Step(
         "`guard(proximal_l1(adamw), clip)`", lambda: _guarded(og.proximal_l1(_adamw(), 1e-5, learning_rate=1e-3)), fast
     ),
+    Step("`guard(chain(adamw, qk_clip), clip)`", lambda: _guarded(_logit_clipped()), fast_with_max_logits),
     Step("`guard(adamw, clip, record_leaves(256))`", lambda: _guarded(_adamw(), og.record_leaves(256)), fast),
     Step("`guard(adamw, ...)` with every rule", _every_rule, fast_with_value),
     Step("bare `optax.contrib.muon`", lambda: optax.contrib.muon(1e-3), plain),
