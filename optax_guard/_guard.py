@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.axes import on_any_device
 from optax_guard._common.counters import count_if, next_step
 from optax_guard._common.extra import loss_in, named_by, tag_in, warn_of_misspellings, with_value
-from optax_guard._common.forms import cond_or_select
+from optax_guard._common.forms import cond_or_select, lowered_for
 from optax_guard._common.new_params import scaled_new_params
 from optax_guard._common.parts import part_of
-from optax_guard._common.tree import as_params, cast_like
+from optax_guard._common.tree import as_params, cast_like, is_gradient
 from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.act import (
@@ -290,13 +291,11 @@ def guarded(
             value=judged.loss,
         )
         plan = _ladder.plan(ladder, state.recovery_state, seen, start.params)
-        params, inner_state = _ladder.recover(ladder, plan, state.recovery_state, start.params, state.guarded_state)
-        here = start._replace(params=params)
-        like = gradient.like if params is None else params
+        applied = judged.finite & ~state.halted & (~judged.refused | (state.refused_in_row >= patience))
+        if plan is not None:
+            applied = applied & ~plan.replaces
 
-        def propose(
-            inner_state: Any = inner_state, params: PyTree = params, in_place: bool = False
-        ) -> tuple[PyTree, Any]:
+        def propose(inner_state: Any, params: PyTree, in_place: bool = False) -> tuple[PyTree, Any]:
             def inner_step(extra: dict[str, Any]) -> tuple[PyTree, Any]:
                 updates, new_state = update_inner(scaled.written(), inner_state, params, **extra)
                 moved = Start(params, in_place).moved(_ladder.scaled(plan, updates))
@@ -304,51 +303,70 @@ def guarded(
 
             return scaled_new_params(inner_step, inner_state, params, extra, in_place=in_place)
 
-        untouched = here.held(propose, gradient.like)
-
-        def act() -> tuple[PyTree, Any, jax.Array]:
-            nothing_bad = jnp.full((), -1, jnp.int32)
-            begun = _ladder.started(ladder, plan, like, inner_state)
+        def act(params: PyTree, inner_state: Any) -> tuple[PyTree, Any, jax.Array]:
+            here, nothing_bad = start._replace(params=params), jnp.full((), -1, jnp.int32)
+            begun = _ladder.started(ladder, plan, gradient.like if params is None else params, inner_state)
             if start.in_place and not checks and not scales_updates:
                 written = Gradient(scaled.written(), gradient.like)
                 new_params, new_state = take_step(inner, written, begun, here, extra)
                 return new_params, checked_state(name, new_state, inner_state), nothing_bad
             if not checks:
-                return *propose(begun, in_place=start.in_place), nothing_bad
-            updates, new_state = propose(begun)
+                return *propose(begun, params, in_place=start.in_place), nothing_bad
+            updates, new_state = propose(begun, params)
             bad_leaf = _first(bad_updates(params, updates), axis_name)
+            untouched = here.held(lambda: (updates, new_state), gradient.like)
             result, new_state = cond_or_select(
                 bad_leaf < 0, lambda: (here.moved(updates), new_state), lambda: (untouched, inner_state)
             )
             return result, new_state, bad_leaf
 
-        def hold() -> tuple[PyTree, Any, jax.Array]:
-            result = (
-                untouched if start.in_place else _ladder.held_updates(ladder, plan, start.params, params, untouched)
+        def step_from(params: PyTree, inner_state: Any) -> tuple[PyTree, Any, jax.Array]:
+            untouched = start._replace(params=params).held(lambda: propose(inner_state, params), gradient.like)
+
+            def hold() -> tuple[PyTree, Any, jax.Array]:
+                result = (
+                    untouched if start.in_place else _ladder.held_updates(ladder, plan, start.params, params, untouched)
+                )
+                return result, inner_state, jnp.full((), -1, jnp.int32)
+
+            # The order of the branches matters: with `lax.cond(skip, hold, act)` JAX 0.10 copies all that the branches
+            # alias (4.7 to 5.7 times a bare AdamW step, instead of 1.1 to 1.3; `make bench`).
+            selects = ("gpu",) if start.in_place else ("gpu", "tpu")
+            return cond_or_select(applied, lambda: act(params, inner_state), hold, selects=selects)
+
+        def finish(result: PyTree, new_state: Any, bad_leaf: jax.Array, quiet: bool) -> Any:
+            happened = applied & (bad_leaf < 0)
+
+            def new_params() -> PyTree:
+                return result if start.in_place else add_updates(start.params, result)
+
+            def next_updates(inner_state: Any, params: PyTree) -> PyTree:
+                return propose(inner_state, params)[0]
+
+            after = _ladder.After(
+                happened, applied & ~happened, judged.norm, judged.clipped_norm, new_params, new_state, next_updates
             )
-            return result, inner_state, jnp.full((), -1, jnp.int32)
+            return _ladder.finish(ladder, plan, seen, after, quiet)
 
-        applied = judged.finite & ~state.halted & (~judged.refused | (state.refused_in_row >= patience))
-        if plan is not None:
-            applied = applied & ~plan.replaces
-        # The order of the branches matters: with `lax.cond(skip, hold, act)` JAX 0.10 copies all that the branches
-        # alias (4.7 to 5.7 times a bare AdamW step, instead of 1.1 to 1.3; `make bench`).
-        result, new_state, bad_leaf = cond_or_select(applied, act, hold)
-        happened = applied & (bad_leaf < 0)
+        def eventful_step() -> tuple[PyTree, Any, jax.Array, Any]:
+            before = _ladder.recover(ladder, plan, state.recovery_state, start.params, state.guarded_state)
+            # What looks at the result reads it, and does not compute it again from what it replaces.
+            step = _written(step_from(*before))
+            return *step, finish(*step, quiet=False)
 
-        def new_params() -> PyTree:
-            return result if start.in_place else add_updates(start.params, result)
+        def quiet_step() -> tuple[PyTree, Any, jax.Array, Any]:
+            step = step_from(start.params, state.guarded_state)
+            return *step, finish(*step, quiet=True)
 
-        def next_updates(inner_state: Any, params: PyTree) -> PyTree:
-            return propose(inner_state, params)[0]
-
-        after = _ladder.After(
-            happened, applied & ~happened, judged.norm, judged.clipped_norm, new_params, new_state, next_updates
-        )
-        recovery_state = _ladder.finish(ladder, plan, seen, after)
+        eventful = _ladder.eventful(ladder, plan, seen, applied)
+        if eventful is None:
+            step = quiet_step()
+        else:
+            step = lax.cond(eventful | ~lowered_for(("gpu", "tpu")), eventful_step, quiet_step)
+        result, new_state, bad_leaf, recovery_state = step
         if plan is not None and plan.restarts is not None:
-            begun = tuple(each.init(like) for each in rules)
-            restarted = plan.restarts & happened
+            begun = tuple(each.init(gradient.like if start.params is None else start.params) for each in rules)
+            restarted = plan.restarts & applied & (bad_leaf < 0)
             kept = jax.tree.map(lambda new, old: jnp.where(restarted, new, old), begun, judged.rule_states)
             judged = judged._replace(rule_states=kept)
         max_logit = None if max_logits is None else largest(max_logits)
@@ -358,6 +376,13 @@ def guarded(
         return result, _advance(state, judged, outcome, halt_after)
 
     return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
+
+
+def _written(tree: PyTree) -> PyTree:
+    """The same tree, behind an optimization barrier."""
+    leaves, structure = jax.tree.flatten(tree)
+    written = iter(lax.optimization_barrier([leaf for leaf in leaves if is_gradient(leaf)]))
+    return jax.tree.unflatten(structure, [next(written) if is_gradient(leaf) else leaf for leaf in leaves])
 
 
 def _judge(

@@ -16,7 +16,7 @@ if os.environ.get("COMPILER") != "users":
         patch.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *quick_flags()]))
         jax.jit(lambda: 0)()  # XLA reads its flags once, for the first program
 
-_form = form_of(os.environ.get("FORM"))  # "gpu": the form of steps that is lowered for a GPU, on this CPU
+_form = form_of(os.environ.get("FORM"))  # "gpu" or "tpu": the form of steps that is lowered for one, on this CPU
 _form.__enter__()
 
 

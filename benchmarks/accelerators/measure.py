@@ -58,7 +58,7 @@ def measured(step: Step, width: int, chip: Any) -> Measured:
     program = compiled(step.take(step.tx()), step_arguments(step, params), chip)
     seconds = time.perf_counter() - start
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    return counted(step.name, program, taken(step), size, seconds)
+    return counted(step.name, program, taken(step, chip.platform), size, seconds)
 
 
 def counted(name: str, program: Program, ways: Taken, size: int, seconds: float) -> Measured:

@@ -26,8 +26,8 @@ FORMS = forms.__file__  # its callers are told apart
 SMALL = 8  # width of the tree that is stepped
 
 
-def taken(step: Step) -> Taken:
-    """Where the conditionals of the counted call stand, and what their predicates are."""
+def taken(step: Step, platform: str) -> Taken:
+    """Where the conditionals of the counted call stand on a platform ("gpu", "tpu"), and what their predicates are."""
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), parameters(SMALL))
     grads = jax.tree.map(lambda x: 0.001 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
     tx = step.tx()
@@ -42,7 +42,7 @@ def taken(step: Step) -> Taken:
         operands = (options["operand"],) if "operand" in options else operands
         return (yes if predicate else no)(*operands)
 
-    with jax.disable_jit(), mock.patch.object(lax, "cond", cond):
+    with jax.disable_jit(), forms.form_of(platform), mock.patch.object(lax, "cond", cond):
         for _ in range(step.call):
             found.clear()
             first = (state, params) if step.state_first else (params, state)

@@ -19,9 +19,14 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-__all__ = ["PLATFORMS", "cond_or_select", "form_of"]
+__all__ = ["PLATFORMS", "cond_or_select", "form_of", "lowered_for"]
 
 PLATFORMS = {"cpu": ("cpu",), "gpu": ("cuda", "rocm"), "tpu": ("tpu",)}  # and JAX's names for them
+
+_LOOPS_AND_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated", "while", "scan")
+_DECOMPOSITIONS = ("cholesky", "eigh", "eig", "svd", "lu", "geqrf", "triangular_solve")
+_FOREIGN = ("pure_callback", "ffi_call", "pallas_call")
+_WORK = frozenset((*_LOOPS_AND_PRODUCTS, *_DECOMPOSITIONS, *_FOREIGN))
 
 _forced: str | None = None  # a platform whose form is lowered for every platform
 
@@ -40,7 +45,7 @@ def form_of(platform: str | None) -> Iterator[None]:
         _forced = before
 
 
-def _lowered_for(platforms: tuple[str, ...]) -> jax.Array:
+def lowered_for(platforms: tuple[str, ...]) -> jax.Array:
     """bool[]: whether the program is for one of `platforms`, a constant to the compiler."""
     if _forced is not None:
         return jnp.full((), _forced in platforms, bool)
@@ -62,12 +67,13 @@ def cond_or_select(
     """`lax.cond(predicate, act, hold)`; on the platforms `selects` both are computed, and one result is selected.
 
     The results are the same: what `act` computes while `predicate` is False reaches neither the result nor a
-    derivative. Where `act` has side effects, it is a conditional everywhere.
+    derivative. It is a conditional everywhere if `act` has side effects, or does work beside which a wait is nothing:
+    matrix products, loops, a function on the host.
     """
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         return lax.cond(predicate, act, hold)
     acted, held = _traced(act), _traced(hold)
-    if acted.effects:
+    if acted.branches:
         return lax.cond(predicate, act, hold)
 
     def strict(predicate: jax.Array, consts: Any) -> Any:
@@ -75,7 +81,7 @@ def cond_or_select(
 
     @jax.custom_jvp
     def choose(predicate: jax.Array, consts: Any) -> Any:
-        selecting = _lowered_for(selects)
+        selecting = lowered_for(selects)
         result = strict(predicate | selecting, consts)
         return jax.tree.map(functools.partial(_where, predicate | ~selecting), result, held.run(consts[1]))
 
@@ -91,7 +97,7 @@ class _Traced(NamedTuple):
 
     consts: list[Any]
     run: Callable[[list[Any]], Any]
-    effects: Any
+    branches: bool  # whether it must, or had better, run only if its result is used
 
 
 def _traced(function: Callable[[], Any]) -> _Traced:
@@ -102,7 +108,18 @@ def _traced(function: Callable[[], Any]) -> _Traced:
     def run(consts: list[Any]) -> Any:
         return jax.tree.unflatten(structure, jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))())
 
-    return _Traced([_as_array(const) for const in closed.consts], run, closed.effects)
+    return _Traced([_as_array(const) for const in closed.consts], run, bool(closed.effects) or _works(closed.jaxpr))
+
+
+def _works(jaxpr: Any) -> bool:
+    """Whether a program does any of `_WORK`."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in _WORK:
+            return True
+        inside = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        if any(_works(getattr(each, "jaxpr", each)) for each in inside if hasattr(each, "eqns")):
+            return True
+    return False
 
 
 def _as_array(const: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optax_guard._common.counters import next_step
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.parts import part_of
 from optax_guard._common.tree import check_has_params
 from optax_guard._common.typing import AxisName, Mask, PyTree
@@ -19,7 +19,15 @@ from optax_guard._step.judge import scale_leaves
 from optax_guard._step.record import RECOVERIES
 from optax_guard.recovery._back_off import BackOff, empty_back_off, reasons_to_back_off, step_down, step_up
 from optax_guard.recovery._loss_watch import anew, empty_watch, loss_above, watch_loss
-from optax_guard.recovery._reset import Reset, after_reset, empty_reset, look_at_moments, reasons_to_reset, start_anew
+from optax_guard.recovery._reset import (
+    Reset,
+    after_reset,
+    empty_reset,
+    look_at_moments,
+    look_is_due,
+    reasons_to_reset,
+    start_anew,
+)
 from optax_guard.recovery._rewind import (
     Rewind,
     RewindState,
@@ -28,9 +36,11 @@ from optax_guard.recovery._rewind import (
     go_back,
     reasons_to_rewind,
     rewinds_cleared,
+    snapshot_is_due,
     take_snapshot,
     updates_to,
     watch_after_rewind,
+    without_snapshot,
 )
 from optax_guard.recovery._seen import After, Seen, Trouble
 from optax_guard.recovery._start import Start, StartState, empty_start, fresh_where, watch_start
@@ -42,6 +52,7 @@ __all__ = [
     "Rung",
     "as_ladder",
     "cleared",
+    "eventful",
     "finish",
     "held_updates",
     "init_ladder",
@@ -214,6 +225,24 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
     )
 
 
+def eventful(ladder: Ladder | None, planned: Plan | None, seen: Seen, applied: jax.Array) -> jax.Array | None:
+    """Whether this step may reset, rewind, look at the moments or take a snapshot; None if no step of it can.
+
+    A GPU and a TPU take a quiet step in a branch of its own, as every conditional that passes snapshots on would copy
+    them there. Under `vmap` JAX selects between the branches, which it refuses for snapshots in the host's memory.
+    """
+    if ladder is None or planned is None or (ladder.reset is None and ladder.rewind is None):
+        return None
+    if ladder.rewind is not None and ladder.rewind.memory == "host":
+        return jnp.ones((), bool)
+    found = planned.resets | planned.rewinds
+    if ladder.reset is not None:
+        found = found | look_is_due(ladder.reset, seen)
+    if ladder.rewind is not None:
+        found = found | snapshot_is_due(planned.state.rewind_state, applied & _calm(ladder, planned, seen))
+    return found
+
+
 def recover(
     ladder: Ladder | None, planned: Plan | None, state: RecoveryState, params: PyTree, inner_state: PyTree
 ) -> tuple[PyTree, PyTree]:
@@ -245,7 +274,7 @@ def held_updates(
     """Optax's updates for a step that was not applied, which lead to a snapshot or change nothing."""
     if ladder is None or ladder.rewind is None or planned is None or before is None:
         return untouched
-    return lax.cond(planned.rewinds, lambda: updates_to(after, before, untouched), lambda: untouched)
+    return cond_or_select(planned.rewinds, lambda: updates_to(after, before, untouched), lambda: untouched)
 
 
 def scaled(planned: Plan | None, updates: PyTree) -> PyTree:
@@ -255,22 +284,27 @@ def scaled(planned: Plan | None, updates: PyTree) -> PyTree:
     return scale_leaves(updates, planned.update_scale)
 
 
-def finish(ladder: Ladder | None, planned: Plan | None, seen: Seen, after: After) -> RecoveryState | tuple[()]:
-    """The state after the step: checks the moments and takes a snapshot when these are due."""
+def finish(
+    ladder: Ladder | None, planned: Plan | None, seen: Seen, after: After, quiet: bool
+) -> RecoveryState | tuple[()]:
+    """The state after the step: checks the moments and takes a snapshot if these are due, which excludes `quiet`."""
     if ladder is None or planned is None:
         return ()
     state = planned.state
     healthy = after.applied & ~seen.refused
     reset, back_off, rewind = state.reset_state, state.back_off_state, state.rewind_state
-    if ladder.reset is not None:
+    if ladder.reset is not None and not quiet:
         reset = look_at_moments(ladder.reset, ladder.axis_name, reset, seen, after)
     if ladder.back_off is not None:
         back_off = step_up(back_off, healthy, ())
     if ladder.rewind is not None:
-        low = ~_diverged(state.loss_watch, (1 + ladder.rewind.diverged) / 2, seen)
-        rewind = take_snapshot(
-            ladder.rewind, ladder.mask, ladder.axis_name, rewind, state.loss_watch, healthy & low, seen, after
-        )
+        calm = after.applied & _calm(ladder, planned, seen)
+        if quiet:
+            rewind = without_snapshot(rewind, calm)
+        else:
+            rewind = take_snapshot(
+                ladder.rewind, ladder.mask, ladder.axis_name, rewind, state.loss_watch, calm, seen, after
+            )
     start = state.start_state
     if isinstance(start, StartState) and planned.restarts is not None:
         start = watch_start(start, planned.restarts, after)
@@ -293,6 +327,12 @@ def cleared(state: RecoveryState | tuple[()]) -> RecoveryState | tuple[()]:
         loss_watch=anew(state.loss_watch),
         rewind_state=rewinds_cleared(state.rewind_state) if isinstance(state.rewind_state, RewindState) else (),
     )
+
+
+def _calm(ladder: Ladder, planned: Plan, seen: Seen) -> jax.Array:
+    """Whether a step, if it is applied, is one after which a snapshot may be taken."""
+    bar = None if ladder.rewind is None else (1 + ladder.rewind.diverged) / 2
+    return ~seen.refused & ~_diverged(planned.state.loss_watch, bar, seen)
 
 
 def _watches(ladder: Ladder) -> bool:

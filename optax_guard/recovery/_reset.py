@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.tree import is_gradient, leaves_with_none
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.moments import all_finite, fingerprints, moments, moves_float32, reset_state
@@ -21,6 +21,7 @@ __all__ = [
     "after_reset",
     "empty_reset",
     "look_at_moments",
+    "look_is_due",
     "reasons_to_reset",
     "reset_moments",
     "start_anew",
@@ -154,7 +155,9 @@ def start_anew(
     resets: jax.Array, inner: optax.GradientTransformation, params: PyTree, inner_state: PyTree
 ) -> tuple[PyTree, PyTree]:
     """In place of the step: the inner state with its moments as in `init`."""
-    return lax.cond(resets, lambda: (params, reset_state(inner, inner_state, params)), lambda: (params, inner_state))
+    return cond_or_select(
+        resets, lambda: (params, reset_state(inner, inner_state, params)), lambda: (params, inner_state)
+    )
 
 
 def after_reset(state: ResetState, resets: jax.Array, dead: jax.Array) -> ResetState:
@@ -167,15 +170,20 @@ def after_reset(state: ResetState, resets: jax.Array, dead: jax.Array) -> ResetS
     )
 
 
+def look_is_due(rung: Reset, seen: Seen) -> jax.Array:
+    """Whether this step ends with a look at the moments, known before it."""
+    return seen.alive & (seen.step % rung.check_every == 0)
+
+
 def look_at_moments(rung: Reset, axis_name: AxisName | None, state: ResetState, seen: Seen, after: After) -> ResetState:
     """After the step, every `check_every`: are the moments finite, and did the parameters move since the last check?"""
-    due = seen.alive & (seen.step % rung.check_every == 0)
+    due = look_is_due(rung, seen)
 
     def look() -> tuple[jax.Array, jax.Array]:
         now = after.params()
         return all_finite(moments(after.inner_state, now), axis_name), fingerprints(now, axis_name)
 
-    finite, sums = lax.cond(due, look, lambda: (state.moments_finite, state.parameter_sums))
+    finite, sums = cond_or_select(due, look, lambda: (state.moments_finite, state.parameter_sums))
     # the first check has nothing to compare with
     moved = jnp.any(sums != state.parameter_sums, axis=1) & (seen.step > 0)
     judged = due & after.applied  # a held step says nothing about the optimizer
@@ -210,4 +218,4 @@ def _rounded(still: jax.Array, after: After, axis_name: AxisName | None) -> jax.
         now = after.params()
         return moves_float32(after.next_updates(after.inner_state, now), now, axis_name) & narrow
 
-    return lax.cond(jnp.any(still & narrow), moves, lambda: jnp.zeros_like(still))
+    return cond_or_select(jnp.any(still & narrow), moves, lambda: jnp.zeros_like(still))

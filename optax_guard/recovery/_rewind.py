@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.tree import cast_like, is_gradient, leaves_with_none, wider_dtype
 from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._step.mask import only_chosen
@@ -28,9 +29,11 @@ __all__ = [
     "reasons_to_rewind",
     "rewind",
     "rewinds_cleared",
+    "snapshot_is_due",
     "take_snapshot",
     "updates_to",
     "watch_after_rewind",
+    "without_snapshot",
 ]
 
 Memory: TypeAlias = Literal["device", "host"]
@@ -202,8 +205,14 @@ def go_back(
         if rung.memory == "host":
             kept = _cond_on_host(here, load, _second_of, snapshot, kept)
         else:
-            kept = lax.cond(here, load, _second_of, snapshot, kept)
+            kept = cond_or_select(
+                here, functools.partial(load, snapshot, kept), functools.partial(lambda now: now, kept)
+            )
     return kept
+
+
+def _load_if(here: jax.Array, load: Any, snapshot: Any, kept: Any) -> Any:
+    return cond_or_select(here, lambda: load(snapshot, kept), lambda: kept)
 
 
 def updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:
@@ -240,6 +249,16 @@ def watch_after_rewind(watch: LossWatch, state: RewindState, rewinds: jax.Array,
     )
 
 
+def snapshot_is_due(state: RewindState, healthy: jax.Array) -> jax.Array:
+    """Whether a step that is `healthy` ends with a snapshot."""
+    return healthy & (state.snapshot_due_in <= 0)
+
+
+def without_snapshot(state: RewindState, healthy: jax.Array) -> RewindState:
+    """The state after a step at which no snapshot is due."""
+    return state._replace(snapshot_due_in=jnp.maximum(state.snapshot_due_in - healthy.astype(jnp.int32), 0))
+
+
 def take_snapshot(
     rung: Rewind,
     mask: Mask | None,
@@ -251,7 +270,7 @@ def take_snapshot(
     after: After,
 ) -> RewindState:
     """After the step: stores the parameters and inner state if a snapshot is due and they are finite."""
-    due = healthy & (state.snapshot_due_in <= 0)
+    due = snapshot_is_due(state, healthy)
 
     def clean() -> jax.Array:
         now = after.params()
@@ -261,26 +280,26 @@ def take_snapshot(
     def now() -> tuple[PyTree, ...]:
         return _parts(after.params(), after.inner_state)[0]
 
-    takes = lax.cond(due, clean, lambda: jnp.zeros((), bool))
+    takes = cond_or_select(due, clean, lambda: jnp.zeros((), bool))
     target = (state.newest_snapshot + 1) % rung.keep
 
     def written(position: int, snapshot: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         writes = takes & (target == position)
         if rung.memory == "host":
             return _cond_on_host(writes, store, _second_of, now(), snapshot, host=True)
-        return lax.cond(writes, lambda: store(now(), snapshot), lambda: snapshot)
+        return cond_or_select(writes, lambda: store(now(), snapshot), lambda: snapshot)
 
     store = functools.partial(_stored, rung)
     snapshots = tuple(written(position, snapshot) for position, snapshot in enumerate(state.snapshots))
     here = takes & (jnp.arange(rung.keep, dtype=jnp.int32) == target)
-    waits = jnp.maximum(state.snapshot_due_in - healthy.astype(jnp.int32), 0)
+    state = without_snapshot(state, healthy)
     return state._replace(
         snapshots=snapshots,
         snapshot_steps=jnp.where(here, seen.step + 1, state.snapshot_steps),
         snapshot_losses=jnp.where(here, watch.smoothed_loss, state.snapshot_losses),
         newest_snapshot=jnp.where(takes, target, state.newest_snapshot),
         snapshots_held=jnp.minimum(state.snapshots_held + takes.astype(jnp.int32), rung.keep),
-        snapshot_due_in=jnp.where(takes, rung.every - 1, waits),
+        snapshot_due_in=jnp.where(takes, rung.every - 1, state.snapshot_due_in),
         rewinds_in_row=jnp.where(takes, 0, state.rewinds_in_row),
     )
 

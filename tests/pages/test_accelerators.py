@@ -217,10 +217,10 @@ def test_programs_compiled_for_this_machine() -> None:
 def test_the_ordinary_step_is_one_that_is_taken(standard_promotion: None) -> None:
     """A guard written by hand and its mirror image: the predicates are opposite, and so are the branches."""
     by_name = {step.name: step for step in STEPS}
-    (act,) = taken(by_name["by hand: `lax.cond(finite, act, hold)`"]).values()
-    (hold,) = taken(by_name["by hand: `lax.cond(trouble, hold, act)`"]).values()
+    (act,) = taken(by_name["by hand: `lax.cond(finite, act, hold)`"], "gpu").values()
+    (hold,) = taken(by_name["by hand: `lax.cond(trouble, hold, act)`"], "gpu").values()
     assert (act, hold) == ({True}, {False})
-    assert taken(by_name[BARE]) == {}
+    assert taken(by_name[BARE], "gpu") == {}
 
 
 def test_every_step_can_be_traced_and_has_a_name_of_its_own(standard_promotion: None) -> None:
