@@ -242,7 +242,7 @@ def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
         moments = jax.tree.map(lambda x: jnp.where(finite | (x.ndim == 1), x + 2, jnp.inf), inner)
         plan = _ladder.plan(LADDER, state, seen, PARAMS)._replace(state=state)
         after = _ladder.After(applied, bad_update, ONE, ONE, lambda: PARAMS, moments, lambda *_: PARAMS)
-        return _ladder.finish(LADDER, plan, seen, after)
+        return _ladder.finish(LADDER, plan, seen, after, quiet=False)
 
     got = jax.device_get(quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite))
     before, after = fields(states), fields(got)
