@@ -172,7 +172,7 @@ def test_parameters_keep_their_dtype_under_gradients_of_a_wider_one() -> None:
 
 
 def test_a_new_scale_has_seen_no_overflow() -> None:
-    state = og.loss_scaling(optax.identity(), init=4.0, hysteresis=3).init(PARAMS)
+    state = tuple(og.loss_scaling(optax.identity(), init=4.0, hysteresis=3).init(PARAMS))
     assert [x.item() for x in state[1:]] == [4.0, 0, 3, False, 0]
 
 
