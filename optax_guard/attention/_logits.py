@@ -138,7 +138,9 @@ def max_attention_logits(
     maxima = of_block(jnp.asarray(first))
     if not rest:
         return maxima
-    return lax.scan(lambda top, corner: (jnp.maximum(top, of_block(corner)), None), maxima, np.stack(rest))[0]
+    return lax.scan(
+        lambda top, corner: (jnp.maximum(top, of_block(corner)), None), maxima, jnp.asarray(np.stack(rest))
+    )[0]
 
 
 def max_attention_logits_from_lse(lse: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
