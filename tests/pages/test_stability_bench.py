@@ -154,6 +154,7 @@ def test_a_short_run_tells_a_bare_optimizer_from_a_guarded_one() -> None:
 def test_the_page_says_what_the_results_say() -> None:
     text = page.PAGE.read_text()
     assert marked(text, "tables") == page.generated(page.read()).strip()
+    assert marked(page.RULES_PAGE.read_text(), "result") == page.result_table(page.read())
     for picture in ("tasks", "rates", "faults", "curves"):
         assert f"stability-{picture}.png" in text
         assert (page.DOCS / f"stability-{picture}.png").exists()
