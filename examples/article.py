@@ -43,7 +43,7 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from sklearn.datasets import load_digits
 except ImportError as error:
-    sys.exit(f"{error}. The examples need more than the library: pip install 'optax-guard[examples]'")
+    sys.exit(f"{error}. The examples need more than the library: pip install '.[examples]'")
 
 import jax
 import jax.numpy as jnp

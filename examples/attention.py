@@ -25,7 +25,7 @@ try:
     from rich.progress import track
     from rich.table import Table
 except ImportError as error:
-    sys.exit(f"{error}. The examples need more than the library: pip install 'optax-guard[examples]'")
+    sys.exit(f"{error}. The examples need more than the library: pip install '.[examples]'")
 
 import jax
 import jax.numpy as jnp

@@ -28,7 +28,7 @@ try:
 
     from optax_guard.report import read_log, report, story
 except ImportError as error:
-    sys.exit(f"{error}. The examples need more than the library: pip install 'optax-guard[examples]'")
+    sys.exit(f"{error}. The examples need more than the library: pip install '.[examples]'")
 
 import jax
 import jax.numpy as jnp

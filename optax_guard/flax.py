@@ -28,7 +28,7 @@ on, so rules that judge by the loss never see it, and both classes write the upd
 copy of the parameters and the moments. Layout and checkpoints are those of Flax's classes, so a run can switch in
 either direction. Equinox and plain JAX need no such class: `optax_guard.apply_gradients` takes their trees directly.
 
-`pip install 'optax-guard[flax]'` installs Flax. `import optax_guard` does not import this module.
+It needs Flax: `pip install flax`. `import optax_guard` does not import this module.
 """
 
 import functools
@@ -59,7 +59,7 @@ try:
     from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
     from flax.training import train_state
 except ImportError as error:
-    raise ImportError("optax_guard.flax needs Flax: pip install 'optax-guard[flax]'") from error
+    raise ImportError("optax_guard.flax needs Flax: pip install flax") from error
 
 __all__ = [
     "Optimizer",

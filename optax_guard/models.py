@@ -15,7 +15,7 @@ Model          Made unstable by                        Shows
 A guard does not fix an unstable architecture (docs/rules/which_rule.md has an example);
 `Transformer(query_key_norm=True)` does.
 
-All models are `flax.nnx` modules; `pip install 'optax_guard[flax]'` installs Flax. They all take `dtype`, the floating
+All models are `flax.nnx` modules; they need Flax, `pip install flax`. They all take `dtype`, the floating
 dtype of the computation and the logits (cast the logits to float32 before a cross-entropy), `param_dtype`, that of the
 parameters, and `rngs`, the source of the initial parameters. Arguments are static: Python numbers, not arrays.
 """
@@ -35,7 +35,7 @@ from optax_guard.attention import max_attention_logits
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError("optax_guard.models needs Flax: pip install 'optax_guard[flax]'") from error
+    raise ImportError("optax_guard.models needs Flax: pip install flax") from error
 
 __all__ = ["GRU", "MLP", "RNN", "ConvNet", "Transformer"]
 

@@ -44,9 +44,9 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
-def needed(function: str, library: str, extra: str = "preflight") -> ImportError:
+def needed(function: str, library: str) -> ImportError:
     """The error for an optional library that is not installed."""
-    return ImportError(f"{function} needs {library}: pip install 'optax-guard[{extra}]'")
+    return ImportError(f"{function} needs {library}: pip install {library}")
 
 
 @contextlib.contextmanager

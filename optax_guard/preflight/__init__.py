@@ -10,7 +10,7 @@ Function                 Use it for
 =======================  ==================================================================================
 
 `import optax_guard` does not import this module. It needs SciPy, which comes with JAX; `pip install
-'optax-guard[preflight]'` adds rich for progress bars and matplotlib for pictures.
+rich matplotlib` adds progress bars and pictures.
 """
 
 from optax_guard.preflight._audit import plot, preflight

@@ -11,7 +11,7 @@ Function                               Use it for
 =====================================  ====================================================================
 
 On the command line: `python -m optax_guard report CHECKPOINT` and `python -m optax_guard log CHECKPOINT`.
-The picture needs matplotlib, and checkpoints need orbax-checkpoint: `pip install 'optax-guard[report]'`.
+The picture needs matplotlib, and checkpoints need orbax-checkpoint: `pip install matplotlib orbax-checkpoint`.
 """
 
 from pathlib import Path

@@ -218,7 +218,7 @@ def _restored(path: Path) -> Any:
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise ImportError(
-            "reading a checkpoint needs orbax-checkpoint: pip install 'optax-guard[report]', or save the log with "
+            "reading a checkpoint needs orbax-checkpoint: pip install orbax-checkpoint, or save the log with "
             "optax_guard.report.save_log and read that"
         ) from error
     try:

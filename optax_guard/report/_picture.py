@@ -71,7 +71,7 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'optax-guard[report]'") from error
+        raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
     theme = _DARK if dark else _LIGHT
     leaves = log.leaves is not None and log.leaves.norms.size > 0
     heights = [2.2, 2.6, 0.55] + ([3.6] if leaves else [])

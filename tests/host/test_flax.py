@@ -206,7 +206,7 @@ def test_an_nnx_checkpoint_goes_on_bit_for_bit(kind: Any, tmp_path: Any) -> None
 def test_without_flax_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flax", None)
     monkeypatch.delitem(sys.modules, "optax_guard.flax")
-    with pytest.raises(ImportError, match=r"pip install 'optax-guard\[flax\]'"):
+    with pytest.raises(ImportError, match=r"pip install flax"):
         importlib.import_module("optax_guard.flax")
 
 
