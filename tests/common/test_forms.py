@@ -176,7 +176,7 @@ STEPS: dict[str, Callable[[], optax.GradientTransformation]] = {
 @pytest.mark.parametrize("name", ["several", *(pytest.param(x, marks=pytest.mark.slow) for x in [*STEPS][1:])])
 def test_every_form_takes_the_same_steps(name: str, standard_promotion: None) -> None:
     """Through both ways of stepping, over ordinary, large and non-finite gradients."""
-    tx = STEPS[name]()
+    tx = optax.with_extra_args_support(STEPS[name]())
     sizes = [0.1, 0.2, jnp.nan, 0.1, 50.0, 60.0, 70.0, 0.1, jnp.inf, 0.1, 0.1, 0.1]
 
     def run(params: Any, sizes: jax.Array) -> Any:
