@@ -44,3 +44,11 @@ def test_the_page_for_a_run_in_trouble_prints_what_it_shows() -> None:
             assert words(printed) == words(text)
             compared += 1
     assert compared == 5
+
+
+@pytest.mark.slow
+def test_every_recipe_runs() -> None:
+    names: dict[str, Any] = {}
+    for language, text in BLOCK.findall((ROOT / "docs" / "recipes.md").read_text()):
+        assert language
+        run(text, names)
