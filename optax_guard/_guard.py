@@ -23,7 +23,7 @@ from optax_guard._common.extra import loss_in, named_by, tag_in, warn_of_misspel
 from optax_guard._common.forms import cond_or_select, lowered_for
 from optax_guard._common.new_params import scaled_new_params
 from optax_guard._common.parts import part_of
-from optax_guard._common.tree import as_params, cast_like, is_gradient
+from optax_guard._common.tree import as_params, cast_like, is_gradient, varying_axes
 from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.act import (
@@ -379,10 +379,21 @@ def guarded(
 
 
 def _written(tree: PyTree) -> PyTree:
-    """The same tree, behind an optimization barrier."""
+    """The same tree, behind an optimization barrier.
+
+    There is one for all leaves that vary along the same axes of a `shard_map`: JAX 0.10.2 types whatever leaves one
+    barrier as varying along the axes of any of its operands.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    written = iter(lax.optimization_barrier([leaf for leaf in leaves if is_gradient(leaf)]))
-    return jax.tree.unflatten(structure, [next(written) if is_gradient(leaf) else leaf for leaf in leaves])
+    groups: dict[frozenset[Any], list[int]] = {}
+    for position, leaf in enumerate(leaves):
+        if is_gradient(leaf):
+            groups.setdefault(varying_axes(leaf), []).append(position)
+    for positions in groups.values():
+        written = lax.optimization_barrier([leaves[position] for position in positions])
+        for position, leaf in zip(positions, written, strict=True):
+            leaves[position] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _judge(
