@@ -30,6 +30,7 @@ __all__ = [
     "checked_with_params",
     "count_true",
     "difference",
+    "difference_of_shapes",
     "field_array",
     "find_states",
     "is_function",
@@ -253,19 +254,24 @@ def is_per_example(updates: PyTree, params: PyTree) -> bool:
 
 
 def check_same_shapes(function: str, got_name: str, got: PyTree, expected_name: str, expected: PyTree) -> None:
-    """Raises a ValueError with the first path at which two trees of arrays differ, in structure or in shape.
+    """Raises a ValueError with the first path at which two trees of arrays differ, in structure or in shape."""
+    found = difference_of_shapes(got_name, got, expected_name, expected)
+    if found is not None:
+        raise ValueError(f"{function}: {found}")
+
+
+def difference_of_shapes(got_name: str, got: PyTree, expected_name: str, expected: PyTree) -> str | None:
+    """Describes where two trees of arrays first differ, in structure or in shape; None if they agree.
 
     A `None` in `got` stands for any subtree, but not for the whole: a function that forgot to return gives that.
     """
     leaves, structure = jax.tree.flatten(got)
     other_leaves, other_structure = jax.tree.flatten(expected)
     if got is None and other_leaves:
-        raise ValueError(f"{function}: `{got_name}` is None, but `{expected_name}` is {_described(expected)}.")
+        return f"`{got_name}` is None, but `{expected_name}` is {_described(expected)}."
     if structure == other_structure and all(map(_same_shape, leaves, other_leaves)):
-        return
-    found = difference(got_name, got, expected_name, expected, shapes=True)
-    if found is not None:
-        raise ValueError(f"{function}: {found}")
+        return None
+    return difference(got_name, got, expected_name, expected, shapes=True)
 
 
 def check_same_structure(

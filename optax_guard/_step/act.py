@@ -25,7 +25,7 @@ from optax_guard._common.tree import (
     cast_like,
     check_same_shapes,
     checked,
-    difference,
+    difference_of_shapes,
     find_states,
     is_per_example,
     path_name,
@@ -264,7 +264,7 @@ def _takes_one_per_example(tx: Any, grads: PyTree, state: Any, params: PyTree, e
         updates, _ = jax.eval_shape(lambda: update(grads, state, params, **extra))
     except (TypeError, ValueError):  # most optimizers fail on them, in words of their own
         return False
-    return difference("updates", updates, "params", params, shapes=True) is None
+    return difference_of_shapes("updates", updates, "params", params) is None
 
 
 def take_step(
@@ -302,7 +302,7 @@ def step_without_params(function: str, step: Callable[[], Any], updates: PyTree,
         for node in find_states(state, tuple):
             for name in _MOMENTS:
                 moment = getattr(node, name, None)
-                found = moment is not None and difference("updates", updates, name, moment, shapes=True)
+                found = moment is not None and difference_of_shapes("updates", updates, name, moment)
                 if found:
                     return f"{function}: {found}"
         return None
