@@ -153,7 +153,8 @@ def takes_a_tree_of_choices() -> list[tuple[str, str]]:
     for name in og.__all__:
         if callable(getattr(og, name)) and not isinstance(getattr(og, name), type):
             arguments = inspect.signature(getattr(og, name)).parameters
-            found += [(name, argument) for argument in arguments if argument in CHOICES]
+            if "query" not in arguments:  # the mask of an attention is one array of booleans
+                found += [(name, argument) for argument in arguments if argument in CHOICES]
     return sorted(set(found) - {("proximal_group_lasso", "axis")})  # that one is a number
 
 

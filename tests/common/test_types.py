@@ -21,19 +21,21 @@ MODULES = [
     *(importlib.import_module(f"optax_guard.{name}") for name in ("models", "preflight", "smoothing")),
 ]
 MODULES += [importlib.import_module(f"optax_guard.{name}") for name in ("diagnose", "flax", "report")]
-# Words of the user, and what JAX calls a dtype.
+# Words of the user, what JAX calls a dtype, and patterns for paths.
 FREE_WORDS = {"axis_name", "path", "dtype", "param_dtype", "accumulator_dtype"}
+PATTERNS = {f"{name}_attention": "layers" for name in ("equinox", "linen", "nnx", "transformer")}
 
 
 def public_parameters() -> list[tuple[str, inspect.Parameter]]:
-    """(function, parameter) of all that a user calls."""
+    """(function, parameter) of all that a user calls, without patterns, which are no options."""
     found = []
     for module in MODULES:
         for name in module.__all__:
             thing = getattr(module, name)
             made = thing.__init__ if inspect.isclass(thing) and hasattr(thing.__init__, "__code__") else thing
             if inspect.isfunction(made):
-                found += [(name, each) for each in inspect.signature(made).parameters.values()]
+                known = inspect.signature(made).parameters.values()
+                found += [(name, each) for each in known if each.name != PATTERNS.get(name)]
     return found
 
 

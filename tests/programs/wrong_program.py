@@ -9,9 +9,11 @@ import optax
 from flax import nnx
 
 import optax_guard as og
+from optax_guard.flax import dot_product_attention
 from optax_guard.models import Transformer
 
 adam = optax.adam(1e-3)
+x = jnp.ones((3, 2, 1))
 
 
 def words_that_no_option_knows() -> None:
@@ -20,6 +22,7 @@ def words_that_no_option_knows() -> None:
     og.accumulate_gradients(jnp.mean, 2, on_nonfinite="drop")  # pyright: ignore[reportArgumentType]
     og.accumulate_gradients(jnp.mean, 2, remainder="drop")  # pyright: ignore[reportArgumentType]
     og.adagc(scope="layer")  # pyright: ignore[reportArgumentType]
+    og.attention_with_max_logits(x, x, x, implementation="gpu")  # pyright: ignore[reportArgumentType]
     og.clip_by_median_norm(scope="layer")  # pyright: ignore[reportArgumentType]
     og.clip_by_norm_history(scope="layer")  # pyright: ignore[reportArgumentType]
     og.dense_penalty(0.1, penalty="l1")  # pyright: ignore[reportArgumentType]
@@ -34,6 +37,7 @@ def words_that_no_option_knows() -> None:
     og.shrink_gradients(0.1, shrinkage="hard")  # pyright: ignore[reportArgumentType]
     og.skip_spikes(on="losss")  # pyright: ignore[reportArgumentType]
     og.zclip(mode="median")  # pyright: ignore[reportArgumentType]
+    dot_product_attention(x, x, x, implementation="gpu")  # pyright: ignore[reportArgumentType]
     Transformer(2, 2, init="zero", rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
 
 
