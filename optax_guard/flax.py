@@ -33,12 +33,10 @@ It needs Flax: `pip install flax`. `import optax_guard` does not import this mod
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -49,7 +47,8 @@ from optax_guard._common.tree import checked, difference, find_states
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
 from optax_guard._step.act import apply_gradients, as_transformation
-from optax_guard.attention import attention_with_max_logits, max_attention_logits
+from optax_guard.attention import max_attention_logits
+from optax_guard.attention._logits import fused, keys_of, queries_of
 from optax_guard.state import _migration
 from optax_guard.state._held import last_step_held, select_old
 
@@ -400,34 +399,34 @@ def dot_product_attention(
       {'attention': (2,)}
     """
     del broadcast_dropout, dropout_rng
+    owner = "dot_product_attention"
+    dropout_rate = validate.scalar(owner, "dropout_rate", dropout_rate, low=0, high=1, static=True)
     refused = {
-        "dropout": dropout_rate > 0 and not deterministic,
+        "dropout (`dropout_rate`)": dropout_rate > 0 and not validate.boolean(owner, "deterministic", deterministic),
         "`precision`": precision is not None,
-        "an einsum of one's own": qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None,
+        "an einsum of one's own (`qk_attn_weights_einsum`)": qk_attn_weights_einsum is not None,
+        "an einsum of one's own (`attn_weights_value_einsum`)": attn_weights_value_einsum is not None,
     }
     for what, asked in refused.items():
         if asked:
             raise ValueError(
-                f"dot_product_attention: {what} is not possible with `jax.nn.dot_product_attention`; use "
+                f"{owner}: {what} is not possible with `jax.nn.dot_product_attention`; use "
                 "`record_max_logits(nn.dot_product_attention)`, or `nnx.dot_product_attention` in nnx, as "
                 "`attention_fn`."
             )
-    query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    batch = query.shape[:-3]
-
-    def of_rank_four(array: jax.Array, leading: tuple[int, ...]) -> jax.Array:
-        if len(batch) < 2:
-            return array
-        return jnp.broadcast_to(array, (*leading, *array.shape[-3:])).reshape(math.prod(leading), *array.shape[-3:])
-
-    mask = None if mask is None else of_rank_four(mask.astype(bool), batch)
-    bias = None if bias is None else of_rank_four(bias, batch)
-    query4, key4, value4 = (of_rank_four(array, batch) for array in (query, key, value))
-    output, maxima = attention_with_max_logits(
-        query4, key4, value4, bias, mask, is_causal=is_causal, implementation=implementation, exact=exact
+    if not (module is None or isinstance(module, (linen.Module, nnx.Module))):
+        raise ValueError(f"{owner}: `module` must be a layer of linen or nnx, or None; got {validate.shown(module)}.")
+    dtype = None if dtype is None else validate.floating_dtype(owner, "dtype", dtype)
+    query, key, value = promote_dtype(
+        queries_of(owner, query), keys_of(owner, "key", key), keys_of(owner, "value", value), dtype=dtype
+    )
+    if mask is not None:  # linen's masks are numbers
+        mask = validate.array(owner, "mask", mask, "booleans or numbers", kind=np.generic).astype(bool)
+    output, maxima = fused(
+        owner, query, key, value, bias, mask, is_causal=is_causal, implementation=implementation, exact=exact
     )
     _sow(module, maxima)
-    return output.reshape(query.shape)
+    return output
 
 
 def record_max_logits(attention_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from optax_guard._common.typing import AxisName
 __all__ = [
     "INT32",
     "MILLION",
+    "array",
     "axis_name",
     "boolean",
     "floating_dtype",
@@ -91,6 +92,21 @@ def scalar(
 def scalar_or_schedule(function: str, argument: str, value: Any, **limits: Any) -> Any:
     """Like `scalar`, but any function passes, since the value of a schedule is known only inside the step."""
     return value if is_callable(value) else scalar(function, argument, value, **limits)
+
+
+def array(
+    function: str, argument: str, value: Any, expected: str, *, kind: Any = jnp.floating, ndim: int = 0
+) -> jax.Array:
+    """Returns a JAX array; raises unless `value` is one of a dtype of this kind and `ndim` dimensions or more."""
+    try:
+        known = not (value is None or isinstance(value, np.ma.MaskedArray))
+        made = jnp.asarray(value) if known else None
+    except (OverflowError, TypeError, ValueError):
+        made = None
+    if made is None or not jnp.issubdtype(made.dtype, kind) or made.ndim < ndim:
+        got = shown(value) if made is None else f"{made.dtype}{list(made.shape)}"
+        raise ValueError(f"{function}: `{argument}` must be {expected}; got {got}.")
+    return made
 
 
 def integer(function: str, argument: str, value: Any, *, low: int, high: int = INT32, reason: str = "") -> int:

@@ -34,9 +34,14 @@ from optax_guard._common.typing import PyTree
 __all__ = [
     "attention_with_max_logits",
     "collect_max_logits",
+    "fused",
+    "keys_of",
     "max_attention_logits",
     "max_attention_logits_from_lse",
+    "queries_of",
 ]
+
+Implementation = Literal["xla", "cudnn"]
 
 RECORD = "max_logits"  # the name of a record among a module's intermediates
 _FUSED: Callable[..., Any] = jax.nn.dot_product_attention
@@ -104,7 +109,7 @@ def max_attention_logits(
       Kimi Team. Kimi K2: Open Agentic Intelligence. 2025. arXiv 2507.20534, section 2.1: S_max of algorithm 1.
     """
     owner = "max_attention_logits"
-    query, key = lax.stop_gradient((jnp.asarray(query), jnp.asarray(key)))
+    query, key = lax.stop_gradient((queries_of(owner, query), keys_of(owner, "key", key)))
     _check_shapes(owner, query, key)
     batch, (queries, heads, size), (keys, groups) = query.shape[:-3], query.shape[-3:], key.shape[-3:-1]
     block_size = validate.integer(owner, "block_size", block_size, low=1)
@@ -116,9 +121,7 @@ def max_attention_logits(
         _window(owner, local_window_size),
     )
     dtype = wider_dtype(query.dtype, jnp.float32)
-    scale = jnp.asarray(size**-0.5 if scale is None else scale, dtype)
-    if scale.ndim:
-        raise ValueError(f"{owner}: `scale` must be a scalar; got an array {list(scale.shape)}.")
+    scale = jnp.asarray(size**-0.5 if scale is None else validate.scalar(owner, "scale", scale), dtype)
     query = query.reshape(*batch, queries, groups, heads // groups, size)
     rows, columns = min(block_size, queries), min(block_size, keys)
 
@@ -184,17 +187,18 @@ def max_attention_logits_from_lse(lse: ArrayLike, *, where: ArrayLike | None = N
     References:
       Dao. FlashAttention-2. 2023. arXiv 2307.08691, section 3.1.1.
     """
-    lse = lax.stop_gradient(jnp.asarray(lse))
-    if lse.ndim < 2 or not jnp.issubdtype(lse.dtype, jnp.floating):
-        raise ValueError(
-            f"max_attention_logits_from_lse: `lse` must be floating numbers [..., queries, heads]; got "
-            f"{lse.dtype}{list(lse.shape)}."
-        )
+    owner = "max_attention_logits_from_lse"
+    expected = "floating numbers [..., queries, heads]"
+    lse = lax.stop_gradient(validate.array(owner, "lse", lse, expected, ndim=2))
     wide = lse.astype(wider_dtype(lse.dtype, jnp.float32))
     # Half of the last place, by which rounding to the nearest may have made it too small.
     wide = wide + jnp.abs(wide) * jnp.asarray(jnp.finfo(lse.dtype).eps / 2, wide.dtype)
     if where is not None:
-        wide = jnp.where(jnp.asarray(where), wide, jnp.asarray(-jnp.inf, wide.dtype))
+        expected = f"booleans that broadcast to `lse`, {list(lse.shape)}"
+        where = validate.array(owner, "where", where, expected, kind=jnp.bool_)
+        if not _broadcasts(where.shape, lse.shape):
+            raise ValueError(f"{owner}: `where` must be {expected}; got {where.dtype}{list(where.shape)}.")
+        wide = jnp.where(where, wide, jnp.asarray(-jnp.inf, wide.dtype))
     return jnp.max(wide, axis=tuple(range(wide.ndim - 1)))
 
 
@@ -210,7 +214,7 @@ def attention_with_max_logits(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["xla", "cudnn"] | None = None,
+    implementation: Implementation | None = None,
     exact: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention`, and the largest attention logit of every head.
@@ -264,25 +268,87 @@ def attention_with_max_logits(
       >>> max_logits["attention"].shape
       (2,)
     """
-    exact = validate.boolean("attention_with_max_logits", "exact", exact)
+    owner = "attention_with_max_logits"
+    query = queries_of(owner, query)
+    key, value = keys_of(owner, "key", key), keys_of(owner, "value", value)
+    if query.ndim > 4:
+        raise ValueError(
+            f"{owner}: `query` must be [batch, T, heads, size] or [T, heads, size]; got {query.dtype}"
+            f"{list(query.shape)}. Reshape the leading axes into one."
+        )
+    return fused(
+        owner,
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        exact=exact,
+    )
+
+
+def fused(
+    owner: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementation | None,
+    exact: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention_with_max_logits` of any number of leading axes, for the function that messages name."""
+    _check_shapes(owner, query, key)
+    if value.shape != key.shape or value.dtype != key.dtype:
+        raise ValueError(
+            f"{owner}: `value` must have the shape and dtype of `key`, {key.dtype}{list(key.shape)}; got "
+            f"{value.dtype}{list(value.shape)}."
+        )
+    shape, leading = query.shape, query.shape[:-3] or (1,)  # JAX's function knows one leading axis
+    logits = (*leading, query.shape[-2], query.shape[-3], key.shape[-3])
+    mask, bias = _mask(owner, mask, logits), _bias(owner, bias, logits)
+    if implementation is not None:
+        validate.one_of(owner, "implementation", implementation, Implementation)
+    exact = validate.boolean(owner, "exact", exact)
+    if query.ndim != 4:
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        mask, bias = (_of_one_leading_axis(x, leading) for x in (mask, bias))
     visible = {
-        "is_causal": is_causal,
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "local_window_size": local_window_size,
-        "scale": scale,
+        "is_causal": validate.boolean(owner, "is_causal", is_causal),
+        "query_seq_lengths": _lengths(owner, "query_seq_lengths", query_seq_lengths, leading),
+        "key_value_seq_lengths": _lengths(owner, "key_value_seq_lengths", key_value_seq_lengths, leading),
+        "local_window_size": _window(owner, local_window_size),
+        "scale": None if scale is None else validate.scalar(owner, "scale", scale),
     }
     same = {**visible, "implementation": implementation}
     if exact or bias is not None or not _RETURNS_LSE:
         output = _FUSED(query, key, value, bias, mask, **same)
-        query, key = (jnp.asarray(x).reshape(-1, *jnp.shape(x)[-3:]) for x in (query, key))
-        return output, max_attention_logits(query, key, mask=mask, **visible)
+        return output.reshape(shape), max_attention_logits(query, key, mask=mask, **visible)
     output, lse = _FUSED(query, key, value, bias, mask, return_residual=True, **same)
-    rows = None
-    if query_seq_lengths is not None:
-        rows = jnp.arange(lse.shape[-2])[None] < jnp.asarray(query_seq_lengths)[:, None]
-        rows = rows.reshape(*lse.shape[:-1], 1)
-    return output, max_attention_logits_from_lse(lse, where=rows)
+    rows, lengths = None, visible["query_seq_lengths"]
+    if lengths is not None:
+        rows = (jnp.arange(lse.shape[-2])[None] < lengths[:, None])[..., None]
+    return output.reshape(shape), max_attention_logits_from_lse(lse, where=rows)
+
+
+def queries_of(owner: str, query: ArrayLike) -> jax.Array:
+    return validate.array(owner, "query", query, "floating numbers [..., T, heads, size]", ndim=3)
+
+
+def keys_of(owner: str, argument: str, array: ArrayLike) -> jax.Array:
+    return validate.array(owner, argument, array, "floating numbers [..., S, key heads, size]", ndim=3)
 
 
 def collect_max_logits(tree: PyTree) -> dict[str, jax.Array]:
@@ -403,31 +469,46 @@ def _check_shapes(owner: str, query: jax.Array, key: jax.Array) -> None:
         )
 
 
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def _of_one_leading_axis(array: jax.Array | None, leading: tuple[int, ...]) -> jax.Array | None:
+    """An array that broadcasts to [*leading, heads, T, S], with one axis for all the leading ones."""
+    if array is None:
+        return None
+    array = _of_rank(array, max(array.ndim, 3))
+    return jnp.broadcast_to(array, (*leading, *array.shape[-3:])).reshape(-1, *array.shape[-3:])
+
+
 def _mask(owner: str, mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
-    fits = 2 <= mask.ndim <= len(shape) and all(
-        a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1], strict=False)
-    )
-    if not fits or mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"{owner}: `mask` must be booleans that broadcast to [..., heads, T, S] = {list(shape)}; got "
-            f"{mask.dtype}{list(mask.shape)}."
-        )
-    return mask
+    expected = f"booleans that broadcast to [..., heads, T, S] = {list(shape)}"
+    made = validate.array(owner, "mask", mask, expected, kind=jnp.bool_)
+    if not _broadcasts(made.shape, shape):
+        raise ValueError(f"{owner}: `mask` must be {expected}; got {made.dtype}{list(made.shape)}.")
+    return _of_rank(made, max(made.ndim, 2))
+
+
+def _bias(owner: str, bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    if bias is None:
+        return None
+    expected = f"floating numbers that broadcast to [..., heads, T, S] = {list(shape)}"
+    made = validate.array(owner, "bias", bias, expected)
+    if not _broadcasts(made.shape, shape):
+        raise ValueError(f"{owner}: `bias` must be {expected}; got {made.dtype}{list(made.shape)}.")
+    return made.astype(jnp.float32) if jnp.finfo(made.dtype).bits < 16 else made  # no float8 is promoted by itself
 
 
 def _lengths(owner: str, argument: str, lengths: ArrayLike | None, batch: tuple[int, ...]) -> jax.Array | None:
     if lengths is None:
         return None
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != batch or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"{owner}: `{argument}` must be whole numbers {list(batch)}, one per sequence; got "
-            f"{lengths.dtype}{list(lengths.shape)}."
-        )
-    return lengths
+    expected = f"whole numbers {list(batch)}, one per sequence"
+    made = validate.array(owner, argument, lengths, expected, kind=jnp.integer)
+    if made.shape != batch:
+        raise ValueError(f"{owner}: `{argument}` must be {expected}; got {made.dtype}{list(made.shape)}.")
+    return made.astype(jnp.int32)
 
 
 def _window(owner: str, window: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -436,7 +517,7 @@ def _window(owner: str, window: int | tuple[int, int] | None) -> tuple[int, int]
     sides = window if isinstance(window, tuple) else (window, window)
     if len(sides) != 2:
         raise ValueError(f"{owner}: `local_window_size` must be one number or (left, right); got {window!r}.")
-    left, right = (validate.integer(owner, "local_window_size", side, low=0) for side in sides)
+    left, right = (validate.integer(owner, "local_window_size", side, low=0, high=2**30) for side in sides)
     return left, right
 
 

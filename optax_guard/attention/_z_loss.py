@@ -58,12 +58,10 @@ def z_loss(logits: ArrayLike, weight: float | jax.Array = 1e-4) -> jax.Array:
       Wortsman et al. Small-scale proxies for large-scale Transformer training instabilities. 2023. arXiv 2309.14322,
       section 3.2.
     """
-    logits = jnp.asarray(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(
-            f"z_loss: `logits` must be floating numbers [..., tokens] with at least one token; got "
-            f"{logits.dtype}{list(logits.shape)}."
-        )
+    expected = "floating numbers [..., tokens] with at least one token"
+    logits = validate.array("z_loss", "logits", logits, expected, ndim=1)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"z_loss: `logits` must be {expected}; got {logits.dtype}{list(logits.shape)}.")
     dtype = wider_dtype(logits.dtype, jnp.float32)
     weight = validate.scalar("z_loss", "weight", weight, low=0)
     log_normaliser = jax.nn.logsumexp(logits.astype(dtype), axis=-1)

@@ -115,9 +115,9 @@ def test_the_drop_in_takes_any_leading_axes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dropout_rate": 0.1}, "dropout is not possible"),
+        ({"dropout_rate": 0.1}, "`dropout_rate`. is not possible"),
         ({"precision": "highest"}, "`precision` is not possible"),
-        ({"qk_attn_weights_einsum": jnp.einsum}, "an einsum of one's own is not possible"),
+        ({"qk_attn_weights_einsum": jnp.einsum}, "`qk_attn_weights_einsum`. is not possible"),
     ],
 )
 def test_what_the_fused_function_cannot_do_is_refused(arguments: dict[str, Any], message: str) -> None:

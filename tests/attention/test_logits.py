@@ -227,16 +227,17 @@ def test_gradients_are_those_without_maxima() -> None:
         ({"key": KEY[:, :, :3]}, "heads a multiple of key heads"),
         ({"key": KEY[:1]}, "`query` and `key` must be"),
         ({"key": KEY[..., :4]}, "`query` and `key` must be"),
-        ({"query": QUERY[0, 0]}, "`query` and `key` must be"),
+        ({"query": QUERY[0, 0]}, "`query` must be floating numbers"),
         ({"query": QUERY[:, :0]}, "no empty axis"),
-        ({"query": QUERY.astype(np.int32)}, "floating numbers of one dtype"),
+        ({"query": QUERY.astype(np.int32)}, "`query` must be floating numbers"),
+        ({"query": QUERY.astype(np.float16)}, "floating numbers of one dtype"),
         ({"mask": np.ones((BATCH, 1, QUERIES, KEYS))}, "`mask` must be booleans"),
         ({"mask": np.ones((3, 1, QUERIES, KEYS), bool)}, "`mask` must be booleans"),
         ({"key_value_seq_lengths": np.array([3])}, "`key_value_seq_lengths` must be whole numbers"),
         ({"query_seq_lengths": np.array([3.0, 2.0])}, "`query_seq_lengths` must be whole numbers"),
         ({"local_window_size": -1}, "`local_window_size` must be"),
         ({"local_window_size": (1, 2, 3)}, "`local_window_size` must be"),
-        ({"scale": np.ones(HEADS)}, "`scale` must be a scalar"),
+        ({"scale": np.ones(HEADS)}, "`scale` must be a number"),
         ({"block_size": 0}, "`block_size` must be"),
         ({"is_causal": 1}, "`is_causal` must be"),
     ],
@@ -272,3 +273,29 @@ def test_collecting_finds_records_and_nothing_else() -> None:
         og.collect_max_logits({"loss": jnp.ones(())})
     with pytest.raises(ValueError, match="it has nothing"):
         og.collect_max_logits({})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": QUERY[None]}, "`query` must be .*Reshape the leading axes"),
+        ({"value": KEY[:, :-1]}, "`value` must have the shape and dtype of `key`"),
+        ({"value": KEY.astype(np.float16)}, "`value` must have the shape and dtype of `key`"),
+        ({"bias": np.ones((3, 1, QUERIES, KEYS), np.float32)}, "`bias` must be floating numbers that broadcast"),
+        ({"bias": np.ones((QUERIES, KEYS), int)}, "`bias` must be floating numbers that broadcast"),
+        ({"mask": np.ones((QUERIES, KEYS + 1), bool)}, "`mask` must be booleans"),
+        ({"query_seq_lengths": np.array([3])}, "`query_seq_lengths` must be whole numbers"),
+        ({"implementation": "gpu"}, "`implementation` must be one of"),
+    ],
+)
+def test_bad_input_of_the_fused_attention_is_refused_before_jax_sees_it(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^attention_with_max_logits: {message}"):
+        og.attention_with_max_logits(**{"query": QUERY, "key": KEY, "value": KEY, **change})
+
+
+def test_rows_that_do_not_broadcast_to_the_log_sum_exp_are_refused() -> None:
+    for where in (np.ones((4, 1), bool), np.ones((3, 1))):
+        with pytest.raises(
+            ValueError, match=r"^max_attention_logits_from_lse: `where` must be booleans that broadcast"
+        ):
+            og.max_attention_logits_from_lse(jnp.ones((3, 2)), where=where)

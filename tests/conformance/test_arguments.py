@@ -28,6 +28,7 @@ GRADS = jax.tree.map(lambda leaf: leaf / 4, PARAMS)
 BATCH = np.ones((4, 3), np.float32)
 LOSS = np.float32(0.5)
 HEADS = (og.attention.Projection("kernel", axis=1),)
+HEADS_OF = {name: np.linspace(-1, 1, 12, dtype=np.float32).reshape(1, 3, 2, 2) for name in ("query", "key", "value")}
 MAX_LOGITS = {"layer": np.array([50.0, 200.0], np.float32)}
 
 
@@ -70,6 +71,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "accumulate_gradients": {"loss_fn": loss_fn, "num_micro_batches": 2},
     "anticorrelated_noise": {"sigma": 0.1},
     "apply_gradients": {"tx": SGD, "grads": GRADS, "state": SGD.init(PARAMS), "params": PARAMS},
+    "attention_with_max_logits": HEADS_OF,
     "clear_halt": {"state": GUARD.init(PARAMS)},
     "clip_by_global_norm": {"max_norm": 1.0},
     "clip_by_leaf_norm": {"max_norm": 1.0},
@@ -93,6 +95,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "leaf_log": {"state": RECORDED},
     "leaf_names": {"params": PARAMS},
     "leaf_axes": {"specs": jax.tree.map(lambda _: PartitionSpec(), PARAMS)},
+    "max_attention_logits": {name: HEADS_OF[name] for name in ("query", "key")},
+    "max_attention_logits_from_lse": {"lse": np.ones((3, 2), np.float32)},
+    "collect_max_logits": {"tree": {"attention": {"max_logits": np.ones(2, np.float32)}}},
     "masked_rule": {"inner": og.clip_by_global_norm(1.0), "mask": True},
     "limit_step": {"max_change": 0.1},
     "loss_scaling": {"inner": SGD},
@@ -112,6 +117,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "stabilize": {"inner": SGD},
     "stable_spam": {"inner": SGD},
     "transformer_attention": {"heads": 2},
+    "z_loss": {"logits": np.ones((3, 2), np.float32)},
     "add_guard_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
     "published.spam_clip": {"inner": ADAM},
     "published.stable_spam": {"inner": SGD},
@@ -137,6 +143,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "preflight.preflight": {"loss_fn": accept, "params": PARAMS, "batch": BATCH, "progress": False, "chunks": 1},
     "diagnose.diagnose": {"loss_fn": accept, "params": PARAMS, "batch": BATCH, "progress": False},
     "diagnose.worst_examples": {"loss_fn": accept, "params": PARAMS, "batch": BATCH, "progress": False},
+    "flax.dot_product_attention": HEADS_OF,
+    "flax.record_max_logits": {"attention_fn": accept},
     "flax.clear_halt": {"optimizer": NNX},
     "flax.inner_state": {"optimizer": NNX},
     "flax.add_guard": {"optimizer": nnx.Optimizer(MODEL, SGD, wrt=nnx.Param), "model": MODEL, "tx": GUARD},
@@ -245,6 +253,7 @@ DATA = {
     "batches",
     "validation",
 } | {
+    "bias",
     "labels",
     "radii",
     "certificate",
