@@ -1,7 +1,7 @@
 """How costs are measured: arms take turns, and rows compare their medians.
 
-Machines are shared and noisy, so the arms of a row take turns, and a row is the ratio of their medians with the
-quartiles of the ratios of single rounds. Each arm owns its donated parameters and state; all arms share the gradients.
+Machines are shared and noisy, so the arms of a row take turns, and a row is the median of the ratios of single rounds
+with their quartiles. Each arm owns its donated parameters and state; all arms share the gradients.
 Times in seconds are meaningful only on one machine; ratios carry over.
 """
 
@@ -178,10 +178,9 @@ def take_turns(turns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np
 def compare(
     part: str, what: str, times: np.ndarray, base: np.ndarray, target: float | None = None, at_least: bool = False
 ) -> Row:
-    """The ratio of medians."""
-    low, high = np.percentile(times / base, [25, 75])
-    ratio = float(np.median(times) / np.median(base))
-    return Row(part, what, ratio, float(low), float(high), target=target, at_least=at_least)
+    """The median of the ratios of single rounds, with their quartiles."""
+    low, middle, high = (float(x) for x in np.percentile(times / base, [25, 50, 75]))
+    return Row(part, what, middle, low, high, target=target, at_least=at_least)
 
 
 def number(part: str, what: str, value: float, target: float | None = None, unit: str = "x") -> Row:
