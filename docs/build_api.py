@@ -43,6 +43,7 @@ TITLES = {
     "state/held": "State beside the optimizer",
     "state/metrics": "Metrics and flight log",
     "state/migration": "Adding and removing guards",
+    "state/update_metrics": "Norms of updates and parameters",
     "step/act": "Taking a step",
     "step/judge": "A rule of your own",
     "common/new_params": "State of QK-Clip",

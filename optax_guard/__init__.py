@@ -61,6 +61,7 @@ from optax_guard.state import (
     metrics,
     remove_guard_state,
     add_guard_state,
+    update_metrics,
 )
 from optax_guard.transforms import (
     adaptive_grad_clip,
@@ -168,6 +169,7 @@ __all__ = [
     "state",
     "transformer_attention",
     "transforms",
+    "update_metrics",
     "z_loss",
     "zclip",
 ]

@@ -32,6 +32,7 @@ NOT_TRANSFORMATIONS = {
     "rules": "a folder",
     "state": "a folder",
     "transforms": "a folder",
+    "update_metrics": "a function of parameters before and after a step",
     "Rule": "the type of a rule",
     "TrainingHalted": "an exception",
     "Verdict": "what a rule answers",

@@ -4,6 +4,7 @@
 You want                                               Use
 =====================================================  ================================================================
 counters, the last norm and scale, for a logger        `metrics`
+norms of an update and the parameters, their ratio     `update_metrics`
 each new event in words, and an error on a halt        `event_logger`
 the last rows of the flight recorder                   `flight_log`
 the norm of every leaf, with `record_leaves`           `leaf_log`
@@ -21,6 +22,7 @@ from optax_guard.state._events import event_logger
 from optax_guard.state._held import keep_if_held
 from optax_guard.state._metrics import flight_log, metrics
 from optax_guard.state._migration import add_guard_state, find_inner_state, remove_guard_state
+from optax_guard.state._update_metrics import update_metrics
 
 __all__ = [
     "FlightRecorder",
@@ -33,4 +35,5 @@ __all__ = [
     "keep_if_held",
     "metrics",
     "remove_guard_state",
+    "update_metrics",
 ]

@@ -117,6 +117,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "stabilize": {"inner": SGD},
     "stable_spam": {"inner": SGD},
     "transformer_attention": {"heads": 2},
+    "update_metrics": {"before": PARAMS, "after": PARAMS},
     "z_loss": {"logits": np.ones((3, 2), np.float32)},
     "add_guard_state": {"tx": GUARD, "params": PARAMS, "inner_state": SGD.init(PARAMS)},
     "published.spam_clip": {"inner": ADAM},
@@ -251,6 +252,8 @@ DATA = {
     "inputs",
     "batch",
     "batches",
+    "before",
+    "after",
     "validation",
 } | {
     "bias",
