@@ -35,7 +35,7 @@ from optax_guard.transforms._spam import (
     normalise_leaves,
     restarted,
 )
-from optax_guard.transforms._update_bounds import least_factor, norm_of
+from optax_guard.transforms._update_bounds import least_factor, norm_of, written_once
 
 __all__ = ["PublishedUpdateNormState", "clip_by_update_norm", "spam_clip", "stable_spam"]
 
@@ -293,6 +293,7 @@ def clip_by_update_norm(
         updates: PyTree, state: PublishedUpdateNormState, params: PyTree | None
     ) -> tuple[PyTree, PublishedUpdateNormState]:
         del params
+        updates = written_once(updates, state.published_update_norm_total)
         norm, finite = norm_of(updates, axis_name)
         seen = jnp.where(finite, norm, jnp.nan).astype(jnp.float32)
         series = RawSeries(values=state.published_update_norm_window, values_total=state.published_update_norm_total)
