@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.axes import on_any_device
 from optax_guard._common.counters import count_if, next_step
 from optax_guard._common.extra import loss_in, named_by, tag_in, warn_of_misspellings, with_value
-from optax_guard._common.forms import cond_or_select, lowered_for
+from optax_guard._common.forms import cond_or_select
 from optax_guard._common.new_params import scaled_new_params
 from optax_guard._common.parts import part_of
-from optax_guard._common.tree import as_params, cast_like, is_gradient, varying_axes
+from optax_guard._common.tree import as_params, cast_like
 from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.act import (
@@ -334,7 +333,7 @@ def guarded(
             selects = ("gpu",) if start.in_place else ("gpu", "tpu")
             return cond_or_select(applied, lambda: act(params, inner_state), hold, selects=selects)
 
-        def finish(result: PyTree, new_state: Any, bad_leaf: jax.Array, quiet: bool) -> Any:
+        def after(result: PyTree, new_state: Any, bad_leaf: jax.Array) -> _ladder.After:
             happened = applied & (bad_leaf < 0)
 
             def new_params() -> PyTree:
@@ -343,27 +342,14 @@ def guarded(
             def next_updates(inner_state: Any, params: PyTree) -> PyTree:
                 return propose(inner_state, params)[0]
 
-            after = _ladder.After(
-                happened, applied & ~happened, judged.norm, judged.clipped_norm, new_params, new_state, next_updates
+            bad_update = applied & ~happened
+            return _ladder.After(
+                happened, bad_update, judged.norm, judged.clipped_norm, new_params, new_state, next_updates
             )
-            return _ladder.finish(ladder, plan, seen, after, quiet)
 
-        def eventful_step() -> tuple[PyTree, Any, jax.Array, Any]:
-            before = _ladder.recover(ladder, plan, state.recovery_state, start.params, state.guarded_state)
-            # What looks at the result reads it, and does not compute it again from what it replaces.
-            step = _written(step_from(*before))
-            return *step, finish(*step, quiet=False)
-
-        def quiet_step() -> tuple[PyTree, Any, jax.Array, Any]:
-            step = step_from(start.params, state.guarded_state)
-            return *step, finish(*step, quiet=True)
-
-        eventful = _ladder.eventful(ladder, plan, seen, applied)
-        if eventful is None:
-            step = quiet_step()
-        else:
-            step = lax.cond(eventful | ~lowered_for(("gpu", "tpu")), eventful_step, quiet_step)
-        result, new_state, bad_leaf, recovery_state = step
+        begin = start.params, state.guarded_state
+        taken, recovery_state = _ladder.around(ladder, plan, seen, applied, begin, step_from, after)
+        result, new_state, bad_leaf = taken
         if plan is not None and plan.restarts is not None:
             begun = tuple(each.init(gradient.like if start.params is None else start.params) for each in rules)
             restarted = plan.restarts & applied & (bad_leaf < 0)
@@ -376,24 +362,6 @@ def guarded(
         return result, _advance(state, judged, outcome, halt_after)
 
     return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
-
-
-def _written(tree: PyTree) -> PyTree:
-    """The same tree, behind an optimization barrier.
-
-    There is one for all leaves that vary along the same axes of a `shard_map`: JAX 0.10.2 types whatever leaves one
-    barrier as varying along the axes of any of its operands.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    groups: dict[frozenset[Any], list[int]] = {}
-    for position, leaf in enumerate(leaves):
-        if is_gradient(leaf):
-            groups.setdefault(varying_axes(leaf), []).append(position)
-    for positions in groups.values():
-        written = lax.optimization_barrier([leaves[position] for position in positions])
-        for position, leaf in zip(positions, written, strict=True):
-            leaves[position] = leaf
-    return jax.tree.unflatten(structure, leaves)
 
 
 def _judge(

@@ -11,6 +11,7 @@ from optax_guard._common.tree import field_array, find_states
 from optax_guard._common.typing import PyTree, State
 from optax_guard._guard import GuardState
 from optax_guard._step.reading import (
+    batches,
     member,
     members,
     nonfinite_leaf,
@@ -140,11 +141,11 @@ def _story(guard_state: GuardState, index: tuple[int, ...], state: PyTree, param
         return "halted; the cause is no longer in the flight recorder."
     last = rows[bad[-1]]
     count = int(field_array(in_row))
-    batch = f" (batch {int(last['tag'])})" if last["tag"] >= 0 else ""
     steps = "step" if count == 1 else "steps"
+    step = f"{int(last['step'])}{batches([last['tag']])}"
     seen = what_was_seen(last, seen_names(guard_state.seen_leaves, params))
     return (
-        f"halted at step {int(last['step'])}{batch} after {count} non-finite {steps} in a row: {seen}. "
+        f"halted at step {step} after {count} non-finite {steps} in a row: {seen}. "
         f"{_what_to_do(guard_state, index, state, params, clear)}"
     )
 

@@ -249,6 +249,6 @@ def _narrowed(updates: PyTree, like: PyTree, params: PyTree | None) -> PyTree:
     """Updates in the wider dtype of gradients and parameters."""
 
     def narrow(update: Any, leaf: Any, param: Any) -> Any:
-        return update.astype(wider_dtype(leaf.dtype, param.dtype if is_gradient(param) else leaf.dtype))
+        return update.astype(wider_dtype(leaf.dtype, param.dtype))
 
     return map_gradients(narrow, updates, like, like if params is None else params)

@@ -16,7 +16,6 @@ once their tests have changed.
 
 import argparse
 import ast
-import collections
 import copy
 import functools
 import hashlib
@@ -31,7 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "optax_guard"
@@ -263,14 +262,6 @@ def run_tests(mutant: Mutant | None, tests: Iterable[str]) -> tuple[int, str]:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", OUTPUT.read_text(errors="replace"), re.MULTILINE)
     return status, failed[1] if failed else ""
-
-
-class Sorted:
-    """A plugin: the tests that have noticed most so far come first."""
-
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        noticed = collections.Counter(row["failed"] for row in known_results().values())
-        items.sort(key=lambda item: -noticed[item.nodeid.removeprefix("tests/")])
 
 
 def _in_child(folder: str, names: Iterable[str]) -> None:

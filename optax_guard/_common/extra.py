@@ -20,7 +20,12 @@ from optax_guard._common.typing import AxisName
 
 __all__ = ["is_number", "loss_in", "named_by", "tag_in", "warn_of_misspellings", "with_value"]
 
-_READ = ("value", "weight", "loss")
+_READ = {  # the extra arguments that are read, and what a person may have meant
+    "value": "the loss is called `value`",
+    "weight": "a micro-batch's weight is called `weight`",
+    "loss": "the loss is called `value`",
+    "max_logits": "the largest attention logits are called `max_logits`",
+}
 _NEAR = 2  # the number of letters that may be changed, added or left out
 
 
@@ -83,8 +88,7 @@ def warn_of_misspellings(extra: dict[str, Any], receiver: Any = None) -> None:
 
 @functools.cache
 def _warn(name: str, word: str) -> None:
-    meant = "a micro-batch's weight is called `weight`" if word == "weight" else "the loss is called `value`"
-    warnings.warn(f"optax_guard: nothing reads the extra argument `{name}`; {meant}.", stacklevel=4)
+    warnings.warn(f"optax_guard: nothing reads the extra argument `{name}`; {_READ[word]}.", stacklevel=4)
 
 
 def named_by(receiver: Any) -> set[str]:

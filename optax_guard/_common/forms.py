@@ -1,10 +1,10 @@
 """The form of a step that may or may not happen, chosen by the platform for which it is lowered.
 
-A CPU and a TPU want a conditional: the branch not taken costs nothing, and nothing is copied. A GPU wants both results
-and a selection, which XLA fuses into the kernels of the step: the host would wait for the predicate of a conditional at
-every step. The platform is known when a program is lowered, not when it is traced, so both forms are traced as one: a
-conditional whose predicate, and a selection whose predicate, is a constant on the platforms of the other form. XLA
-removes whichever that is.
+On a CPU or a TPU, a conditional is fastest: the branch not taken costs nothing, and nothing is copied. On a GPU, the
+host would wait for its predicate at every step; it is faster to compute both results and to select one, which XLA fuses
+into the kernels of the step. The platform is known when a program is lowered, not when it is traced, so both forms are
+traced as one: a conditional and a selection, each with a predicate that is a constant on the platforms of the other
+form. XLA removes whichever has the constant.
 """
 
 import functools

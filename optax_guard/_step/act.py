@@ -231,7 +231,7 @@ def apply_gradients(
       state: the state from `tx.init(params)` or the previous step.
       params: the parameters.
       **extra: forwarded to `tx.update`. The loss is called `value`; a number called `loss` is used as `value` if there
-        is none. A keyword within two letters of `value`, `weight` or `loss` causes one warning.
+        is none. A keyword within two letters of `value`, `weight`, `loss` or `max_logits` causes one warning.
 
     Returns:
       The new (params, state).

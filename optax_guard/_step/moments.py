@@ -1,7 +1,8 @@
 """Finds the moments in an optimizer's state, resets them, and detects moments that are dead.
 
-A moment is a floating-point array with at least one dimension, or a 0-d one that belongs to a 0-d parameter in a tree
+A moment is a floating-point array with at least one dimension, or a 0-d one in the place of a 0-d parameter in a tree
 with the structure of the parameters.
+
 A counter beside a moment in the same state (Adam's `count`) is the moment's age. It is reset together with the moment,
 since Adam's bias correction would otherwise be wrong (zeroed moments with an old count give updates up to 6.5 times too
 large). All other counters (of schedules), keys, flags and 0-d numbers (an injected learning rate) are kept.

@@ -5,7 +5,7 @@ including the scalar field by which a reader recognises this.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from optax_guard._step.moments import moments
 __all__ = [
     "SeenLeaves",
     "axes_in_front",
+    "batches",
     "is_traced",
     "leaf_names",
     "member",
@@ -32,6 +33,9 @@ __all__ = [
     "what_was_seen",
     "where",
 ]
+
+
+_TAGS = 4  # the most batches that one message lists
 
 
 class SeenLeaves(NamedTuple):
@@ -98,16 +102,17 @@ def seen_names(seen: SeenLeaves, params: PyTree | None) -> list[str]:
 
 
 def where(names: list[str], leaf: int) -> str:
-    """`names[leaf]` as a message shows it; empty for -1."""
+    """`names[leaf]` as a message shows it, a number if it has no name; empty for -1."""
     if leaf < 0:
         return ""
-    return names[leaf] if names[leaf].startswith("leaf ") else f"`{names[leaf]}`"
+    name = names[leaf] if leaf < len(names) else f"leaf {leaf}"
+    return name if name.startswith("leaf ") else f"`{name}`"
 
 
-def what_was_seen(row: Any, names: list[str]) -> str:
-    """What was not finite in a step, from its row of the flight recorder."""
+def what_was_seen(row: Any, names: list[str], *, every_leaf: bool = False) -> str:
+    """What was not finite in a step, from its row of the flight recorder; `every_leaf` if no gradient of it was."""
     leaf = where(names, int(row["worst_leaf"]))
-    gradient = f"the gradient of {leaf}" if leaf else "the gradient"
+    gradient = "the gradient of every leaf" if every_leaf else f"the gradient of {leaf}" if leaf else "the gradient"
     if row["event"] == "nonfinite_update":
         return f"the gradient was finite, but the update of {leaf} was not (or its sum with the parameter)"
     if np.isnan(row["grad_norm"]):
@@ -117,6 +122,15 @@ def what_was_seen(row: Any, names: list[str]) -> str:
     if row["value_given"] and not np.isfinite(row["value"]):
         return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
     return "the gradient was finite, but a rule returned a scale that was not, or that made it overflow"
+
+
+def batches(tags: Iterable[int]) -> str:
+    """The batches of some steps, as a message adds them: " (batch 7)", " (batches 7, 9)"; empty without tags."""
+    known = list(dict.fromkeys(int(tag) for tag in tags if tag >= 0))
+    if not known:
+        return ""
+    more = f" and {len(known) - _TAGS} more" if len(known) > _TAGS else ""
+    return f" (batch{'es' if len(known) > 1 else ''} {', '.join(map(str, known[:_TAGS]))}{more})"
 
 
 def axes_in_front(scalar: Any) -> int:
@@ -139,11 +153,13 @@ def is_traced(tree: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def nonfinite_leaf(tree: PyTree, only: set[int] | None = None) -> tuple[str, str] | None:
-    """The path of the first leaf that is not finite and what it holds, "NaN" or "Inf"; computed on the host."""
+def nonfinite_leaf(
+    tree: PyTree, only: set[int] | None = None, kinds: tuple[str, ...] = ("NaN", "Inf")
+) -> tuple[str, str] | None:
+    """The path of the first leaf that holds one of `kinds`, and which; computed on the host."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         held = _what_is_bad(leaf) if only is None or id(leaf) in only else None
-        if held is not None:
+        if held in kinds:
             return path_name(variable_free(path)), held
     return None
 

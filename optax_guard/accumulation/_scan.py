@@ -22,7 +22,7 @@ from optax_guard._common import validate
 from optax_guard._common.axes import max_arrays_over
 from optax_guard._common.batch import batch_size
 from optax_guard._common.eager import compiled_once
-from optax_guard._common.tree import as_arrays, is_gradient, varying_axes, wider_dtype
+from optax_guard._common.tree import as_arrays, is_gradient, path_name, varying_axes, wider_dtype
 from optax_guard._common.typing import PyTree
 from optax_guard._step.max_logits import as_finite, from_finite, nothing_seen
 from optax_guard._step.observe import one_pass_statistics, scale_statistics, squarable
@@ -166,7 +166,7 @@ def accumulate_gradients(
             larger = jax.tree.map(lambda m, x: jnp.where(weight > 0, jnp.maximum(m, as_finite(x)), m), before, found)
             return (larger, *shares, lost + bad), aux
 
-        no_gradient = jax.tree.map(_zeros, params)  # first, since it refuses parameters without a gradient
+        no_gradient = jax.tree_util.tree_map_with_path(_zeros, params)  # first, since it refuses what has no gradient
         value_type, aux_type = jax.eval_shape(lambda: _first(gradient, params, micro_batches, args, key, has_aux))
         zeros = (
             jax.tree.map(lambda x: nothing_seen(x.shape), _without_max_logits(aux_type)[1]),
@@ -267,9 +267,12 @@ def _checked(weight: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(weight) & (weight >= 0), weight, jnp.nan)
 
 
-def _zeros(param: Any) -> jax.Array:
+def _zeros(path: Any, param: Any) -> jax.Array:
     if not is_gradient(param):
-        raise ValueError(f"accumulate_gradients: parameters must be floating-point arrays; got {param!r}.")
+        raise ValueError(
+            "accumulate_gradients: `params` must be floating-point arrays, as `jax.grad` demands; leaf "
+            f"`{path_name(path)}` is {param.dtype}{list(param.shape)}."
+        )
     return jnp.zeros_like(param, dtype=wider_dtype(param.dtype, jnp.float32))
 
 

@@ -1,19 +1,21 @@
 """The order of the rungs: decide and recover before the step, check and take snapshots after it.
 
-`plan` reads only scalars. `recover` returns the parameters and state from which the step starts: unchanged, reset, or
-from a snapshot. `finish` checks the moments and takes snapshots when they are due. Each rung is in a file of its own.
+`plan` reads only scalars. `around` takes the step from parameters and state that are unchanged, reset, or from a
+snapshot; then `finish` checks the moments and takes snapshots when they are due. Each rung is in a file of its own.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_guard._common.counters import next_step
-from optax_guard._common.forms import cond_or_select
+from optax_guard._common.forms import cond_or_select, lowered_for
 from optax_guard._common.parts import part_of
-from optax_guard._common.tree import check_has_params
+from optax_guard._common.tree import check_has_params, is_gradient, varying_axes
 from optax_guard._common.typing import AxisName, Mask, PyTree
 from optax_guard._step.judge import scale_leaves
 from optax_guard._step.record import RECOVERIES
@@ -50,14 +52,13 @@ __all__ = [
     "Plan",
     "RecoveryState",
     "Rung",
+    "around",
     "as_ladder",
     "cleared",
-    "eventful",
     "finish",
     "held_updates",
     "init_ladder",
     "plan",
-    "recover",
     "scaled",
     "started",
 ]
@@ -225,40 +226,32 @@ def plan(ladder: Ladder | None, state: RecoveryState, seen: Seen, params: PyTree
     )
 
 
-def eventful(ladder: Ladder | None, planned: Plan | None, seen: Seen, applied: jax.Array) -> jax.Array | None:
-    """Whether this step may reset, rewind, look at the moments or take a snapshot; None if no step of it can.
+def around(
+    ladder: Ladder | None,
+    planned: Plan | None,
+    seen: Seen,
+    applied: jax.Array,
+    begin: tuple[PyTree, PyTree],
+    step: Callable[[PyTree, PyTree], tuple[Any, ...]],
+    after: Callable[..., After],
+) -> tuple[tuple[Any, ...], RecoveryState | tuple[()]]:
+    """What `step` returns from `begin`, the parameters and inner state, with all that comes before and after it.
 
-    A GPU and a TPU take a quiet step in a branch of its own, as every conditional that passes snapshots on would copy
-    them there. Under `vmap` JAX selects between the branches, which it refuses for snapshots in the host's memory.
+    A GPU and a TPU take a quiet step, one without such events, in a branch of its own, as every conditional that passes
+    snapshots on would copy them there.
     """
-    if ladder is None or planned is None or (ladder.reset is None and ladder.rewind is None):
-        return None
-    if ladder.rewind is not None and ladder.rewind.memory == "host":
-        return jnp.ones((), bool)
-    found = planned.resets | planned.rewinds
-    if ladder.reset is not None:
-        found = found | look_is_due(ladder.reset, seen)
-    if ladder.rewind is not None:
-        found = found | snapshot_is_due(planned.state.rewind_state, applied & _calm(ladder, planned, seen))
-    return found
 
+    def eventful() -> tuple[tuple[Any, ...], Any]:
+        # What looks at the result reads it, and does not compute it again from what it replaces.
+        taken = _written(step(*_recovered(ladder, planned, begin)))
+        return taken, finish(ladder, planned, seen, after(*taken), quiet=False)
 
-def recover(
-    ladder: Ladder | None, planned: Plan | None, state: RecoveryState, params: PyTree, inner_state: PyTree
-) -> tuple[PyTree, PyTree]:
-    """The parameters and inner state from which the step starts: unchanged, reset, or from a snapshot.
+    def quiet() -> tuple[tuple[Any, ...], Any]:
+        taken = step(*begin)
+        return taken, finish(ladder, planned, seen, after(*taken), quiet=True)
 
-    There is one `lax.cond` after another, each of the form (change, keep), before that of the step. As branches of the
-    step's own cond, they would cost up to three copies of the parameters in JAX 0.10.
-    """
-    if ladder is None or planned is None:
-        return params, inner_state
-    if ladder.reset is not None:
-        params, inner_state = start_anew(planned.resets, ladder.inner, params, inner_state)
-    if ladder.rewind is not None:
-        snapshots = state.rewind_state
-        params, inner_state = go_back(ladder.rewind, planned.rewinds, planned.place, snapshots, params, inner_state)
-    return params, inner_state
+    found = _has_events(ladder, planned, seen, applied)
+    return quiet() if found is None else lax.cond(found | ~lowered_for(("gpu", "tpu")), eventful, quiet)
 
 
 def started(ladder: Ladder | None, planned: Plan | None, params: PyTree, inner_state: PyTree) -> PyTree:
@@ -341,3 +334,53 @@ def _watches(ladder: Ladder) -> bool:
 
 def _diverged(watch: Any, factor: float | None, seen: Seen) -> jax.Array:
     return jnp.zeros((), bool) if factor is None or seen.value is None else loss_above(watch, factor)
+
+
+def _has_events(ladder: Ladder | None, planned: Plan | None, seen: Seen, applied: jax.Array) -> jax.Array | None:
+    """Whether this step may reset, rewind, look at the moments or take a snapshot; None if no step of it can.
+
+    Under `vmap` JAX selects between the branches, which it refuses for snapshots in the host's memory.
+    """
+    if ladder is None or planned is None or (ladder.reset is None and ladder.rewind is None):
+        return None
+    if ladder.rewind is not None and ladder.rewind.memory == "host":
+        return jnp.ones((), bool)
+    found = planned.resets | planned.rewinds
+    if ladder.reset is not None:
+        found = found | look_is_due(ladder.reset, seen)
+    if ladder.rewind is not None:
+        found = found | snapshot_is_due(planned.state.rewind_state, applied & _calm(ladder, planned, seen))
+    return found
+
+
+def _recovered(ladder: Ladder | None, planned: Plan | None, begin: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    """The parameters and inner state from which the step starts: unchanged, reset, or from a snapshot.
+
+    There is one `lax.cond` after another, each of the form (change, keep), before that of the step. As branches of the
+    step's own cond, they would cost up to three copies of the parameters in JAX 0.10.
+    """
+    if ladder is None or planned is None:
+        return begin
+    if ladder.reset is not None:
+        begin = start_anew(planned.resets, ladder.inner, *begin)
+    if ladder.rewind is not None:
+        begin = go_back(ladder.rewind, planned.rewinds, planned.place, planned.state.rewind_state, *begin)
+    return begin
+
+
+def _written(tree: PyTree) -> PyTree:
+    """The same tree, behind an optimization barrier.
+
+    There is one for all leaves that vary along the same axes of a `shard_map`: JAX 0.10.2 types whatever leaves one
+    barrier as varying along the axes of any of its operands.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    groups: dict[frozenset[Any], list[int]] = {}
+    for position, leaf in enumerate(leaves):
+        if is_gradient(leaf):
+            groups.setdefault(varying_axes(leaf), []).append(position)
+    for positions in groups.values():
+        written = lax.optimization_barrier([leaves[position] for position in positions])
+        for position, leaf in zip(positions, written, strict=True):
+            leaves[position] = leaf
+    return jax.tree.unflatten(structure, leaves)

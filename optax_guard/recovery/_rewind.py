@@ -211,10 +211,6 @@ def go_back(
     return kept
 
 
-def _load_if(here: jax.Array, load: Any, snapshot: Any, kept: Any) -> Any:
-    return cond_or_select(here, lambda: load(snapshot, kept), lambda: kept)
-
-
 def updates_to(target: PyTree, params: PyTree, untouched: PyTree) -> PyTree:
     """Updates that lead from `params` to `target`, in the dtypes of `untouched`."""
 

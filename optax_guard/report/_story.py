@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_guard._common import validate
+from optax_guard._step.reading import batches, what_was_seen, where
 from optax_guard._step.record import HELD
-from optax_guard.report._log import TrainingLog, leaf_label
+from optax_guard.report._log import TrainingLog
 
 __all__ = ["Departure", "Incident", "first_departure", "incidents", "story", "usual_norms"]
 
@@ -14,8 +15,6 @@ _GAP = 5  # the most steps between two acts of a guard that belong to one incide
 _LOOK_BACK = 64  # steps before an incident that are searched for an early sign
 _CALM = 8  # with fewer usual steps than this, nothing is called unusual
 _FACTOR = 3.0  # an unusual norm is at least this much larger than usual, and six times its own spread
-_ALL = ", and so did every other leaf"
-_TAGS = 4  # the most batches that are listed for an incident
 _BOUND = 0.5  # a clip to more than this share is routine and not an incident
 
 
@@ -153,7 +152,7 @@ def _incident(log: TrainingLog, group: np.ndarray, usual: float) -> Incident:
     largest = np.max(rows["grad_norm"], initial=0.0, where=np.isfinite(rows["grad_norm"]))
     factor = float(largest / usual) if usual > 0 else float("nan")
     severity = 100.0 + int(bad.sum()) if bad.any() else float(np.log(max(factor, 1.0))) if factor == factor else 1.0
-    parts = [_cause(log, rows, bad, factor) + _batches(rows), _warning(log, first), _action(rows)]
+    parts = [_cause(log, rows, bad, factor) + batches(rows["tag"]), _warning(log, first), _action(rows)]
     after = _aftermath(log, group)
     text = f"{_when(first, last)}: " + "; ".join(part for part in parts if part) + (f"; {after}." if after else ".")
     return Incident(first, last, kinds, severity, text)
@@ -163,56 +162,30 @@ def _when(first: int, last: int) -> str:
     return f"Step {first}" if first == last else f"Steps {first} to {last}"
 
 
-def _name(log: TrainingLog, leaf: int) -> str:
-    label = leaf_label(log.names, leaf)
-    return f"`{label}`" if 0 <= leaf < len(log.names) else label
-
-
 def _cause(log: TrainingLog, rows: np.ndarray, bad: np.ndarray, factor: float) -> str:
     if bad.any():
         row = rows[bad][0]
-        leaf = int(row["worst_leaf"])
-        where = f"the gradient of {_name(log, leaf)}" if leaf >= 0 else "the gradient"
-        if row["event"] == "nonfinite_update":
-            return f"the gradient was finite, but the update of {_name(log, leaf)} was not"
-        seen = "NaN" if np.isnan(row["grad_norm"]) else "Inf or numbers too large to square"
-        if np.isfinite(row["grad_norm"]) and row["value_given"] and not np.isfinite(row["value"]):
-            return f"the loss was {'NaN' if np.isnan(row['value']) else 'Inf'}; the gradient was finite"
-        if np.isfinite(row["grad_norm"]):
-            return "a rule returned a scale that was not finite, or that made the gradient overflow"
-        others = _others(log, int(row["step"]))
-        if others == _ALL:
-            return f"the gradient of every leaf held {seen}, so look at the batch or the loss"
-        return f"{where} held {seen}{others}"
+        count, leaves = _spoiled(log, int(row["step"]))
+        seen = what_was_seen(row, log.names, every_leaf=1 < count == leaves)
+        if 1 < count == leaves:
+            return f"{seen}, so look at the batch or the loss"
+        others = f", and so did {count - 1} other lea{'f' if count == 2 else 'ves'} of {leaves}" if count > 1 else ""
+        return seen + others
     if (rows["event"] == "halted").all():
         return "the guard had halted"
     worst = rows[np.argmax(np.where(np.isfinite(rows["grad_norm"]), rows["grad_norm"], -1))]
     size = f"the gradient norm reached {worst['grad_norm']:.3g}"
     size += f" (x{factor:.3g} the usual)" if np.isfinite(factor) and factor >= 1.5 else ""
     leaf = int(worst["worst_leaf"])
-    return size + (f", most of it in {_name(log, leaf)}" if leaf >= 0 else "")
+    return size + (f", most of it in {where(log.names, leaf)}" if leaf >= 0 else "")
 
 
-def _others(log: TrainingLog, step: int) -> str:
+def _spoiled(log: TrainingLog, step: int) -> tuple[int, int]:
+    """How many leaves had a norm that was not finite in a step, of how many; 0 if the norms were not recorded."""
     if log.leaves is None or not (log.leaves.steps == step).any():
-        return ""
+        return 0, 0
     norms = log.leaves.norms[log.leaves.steps == step][0]
-    count = int((~np.isfinite(norms)).sum()) - 1
-    if count <= 0:
-        return ""
-    if count + 1 == len(norms):
-        return _ALL
-    return f", and so did {count} other lea{'f' if count == 1 else 'ves'} of {len(norms)}"
-
-
-def _batches(rows: np.ndarray) -> str:
-    """Which batches an incident began with, if the run passed `tag=`."""
-    tags = list(dict.fromkeys(int(tag) for tag in rows["tag"] if tag >= 0))
-    if not tags:
-        return ""
-    shown = ", ".join(str(tag) for tag in tags[:_TAGS])
-    more = f" and {len(tags) - _TAGS} more" if len(tags) > _TAGS else ""
-    return f" (batch{'es' if len(tags) > 1 else ''} {shown}{more})"
+    return int((~np.isfinite(norms)).sum()), len(norms)
 
 
 def _warning(log: TrainingLog, step: int) -> str:
@@ -221,7 +194,7 @@ def _warning(log: TrainingLog, step: int) -> str:
         return ""
     ahead = step - early.step
     return (
-        f"{ahead} step{'s' if ahead > 1 else ''} earlier the norm of {_name(log, early.leaf)} had left its usual "
+        f"{ahead} step{'s' if ahead > 1 else ''} earlier the norm of {where(log.names, early.leaf)} had left its usual "
         f"range, first of all leaves (x{early.factor:.3g})"
     )
 

@@ -15,7 +15,7 @@ from optax_guard._common.tree import field_array, find_states
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
 from optax_guard._halt import raise_if_halted
-from optax_guard._step.reading import axes_in_front, member, members, seen_names, what_was_seen, where
+from optax_guard._step.reading import axes_in_front, batches, member, members, seen_names, what_was_seen, where
 from optax_guard._step.record import EVENTS, FlightRecorder, read_rows
 
 __all__ = ["event_logger"]
@@ -55,7 +55,7 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
 
     Raises:
       TrainingHalted: by `log_events`, if a guard in `state` has halted.
-      ValueError: `every` is invalid; by `log_events`, if there is no guard in `state`, or fewer rows than `every`.
+      ValueError: an argument is invalid; by `log_events`, if there is no guard in `state`, or fewer rows than `every`.
 
     Example:
       >>> import optax_guard as og
@@ -72,9 +72,10 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
       step 1: held, rule 0 refused it: the gradient norm was 141, most of it in `w` (batch 1)
       step 2: held: the gradient of `w` held NaN (batch 2)
     """
+    validate.function("event_logger", "write", write, "of one line of text")
     every = validate.integer("event_logger", "every", every, low=1)
     calls = 0
-    unreported: dict[int, int] = {}  # guard -> the first step that has not been reported
+    unreported: dict[int, np.ndarray] = {}  # guard -> the first step of each member that has not been reported
     looks: deque[list[jax.Array]] = deque()
 
     def log_events(state: optax.OptState, params: PyTree | None = None, *, wait: bool = False) -> None:
@@ -84,16 +85,17 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
         if not guards:
             raise ValueError("event_logger: there is no guard in this state; wrap the optimizer in `guard` first.")
         recorders = [FlightRecorder(*map(field_array, each.recorder)) for each in guards]
-        if recorders[0].codes.shape[-2] < every:
+        rows = min(recorder.codes.shape[-2] for recorder in recorders)
+        if rows < every:
             raise ValueError(
                 "event_logger: `every` must be at most the guard's `recorder_rows`, or events would be lost; got "
-                f"every={every} and {recorders[0].codes.shape[-2]} rows."
+                f"every={every} and {rows} rows."
             )
         if calls % every and not wait:
             return
-        firsts = [np.array([unreported.get(number, -1), every], np.int32) for number in range(len(guards))]
-        parts = zip(recorders, guards, firsts, strict=True)
-        look = [_look(recorder, field_array(each.halted), first) for recorder, each, first in parts]
+        halts = [field_array(each.halted) for each in guards]
+        firsts = [_first_steps(unreported.get(number), halted) for number, halted in enumerate(halts)]
+        look = [_look(*part, every) for part in zip(recorders, halts, firsts, strict=True)]
         for news in look:
             news.copy_to_host_async()
         looks.append(look)
@@ -103,10 +105,10 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
                 looks.clear()
                 for number, (each, news) in enumerate(zip(guards, seen, strict=True)):
                     label = f"guard {number}, " if len(guards) > 1 else ""
-                    unreported[number] = _tell(write, label, each, params, int(np.min(news.first)))
+                    unreported[number] = _tell(write, label, each, params, news.first)
                 raise_if_halted(state, params)
             else:
-                unreported |= {number: int(np.max(news.newest)) + 1 for number, news in enumerate(seen)}
+                unreported |= {number: news.newest + 1 for number, news in enumerate(seen)}
 
     return log_events
 
@@ -125,24 +127,30 @@ class _Look(NamedTuple):
     newest: Any  # the last
 
 
-def _look(recorder: FlightRecorder, halted: jax.Array, first: np.ndarray) -> jax.Array:
+def _first_steps(known: np.ndarray | None, halted: jax.Array) -> np.ndarray:
+    """The first step of each member that has not been reported; -1 before the first look."""
+    fits = known is not None and known.shape == halted.shape
+    return known if fits else np.full(halted.shape, -1, np.int32)
+
+
+def _look(recorder: FlightRecorder, halted: jax.Array, first: np.ndarray, every: int) -> jax.Array:
     """A `_Look` in one array, i32[..., 4]."""
-    return _look_at_many(axes_in_front(halted))(recorder, halted, first)
+    return _look_at_many(axes_in_front(halted))(recorder, halted, first, np.int32(every))
 
 
 @functools.cache
 def _look_at_many(axes: int) -> Callable[..., jax.Array]:
     look = _look_at_one
     for _ in range(axes):
-        look = jax.vmap(look, in_axes=(0, 0, None))
+        look = jax.vmap(look, in_axes=(0, 0, 0, None))
     return jax.jit(look)
 
 
-def _look_at_one(recorder: FlightRecorder, halted: jax.Array, first: jax.Array) -> jax.Array:
+def _look_at_one(recorder: FlightRecorder, halted: jax.Array, first: jax.Array, every: jax.Array) -> jax.Array:
     steps, reported = recorder.codes[:, 0], _is_reported(recorder.codes[:, 1], recorder.numbers[:, 3], jnp)
-    newest, (unreported, every) = jnp.max(steps), first
+    newest = jnp.max(steps)
     # On the first look, or if an older state was restored, only the steps since the last look are new.
-    since = jnp.where((unreported < 0) | (newest < unreported - 1), newest - every + 1, unreported)
+    since = jnp.where((first < 0) | (newest < first - 1), newest - every + 1, first)
     numbers = _Look(jnp.any(reported & (steps >= since)), halted, since, newest)
     return jnp.stack([number.astype(jnp.int32) for number in numbers])
 
@@ -154,22 +162,24 @@ def _is_reported(events: Any, scales: Any, xp: Any) -> Any:
     return (events > EVENTS.index("clipped")) | unusual_clip
 
 
-def _tell(write: Callable[[str], Any], label: str, guard_state: GuardState, params: PyTree | None, first: int) -> int:
-    """Writes the lines of one guard and returns the first step that is still to be reported."""
-    newest = first - 1
+def _tell(
+    write: Callable[[str], Any], label: str, guard_state: GuardState, params: PyTree | None, first: np.ndarray
+) -> np.ndarray:
+    """Writes the lines of one guard and returns the first step of each member that is still to be reported."""
+    following = np.array(first, np.int32)
     names = seen_names(guard_state.seen_leaves, params)
     recorder = FlightRecorder(*map(field_array, guard_state.recorder))
     for index in members(field_array(guard_state.halted)):
         rows = read_rows(member(recorder, index))
         if len(rows) == 0:
             continue
-        newest = max(newest, int(rows["step"][-1]))
         codes = np.array([EVENTS.index(event) for event in rows["event"]])
-        reported = _is_reported(codes, rows["scale"], np) & (rows["step"] >= first)
+        reported = _is_reported(codes, rows["scale"], np) & (rows["step"] >= first[index])
+        following[index] = max(int(first[index]), int(rows["step"][-1]) + 1)
         who = f"member {index[0] if len(index) == 1 else index}, " if index else ""
         for i in np.flatnonzero(reported & (rows["event"] != "halted")):
             write(f"{label}{who}step {int(rows['step'][i])}: {_words(rows[i], names)}")
-    return newest + 1
+    return following
 
 
 def _words(row: Any, names: list[str]) -> str:
@@ -190,5 +200,4 @@ def _words(row: Any, names: list[str]) -> str:
     if row["recovery"]:
         text += "; recovery: " + str(row["recovery"]).replace("_", " ").replace("+", ", ")
     loss = f", loss {row['value']:.4g}" if row["value_given"] and np.isfinite(row["value"]) else ""
-    batch = f" (batch {int(row['tag'])})" if row["tag"] >= 0 else ""
-    return text + loss + batch
+    return text + loss + batches([row["tag"]])

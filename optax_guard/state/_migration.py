@@ -105,8 +105,8 @@ def put_into_guard(
         state = jax.tree.map(lambda node: _fill(node, leaves) if _is_guard(node) else node, fresh, is_leaf=_is_guard)
     if is_traced((params, state)):
         return state
-    bad = nonfinite_leaf(params)
-    if bad is not None and bad[1] == "NaN":
+    bad = nonfinite_leaf(params, kinds=("NaN",))
+    if bad is not None:
         raise ValueError(
             f"{name}: `params`: the parameters themselves hold NaN, the first in `{bad[0]}`: restore an earlier "
             "checkpoint."

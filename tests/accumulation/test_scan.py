@@ -177,8 +177,8 @@ def test_wrong_arguments_are_named() -> None:
         og.accumulate_gradients(loss_fn, 2, remainder="drop")
     with pytest.raises(ValueError, match=r"`weight_fn` must return a real scalar; got float32\[16, 6\]"):
         og.accumulate_gradients(loss_fn, 3, weight_fn=lambda b: b["mask"])(PARAMS, BATCH)
-    with pytest.raises(ValueError, match="parameters must be floating-point"):
-        og.accumulate_gradients(loss_fn, 3)({**PARAMS, "n": jnp.arange(2)}, BATCH)
+    with pytest.raises(ValueError, match=r"`params` must be floating-point.*leaf `n/0` is int32\[2\]"):
+        og.accumulate_gradients(loss_fn, 3)({**PARAMS, "n": [jnp.arange(2)]}, BATCH)
 
 
 def test_an_axis_of_no_mesh_is_jax_error_with_a_sentence() -> None:

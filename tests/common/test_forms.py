@@ -129,9 +129,9 @@ def test_the_form_of_a_gpu_has_no_conditional_and_that_of_a_cpu_no_selection() -
 # Why a conditional is one on every platform.
 CONDITIONALS = {
     "_common/forms.py": "the form itself",
-    "_guard.py": "an eventful step of a guard with `recovery`, which is rare",
     "_step/act.py": "`accumulate`: its optimizer does not run between two cycles",
     "_step/observe.py": "the second look at a gradient without a guard: it would read everything twice",
+    "recovery/_ladder.py": "an eventful step of a guard with `recovery`, which is rare",
     "recovery/_rewind.py": "snapshots in the host's memory",
 }
 

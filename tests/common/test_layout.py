@@ -115,3 +115,15 @@ def test_states_are_made_by_the_names_of_their_fields() -> None:
     """Not by position, where a new field would shift the others."""
     by_position = re.compile(r"(State|Series|Row)\(\*|type\(\w+\)\(\*|\bstate\[\d*:")
     assert not [name_of(file) for file in FILES if by_position.search(file.read_text())]
+
+
+def test_nothing_private_is_left_unused() -> None:
+    unused = []
+    for file in FILES:
+        tree = ast.parse(file.read_text())
+        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+        made = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        made += [target.id for target in targets if isinstance(target, ast.Name)]
+        unused += [(name_of(file), name) for name in made if re.match("_[^_]", name) and name not in read]
+    assert not unused

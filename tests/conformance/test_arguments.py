@@ -58,6 +58,7 @@ GUARD = og.guard(SGD, og.record_leaves(2), recorder_rows=2)
 SUM = og.accumulate(SGD, 2)
 SCALING = og.loss_scaling(SGD)
 RECORDED = GUARD.update(GRADS, GUARD.init(PARAMS), PARAMS)[1]
+HELD = GUARD.update(GRADS, GUARD.init(PARAMS), PARAMS, value=np.float32("nan"))[1]
 SMOOTHED = smoothing.smooth(accept, 0.5)
 MODEL = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
 NNX = flax.Optimizer(MODEL, GUARD, wrt=nnx.Param)
@@ -311,6 +312,8 @@ def use(name: str, made: Any) -> Any:
         return made(PARAMS, BATCH)
     if name == "perturb_weights":
         return made(PARAMS, BATCH, noise_key=0)
+    if name == "event_logger":
+        return made(HELD, PARAMS, wait=True)
     return None if name.startswith("models.") else made  # a model of shapes
 
 

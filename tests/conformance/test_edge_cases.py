@@ -326,7 +326,6 @@ HISTORY = {
     "published.skip_spikes": og.published.skip_spikes(on="norm", window=8),
 }
 LEAF = [name for name in HISTORY if "leaf" in name or name in ("adagc", "published.adagc")]
-BAD_STEPS = {"NaN": np.nan, "Inf": np.inf}
 
 
 @quick_jit

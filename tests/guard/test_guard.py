@@ -176,7 +176,7 @@ def test_halted_holds_every_later_step_until_the_host_clears_it() -> None:
     params, state = run(fast, [nan, nan, nan, filled(PARAMS, 0.1)], *run(fast, [filled(PARAMS, 0.1)]))
     assert bits(params) == bits(before)
     assert list(og.flight_log(state)["event"]) == ["nonfinite"] * 3 + ["halted"]
-    with pytest.raises(og.TrainingHalted, match=r"halted at step 3 after 3 non-finite steps in a row.*`b` held NaN"):
+    with pytest.raises(og.TrainingHalted, match=r"^halted at step 3 after 3 non-finite steps in a row.*`b` held NaN"):
         og.raise_if_halted(state, params)
     with pytest.raises(og.TrainingHalted, match="of leaf 1"):
         og.raise_if_halted({"nested": [state]})

@@ -192,3 +192,19 @@ def test_a_new_guard_has_counted_nothing() -> None:
     og.guard(spoiling(), patience=0, halt_after=1, recorder_rows=1)  # the least of each
     state = built(RULES).init({"bias": jnp.ones(2)})._replace(recorder=(), seen_leaves=())
     assert not any(x.any() for x in jax.tree.leaves(state))
+
+
+def test_the_optimizer_gets_the_largest_logits_in_float32_and_only_if_they_were_given() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        seen.append(extra)
+        return updates, state
+
+    tx = og.guard(optax.GradientTransformationExtraArgs(optax.identity().init, update))
+    state = tx.init(jnp.ones(1))
+    jax.eval_shape(lambda: tx.update(jnp.ones(1), state))
+    assert not any("max_logits" in extra for extra in seen)
+    seen.clear()
+    jax.eval_shape(lambda: tx.update(jnp.ones(1), state, max_logits={"layer": jnp.ones(2, jnp.bfloat16)}))
+    assert {extra["max_logits"]["layer"].dtype for extra in seen} == {jnp.dtype("float32")}

@@ -168,7 +168,7 @@ def warned(call: Any, **extra: Any) -> list[str]:
 
 
 def test_what_is_near_enough_to_be_a_misspelling() -> None:
-    for name in ("vlaue", "val", "values", "losses", "los", "cost", "wieght", "weights"):
+    for name in ("vlaue", "val", "values", "losses", "los", "cost", "wieght", "weights", "max_logit", "maxlogits"):
         assert (
             len(
                 warned(
@@ -187,10 +187,10 @@ def test_what_is_near_enough_to_be_a_misspelling() -> None:
 def test_a_keyword_that_looks_like_one_that_is_read_warns_once(entry: Entry) -> None:
     tx = entry.make()
     call = functools.partial(tx.update, GRADS, tx.init(PARAMS), PARAMS, value=1.0)
-    for name in ("vlaue", "losses", "weights"):
+    for name, word in {"vlaue": "value", "losses": "value", "weights": "weight", "max_logit": "max_logits"}.items():
         (words,) = warned(call, **{name: 1.0})
         assert f"`{name}`" in words
-        assert ("`weight`" if "ght" in name else "`value`") in words
+        assert f"`{word}`" in words
     assert not warned(call, weight=1.0, loss=1.0, batch=1, step=3, grad_fn=print, value_fn=print, key=0, text="text")
 
 

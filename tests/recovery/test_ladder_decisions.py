@@ -4,7 +4,7 @@ One compilation each: all cases at once, under `vmap`.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import pytest
 from compiling import quick_jit
 
 import optax_guard as og
-from optax_guard._step.moments import fingerprints, moves_float32
+from optax_guard._step.moments import fingerprints, moves_float32, reset_state
 from optax_guard._step.record import RECOVERIES
 from optax_guard.recovery import _ladder, _reset
 from optax_guard.recovery._start import Start
@@ -242,11 +242,14 @@ def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
         moments = jax.tree.map(lambda x: jnp.where(finite | (x.ndim == 1), x + 2, jnp.inf), inner)
         plan = _ladder.plan(LADDER, state, seen, PARAMS)._replace(state=state)
         after = _ladder.After(applied, bad_update, ONE, ONE, lambda: PARAMS, moments, lambda *_: PARAMS)
-        return _ladder.finish(LADDER, plan, seen, after, quiet=False)
+        events = _ladder._has_events(LADDER, plan, seen, applied)
+        return *(_ladder.finish(LADDER, plan, seen, after, quiet) for quiet in (False, True)), events
 
-    got = jax.device_get(quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite))
-    before, after = fields(states), fields(got)
+    got, quiet, events = jax.device_get(quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite))
+    before, after, after_quiet = fields(states), fields(got), fields(quiet)
+    assert 0.1 < events.mean() < 0.9
     for i in range(CASES):
+        assert events[i] or all(np.array_equal(numbers[i], after_quiet[name][i]) for name, numbers in after.items()), i
         expected = finished(case(states, i), case(seen, i), applied[i], bad_update[i], bool(finite[i]), sums)
         for snapshot, written in zip(got.rewind_state.snapshots, expected.pop("snapshots"), strict=True):
             numbers = {
@@ -298,3 +301,35 @@ def test_an_update_moves_what_is_at_most_a_rounding_of_float32_larger(dtype: Any
 def test_the_sums_of_a_leaf_that_are_not_finite_count_as_zero() -> None:
     tree = {"a": jnp.array([3.0, -1.0]), "b": jnp.array([1.0, jnp.inf]), "c": None}
     np.testing.assert_array_equal(fingerprints(tree, None), [[10, 2], [0, 0], [0, 0]])
+
+
+def test_a_complex_leaf_has_moved_if_its_imaginary_part_has() -> None:
+    before, after = (fingerprints([jnp.full(2, z, jnp.complex64)], None) for z in (1 + 1j, 1 + 2j))
+    np.testing.assert_array_equal(before, [[4, 2]])
+    np.testing.assert_array_equal(after, [[10, 2]])
+
+
+class Optimizer(NamedTuple):
+    """A state with one of everything beside its moment."""
+
+    moment: Any
+    age: Any  # i32[]
+    estimate: Any  # f32[], as of a learning rate
+    key: Any  # u32[2]
+    flag: Any  # bool[]
+    by_leaf: Any  # i32[1]
+
+
+def test_a_reset_reaches_moments_and_their_age_and_nothing_beside_them() -> None:
+    def init(params: Any) -> Any:
+        moment, none = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
+        return Optimizer(moment, none, none.astype(jnp.float32), jnp.zeros(2, jnp.uint32), none > 0, none[None] + none)
+
+    params = {"w": jnp.ones(2)}
+    inner = optax.GradientTransformation(init, optax.identity().update)
+    used = jax.tree.map(lambda x: x + 1 if x.dtype != bool else ~x, init(params))
+    reset = reset_state(inner, used, params)
+    jax.tree.map(np.testing.assert_array_equal, reset, used._replace(moment={"w": jnp.zeros(2)}, age=0))
+    apart = {"counter": used.age, "optimizer": used}  # a counter beside no moment is a schedule's
+    inner = optax.GradientTransformation(lambda p: {"counter": init(p).age, "optimizer": init(p)}, inner.update)
+    assert reset_state(inner, apart, params)["counter"] == 1

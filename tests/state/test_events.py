@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quick_jit
 
 import optax_guard as og
 from optax_guard.report import load_log, read_log, save_log, story
@@ -83,6 +84,23 @@ def test_members_and_several_guards_are_named() -> None:
     told.clear()
     og.event_logger(told.append)((TX.init(PARAMS), held), wait=True)
     assert told == ["guard 1, step 0: held: the gradient of leaf 0 of 1 held NaN (batch 7)"]
+
+
+def test_members_that_took_fewer_steps_are_told_of_too() -> None:
+    told: list[str] = []
+    log_events = og.event_logger(told.append)
+    many = quick_jit(
+        jax.vmap(lambda size, state: og.apply_gradients(TX, {"dense": jnp.stack([size, size])}, state, PARAMS)[1])
+    )
+    older = TX.init(PARAMS)
+    for _ in range(3):
+        older = train_step(PARAMS, older, jnp.float32(0.5), jnp.int32(0))[1]
+    younger = train_step(PARAMS, TX.init(PARAMS), jnp.float32(0.5), jnp.int32(0))[1]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), older, younger)
+    for sizes in ([0.5, 0.5], [NAN, 0.5], [0.5, NAN], [0.5, 0.5], [0.5, NAN]):
+        state = many(jnp.array(sizes), state)
+        log_events(state, PARAMS, wait=True)
+    assert [line.split(":")[0] for line in told] == ["member 0, step 4", "member 1, step 3", "member 1, step 5"]
 
 
 def test_a_quiet_look_fetches_nothing_and_compiles_nothing() -> None:

@@ -305,7 +305,7 @@ def test_add_guard_state_says_why_it_refuses(case: str) -> None:
 
 def test_add_guard_state_refuses_parameters_that_hold_nan() -> None:
     with pytest.raises(ValueError, match="the parameters themselves hold NaN, the first in `b`: restore an earlier"):
-        og.add_guard_state(GUARD, {"a": PARAMS["a"], "b": jnp.full(3, jnp.nan)}, OLD)
+        og.add_guard_state(GUARD, {"a": PARAMS["a"].at[0, 0].set(-jnp.inf), "b": jnp.full(3, jnp.nan)}, OLD)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
