@@ -1,4 +1,4 @@
-"""The performance record: what a guarded step costs, in ratios of interleaved medians.
+"""The performance record: what a guarded step costs, as the median of the ratios of single rounds.
 
 =================  ==================================================================================================
 File               What it measures

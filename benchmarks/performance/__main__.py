@@ -157,7 +157,7 @@ def write_all(record: Record) -> None:
 
 def summary(rows: list[Row]) -> str:
     """Every target against what was measured."""
-    lines = ["Targets (ratios of interleaved medians, quartiles of single rounds):", ""]
+    lines = ["Targets (the median of the ratios of single rounds, and their quartiles):", ""]
     lines.append(terminal_table([row for row in rows if row.target is not None]))
     if not any(row.part == "gpu" for row in rows):
         lines.append(f"{GPU_TARGETS[0]:88s} not measured: no GPU here")
@@ -166,7 +166,9 @@ def summary(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description="What a guarded step costs, as ratios of medians.")
+    parser = argparse.ArgumentParser(
+        description="What a guarded step costs, as the median of the ratios of single rounds."
+    )
     parser.add_argument("--quick", action="store_true", help="small trees and few rounds; writes nothing")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per row (default: 15)")
     parser.add_argument("--only", choices=PARTS, nargs="+", help="some parts; their rows replace those in the results")

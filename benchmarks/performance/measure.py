@@ -1,4 +1,4 @@
-"""How costs are measured: arms take turns, and rows compare their medians.
+"""How costs are measured: arms take turns, and a row is the median of their ratios, round by round.
 
 Machines are shared and noisy, so the arms of a row take turns, and a row is the median of the ratios of single rounds
 with their quartiles. Each arm owns its donated parameters and state; all arms share the gradients.

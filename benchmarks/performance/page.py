@@ -150,7 +150,22 @@ def settings(records: list[Record]) -> str:
             f"- {record.title}: {s['tree']}; {s['device']}; optax {s['optax']}, Python {s['python']}; "
             f"{s['rounds']} rounds (`benchmarks/results/{record.name}.json`)."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", older(records)] if older(records) else [])])
+
+
+def older(records: list[Record]) -> str:
+    """A sentence about the numbers that were measured as ratios of medians, if there are any.
+
+    A record says so in its setting; a part shows it by a number that is not between its quartiles.
+    """
+    found = []
+    for record in records:
+        parts = dict.fromkeys(row.part for row in record.rows if not row.low <= row.value <= row.high)
+        if record.setting.get("statistic") == "ratio of medians":
+            found.append(f"all of {record.title}")
+        elif parts:
+            found.append(f"{', '.join(PARTS.get(part, part) for part in parts)} of {record.title}")
+    return f"Measured before as ratios of two medians: {'; '.join(found)}." if found else ""
 
 
 def targets(records: list[Record]) -> str:
@@ -166,7 +181,10 @@ def readme(records: list[Record]) -> str:
     """The README's rows, of a CPU and beside it of what else was measured."""
     rows = [row for start in README for row in records[0].rows if row.what.startswith(start) and not row.series]
     trees = "; ".join(f"{r.title}: {r.setting['tree']}, {r.setting['device']}" for r in records)
-    note = f"Ratios of medians of interleaved runs (quartiles of single rounds). {trees}."
+    note = (
+        f"Each number is the median of the ratios of single rounds, in which both arms take turns (quartiles). {trees}."
+    )
+    note += f" {older(records)}" if older(records) else ""
     return f"{note}\n\n{plain(records, list(dict.fromkeys(r for r in rows if keeps(r))))}"
 
 

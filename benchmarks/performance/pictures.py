@@ -55,7 +55,7 @@ def _ratios(record: Record) -> Any:
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("ratio of medians")
+    axes.set_xlabel("ratio: the median of single rounds")
     legend: list[Any] = [Patch(color=colour, label=name) for name, colour in _COLOURS.items()]
     legend.append(
         Line2D([], [], marker="|", color="black", markersize=11, markeredgewidth=2.2, linestyle="", label="target")

@@ -94,7 +94,7 @@ def heat_of_faults(found: dict[str, dict[str, Any]], title: Callable[[str], str]
 
 
 def curves_of_faults(found: dict[str, dict[str, Any]], title: Callable[[str], str], path: Path) -> None:
-    """The loss around each fault, the median over seeds, for SGD."""
+    """The loss around each fault, the median over seeds, for SGD; a cross where it becomes NaN for good."""
     table = found.get("sgd") or next(iter(found.values()), {})
     faults = [name for name in next(iter(table.values()), {}) if name not in ("clean", "micro_nan")]
     rows = max(-(-len(faults) // 4), 1)
@@ -104,9 +104,11 @@ def curves_of_faults(found: dict[str, dict[str, Any]], title: Callable[[str], st
             for name, (color, line) in SHOWN.items():
                 if name in table:
                     curve = np.array([np.nan if x is None else x for x in table[name][fault]["curve"]], np.float64)
-                    axis.plot(
-                        np.arange(len(curve)) * EVERY_CURVE, curve, line, color=color, lw=1.4, label=METHODS[name].title
-                    )
+                    steps = np.arange(len(curve)) * EVERY_CURVE
+                    axis.plot(steps, curve, line, color=color, lw=1.4, label=METHODS[name].title)
+                    if not np.isfinite(curve[-1]):  # the run has ended in NaN
+                        last = np.flatnonzero(np.isfinite(curve))[-1]
+                        axis.plot(steps[last], min(curve[last], 80), "X", color=color, ms=7, mec="white", zorder=5)
             axis.axvline(START, color="#CC3311", lw=0.8, alpha=0.5)
             axis.set(yscale="log", ylim=(0.01, 100))
             axis.set_title(title(fault), loc="left", fontsize=8.5)

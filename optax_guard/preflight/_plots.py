@@ -123,7 +123,11 @@ def plot_sweep(sweep: Any, path: Any) -> Any:
         raise needed("plot", "matplotlib") from error
     for rate, losses, place in zip(sweep.learning_rates, sweep.losses, places, strict=True):
         cut = np.where(np.isfinite(losses), np.minimum(losses, ceiling), np.nan)
-        right.plot(cut, color=colormaps["viridis"](0.9 * place), label=f"{rate:.2g}")
+        color = colormaps["viridis"](0.9 * place)
+        right.plot(cut, color=color, label=f"{rate:.2g}")
+        alive = np.flatnonzero(np.isfinite(losses))
+        if len(alive) and alive[-1] < len(losses) - 1:
+            right.plot(alive[-1], cut[alive[-1]], "X", color=color, markersize=8, markeredgecolor="white", zorder=3)
     right.set(yscale=scale, xlabel="step", ylabel="loss", title="Runs, by learning rate")
     if len(sweep.learning_rates) <= 16:
         right.legend(fontsize=7, ncols=2)

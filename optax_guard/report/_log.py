@@ -133,7 +133,8 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
     plain JAX; otherwise they are numbered.
 
     Args:
-      path: a checkpoint, or the folder of a `CheckpointManager`, whose latest step is read.
+      path: a checkpoint, or the folder of a `CheckpointManager`, whose latest step is read. Its items may have any
+        names; one of them holds the optimizer's state, and the parameters are those in an item called "params".
 
     Returns:
       A `TrainingLog`.
@@ -145,8 +146,8 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
     path = Path(path).resolve()
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint folder {path}")
-    tree = _restored(_checkpoint_in(path))
-    guards = [node for node in _nodes(tree) if {"recorder", "guard_step", "guarded_state"} <= node.keys()]
+    tree = _tree_in(path)
+    guards = _guards(tree)
     if len(guards) != 1:
         found = "no guard" if not guards else f"{len(guards)} guards"
         raise ValueError(
@@ -194,26 +195,28 @@ def _checked(log: TrainingLog) -> TrainingLog:
     return log
 
 
-def _checkpoint_in(path: Path) -> Path:
-    """The folder that holds the arrays: `path` itself, or the latest step in a manager's folder."""
+def _tree_in(path: Path) -> Any:
+    """The checkpoint: `path` itself, or the latest step in a manager's folder, with all its named items.
+
+    Of several items, those that hold a guard are read; of the others, the shapes are enough for the leaves' names.
+    """
     steps = sorted(
         (each for each in path.iterdir() if each.is_dir() and each.name.isdigit()), key=lambda p: int(p.name)
     )
     if steps:
         path = steps[-1]
     if (path / "_METADATA").exists():
-        return path
-    inside = [each for each in sorted(path.iterdir()) if (each / "_METADATA").exists()]
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        with_state = [each for each in inside if each.name in ("default", "state", "opt_state", "train_state")]
-        if len(with_state) == 1:
-            return with_state[0]
-    raise ValueError(f"{path} is no Orbax checkpoint: there is no _METADATA in it")
+        return _read(path)
+    items = [each for each in sorted(path.iterdir()) if (each / "_METADATA").exists()]
+    if not items:
+        raise ValueError(f"{path} is no Orbax checkpoint: there is no _METADATA in it")
+    if len(items) == 1:
+        return _read(items[0])
+    shapes = {item.name: _read(item, shapes_only=True) for item in items}
+    return {name: _read(path / name) if _guards(tree) else tree for name, tree in shapes.items()}
 
 
-def _restored(path: Path) -> Any:
+def _read(path: Path, *, shapes_only: bool = False) -> Any:
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
@@ -226,11 +229,17 @@ def _restored(path: Path) -> Any:
             shapes = checkpointer.metadata(path)
             shapes = getattr(shapes, "item_metadata", shapes)
             shapes = getattr(shapes, "tree", shapes)
+            if shapes_only:
+                return shapes
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except Exception as error:  # a damaged or foreign folder can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from error
+
+
+def _guards(tree: Any) -> list[dict[str, Any]]:
+    return [node for node in _nodes(tree) if {"recorder", "guard_step", "guarded_state"} <= node.keys()]
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

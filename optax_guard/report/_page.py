@@ -35,6 +35,15 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--faint); text-alig
 th:first-child, td.text, th.text { text-align: left; }
 td.text { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 summary { cursor: pointer; padding: .3rem 0; }
+@media screen and (max-width: 40rem) {
+  td:first-child { white-space: normal; }
+  .rows, .rows caption, .rows tbody, .rows tr, .rows td { display: block; } .rows thead { display: none; }
+  .rows tr { padding: .4rem 0; border-bottom: 1px solid var(--faint); }
+  .rows td { display: flex; gap: 1rem; justify-content: space-between; border: 0; padding: .05rem 0; }
+  .rows td { white-space: normal; overflow-wrap: anywhere; text-align: right; }
+  .rows td::before { content: attr(data-head); flex: none; max-width: 60%; text-align: left; opacity: .75; }
+  .rows td:first-child { font-weight: 600; }
+}
 @media print {
   :root { --ink: #000; --back: #fff; --faint: #bbb; --soft: #fff; }
   main { max-width: none; padding: 0; } h2, figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
@@ -118,16 +127,17 @@ def _number(value: float) -> str:
 
 
 def _table(caption: str, heads: list[str], rows: list[list[str]], text: tuple[int, ...] = ()) -> str:
-    """A table that scrolls on its own in a narrow window and is reachable by keyboard."""
+    """A table that scrolls on its own and is reachable by keyboard; on a telephone, each row is a list of its cells."""
     kind = [' class="text"' if i in text else "" for i in range(len(heads))]
     head = "".join(f'<th scope="col"{kind[i]}>{html.escape(h)}</th>' for i, h in enumerate(heads))
+    named = [f'{kind[i]} data-head="{html.escape(h, quote=True)}"' for i, h in enumerate(heads)]
     body = "\n".join(
-        "<tr>" + "".join(f"<td{kind[i]}>{html.escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+        "<tr>" + "".join(f"<td{named[i]}>{html.escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
-    label = html.escape(caption, quote=True)
+    label, shape = html.escape(caption, quote=True), ' class="rows"' if len(heads) > 2 else ""
     return (
-        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>'
+        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table{shape}>'
         f"<caption>{html.escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )

@@ -62,8 +62,9 @@ _DARK = Theme(
     bad="#ffffff",
 )
 _WORDS = {"let_through": "let through", "nonfinite": "not finite", "nonfinite_update": "update not finite"}
-_LABELLED = 12  # leaves named beside the heat map if there is no room for all
-_ROOM = 24
+_LEAF = 0.135  # inches that the name of a leaf needs beside the heat map
+_TALLEST = 9.0  # inches of the heat map: room for 66 names
+_LABELLED = 12  # leaves named if there is no room for all
 
 
 def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> bytes:
@@ -74,12 +75,15 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
         raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
     theme = _DARK if dark else _LIGHT
     leaves = log.leaves is not None and log.leaves.norms.size > 0
-    heights = [2.2, 2.6, 0.55] + ([3.6] if leaves else [])
+    heights = [2.2, 2.6, 0.55]
+    if log.leaves is not None and leaves:
+        needed = _LEAF * log.leaves.norms.shape[1]
+        heights.append(3.6 if needed > _TALLEST else max(3.6, needed))
     width = 4.6 if narrow else 10.5
     # Panels are placed by hand, in inches, since a layout engine would draw everything twice.
-    names = len(np.unique(log.rows["event"]))
-    gaps = [0.5, 0.5] + ([0.75 + 0.2 * (names // 2 if narrow else 0)] if leaves else [])
-    bottom = 0.6 if leaves else 0.9 + 0.2 * (names // 2 if narrow else 0)
+    lines = -(-len(np.unique(log.rows["event"])) // (2 if narrow else 4))  # of the verdicts' legend
+    gaps = [0.5, 0.5] + ([0.55 + 0.2 * lines] if leaves else [])
+    bottom = 0.6 if leaves else 0.6 + 0.2 * lines
     left, right = ((1.35 if narrow else 2.5), 0.65) if leaves else (0.7, 0.2)
     height = sum(heights) + sum(gaps) + bottom + 0.35
     figure = Figure(figsize=(width, height), dpi=100, facecolor=theme.background)
@@ -91,7 +95,7 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
         place -= size + gap
     _loss(axes[0], log, theme)
     _norms(axes[1], log, theme)
-    _verdicts(axes[2], log, theme, narrow)
+    _verdicts(axes[2], log, theme, narrow, below=0.08 if leaves else 0.5)
     if leaves:
         _heat_map(figure, axes[3], log, theme, narrow)
     axes[-1].set_xlabel("step", color=theme.ink)
@@ -109,17 +113,24 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
 def _loss(axis: Any, log: TrainingLog, theme: Theme) -> None:
     rows = log.rows
     axis.set_title("loss", loc="left", color=theme.ink, fontsize=10)
-    finite = np.isfinite(rows["value"])
-    if not finite.any():
+    if not rows["value_given"].any():
         axis.text(0.5, 0.5, "no loss was passed: apply_gradients(..., value=loss)", color=theme.ink, ha="center",
                   transform=axis.transAxes, fontsize=9)  # fmt: skip
         axis.set_yticks([])
         return
+    finite = np.isfinite(rows["value"])
     axis.plot(rows["step"], np.where(finite, rows["value"], np.nan), color=theme.line, linewidth=1)
     values = rows["value"][finite]
-    if values.min() > 0 and values.max() / values.min() > 30:
+    if len(values) and values.min() > 0 and values.max() / values.min() > 30:
         axis.set_yscale("log")
+    bad = rows["value_given"] & ~finite
+    _not_finite(axis, rows["step"][bad], theme)
+    if len(values) and (log.totals["halted"] or not finite[-1]):
+        axis.plot(rows["step"][finite][-1], values[-1], "X", color=theme.line, markersize=9, label="the end of the run",
+                  markeredgecolor=theme.background)  # fmt: skip
     axis.grid(color=theme.faint, linewidth=0.5)
+    if axis.get_legend_handles_labels()[0]:
+        _legend(axis, theme, "best")
 
 
 def _norms(axis: Any, log: TrainingLog, theme: Theme) -> None:
@@ -133,16 +144,13 @@ def _norms(axis: Any, log: TrainingLog, theme: Theme) -> None:
                      label="let in, where a rule scaled it")  # fmt: skip
     if np.isfinite(before).any():
         axis.set_yscale("log")
-    bad = ~np.isfinite(rows["grad_norm"])
-    if bad.any():
-        top = np.ones(bad.sum())
-        axis.scatter(rows["step"][bad], top, s=24, marker="v", color=theme.events["nonfinite"], clip_on=False, zorder=4,
-                     transform=axis.get_xaxis_transform(), label="NaN or Inf")  # fmt: skip
+    _not_finite(axis, rows["step"][~np.isfinite(rows["grad_norm"])], theme)
     axis.grid(color=theme.faint, linewidth=0.5)
     _legend(axis, theme)
 
 
-def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
+def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool, below: float) -> None:
+    """The strip, with its legend `below` inches under it, where the steps and their label may stand."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -169,8 +177,10 @@ def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
         Patch(facecolor=theme.events[name], edgecolor=theme.faint, label=f"{_WORDS.get(name, name)} ({counts[name]})")
         for name in seen
     ]
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2 if narrow else 4, fontsize=8,
-                frameon=False, labelcolor=theme.ink)  # fmt: skip
+    place = axis.get_position()
+    down = below / (place.height * axis.figure.get_figheight())
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -down), ncols=2 if narrow else 4, fontsize=8,
+                frameon=False, borderaxespad=0, labelcolor=theme.ink)  # fmt: skip
 
 
 def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bool) -> None:
@@ -199,7 +209,7 @@ def _heat_map(figure: Any, axis: Any, log: TrainingLog, theme: Theme, narrow: bo
         axis.scatter(steps[places[:, 1]], places[:, 0], s=6, marker="s", color=theme.bad, linewidths=0)
     worst = np.where(bad.any(axis=1), np.inf, np.nanmax(np.where(live[:, None], np.abs(ratio), 0), axis=1))
     ticks = np.arange(len(norms))
-    if len(norms) > _ROOM:
+    if _LEAF * len(norms) > _TALLEST:
         order = np.argsort(-worst, kind="stable")
         ticks = _spaced(order[worst[order] > 1] if (worst > 1).any() else order, len(norms))
     limit = 18 if narrow else 34
@@ -233,5 +243,12 @@ def _spaced(order: np.ndarray, total: int) -> np.ndarray:
     return np.array(sorted(chosen))
 
 
-def _legend(axis: Any, theme: Theme) -> None:
-    axis.legend(loc="upper left", fontsize=8, labelcolor=theme.ink, facecolor=theme.background, edgecolor=theme.faint)
+def _not_finite(axis: Any, steps: np.ndarray, theme: Theme) -> None:
+    """Triangles at the upper edge, where there is no number to draw."""
+    if len(steps):
+        axis.scatter(steps, np.ones(len(steps)), s=24, marker="v", color=theme.events["nonfinite"], clip_on=False,
+                     zorder=4, transform=axis.get_xaxis_transform(), label="NaN or Inf")  # fmt: skip
+
+
+def _legend(axis: Any, theme: Theme, place: str = "upper left") -> None:
+    axis.legend(loc=place, fontsize=8, labelcolor=theme.ink, facecolor=theme.background, edgecolor=theme.faint)

@@ -20,6 +20,7 @@ PROBE = """<script>addEventListener("load", () => {
   document.querySelectorAll("details").forEach(d => d.open = true);
   const image = document.querySelector("img"), tabbed = document.querySelectorAll("[tabindex='0'], summary");
   const seen = {
+    hidden: [...document.querySelectorAll(".scroll")].map(e => e.scrollWidth - e.clientWidth),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     back: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
     picture: image.naturalWidth, loaded: image.complete && image.naturalWidth > 0,
@@ -62,6 +63,7 @@ def test_the_page_fits_is_readable_and_takes_the_right_picture(
     text = chromium(tmp_path, *scheme, f"--window-size={width},900", "--dump-dom", page.as_uri())
     seen = json.loads(re.search(r"<title>probe(\{.*?\})</title>", text, re.S).group(1).replace("&quot;", '"'))
     assert seen["overflow"] <= 0
+    assert max(seen["hidden"]) <= 0  # nothing to scroll to, at either width
     assert seen["loaded"]
     assert seen["focusable"] == seen["tabbed"] >= 4
     assert (seen["picture"] < 600) == (width < 600)

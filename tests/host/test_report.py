@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from matplotlib.figure import Figure
 
 import optax_guard as og
 from optax_guard.__main__ import main
@@ -28,6 +29,7 @@ from optax_guard.report import (
     save_log,
     story,
 )
+from optax_guard.report._picture import render
 
 PARAMS = {"decoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
 TX = og.guard(
@@ -197,6 +199,53 @@ def test_a_report_without_recorded_leaves_and_without_losses(tmp_path: Path) -> 
     assert "og.record_leaves()" in text
 
 
+def drawn(log: TrainingLog, monkeypatch: pytest.MonkeyPatch, **options: bool) -> Any:
+    """The figure of a log."""
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    render(log, **options)
+    return figures[0]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_legend_is_below_the_steps_and_all_leaves_are_named_where_there_is_room(
+    narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, state = run(12, {3: jnp.nan, 7: 40.0})
+    log = read_log(state, PARAMS)
+    for each in (log._replace(leaves=None), log):
+        figure = drawn(each, monkeypatch, narrow=narrow)
+        boxes = [
+            *(axis.xaxis.label.get_window_extent() for axis in figure.axes if axis.xaxis.label.get_text()),
+            *(axis.get_legend().get_window_extent() for axis in figure.axes[2:3]),
+            *(axis.title.get_window_extent() for axis in figure.axes[3:4]),
+            *(tick.get_window_extent() for tick in figure.axes[2].get_xticklabels() if tick.get_visible()),
+        ]
+        legend = figure.axes[2].get_legend().get_window_extent()
+        assert not any(box.overlaps(legend) for box in boxes if box.bounds != legend.bounds)
+        assert legend.y0 >= 0
+    for count, named in ((60, 60), (200, 12)):
+        names = [f"layer_{i}/kernel" for i in range(count)]
+        leaves = og.rules.LeafLog(log.leaves.steps, np.ones((len(log.leaves.steps), count), np.float32), names)
+        assert (
+            len(drawn(log._replace(names=names, leaves=leaves), monkeypatch, narrow=narrow).axes[3].get_yticks())
+            == named
+        )
+
+
+def test_a_loss_that_ends_in_nan_has_a_cross_where_it_ended_and_triangles_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tx = og.guard(optax.sgd(0.1))
+    params, state = jnp.ones(2), tx.init(jnp.ones(2))
+    for loss in (2.0, 1.0, jnp.nan, jnp.nan):
+        params, state = og.apply_gradients(tx, jnp.ones(2), state, params, value=jnp.float32(loss))
+    axis = drawn(read_log(state), monkeypatch).axes[0]
+    (cross,) = [line for line in axis.lines if line.get_marker() == "X"]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (1, 1.0)
+    np.testing.assert_array_equal(axis.collections[0].get_offsets()[:, 0], [2, 3])
+
+
 def test_a_long_log_of_many_leaves_stays_small(tmp_path: Path) -> None:
     """1 024 steps of 200 leaves: under 1 MB."""
     rng = np.random.default_rng(0)
@@ -244,6 +293,21 @@ def checkpoint(accident: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_orbax_checkpoint_tells_the_same_without_the_program(accident: Any, checkpoint: Path) -> None:
     same(load_checkpoint(checkpoint), read_log(accident[1], PARAMS))
     same(load_checkpoint(checkpoint / "1"), read_log(accident[1], PARAMS))
+
+
+@pytest.mark.parametrize("names", [("params", "opt"), ("model", "anything"), ("params", "opt", "step")])
+def test_named_items_of_a_manager_are_found_whatever_they_are_called(
+    accident: Any, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    params, state = accident
+    trees = {names[0]: params, names[1]: state} | {name: {"step": jnp.zeros(())} for name in names[2:]}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in trees.items()}))
+        manager.wait_until_finished()
+    log = load_checkpoint(tmp_path)
+    np.testing.assert_array_equal(log.rows["step"], read_log(accident[1], PARAMS).rows["step"])
+    numbered = [f"leaf {i}" for i in range(len(log.names))]
+    assert log.names == (og.leaf_names(PARAMS) if names[0] == "params" else numbered)
 
 
 def test_a_state_alone_gives_numbered_leaves(accident: Any, tmp_path: Path) -> None:

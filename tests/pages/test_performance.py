@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.marked import marked, put
 from benchmarks.performance.__main__ import tree_size
 from benchmarks.performance.measure import Row
-from benchmarks.performance.page import Record, plain, read_records, regions
+from benchmarks.performance.page import Record, older, plain, read_records, regions
 from benchmarks.performance.programs import kernels
 from benchmarks.performance.waits import counted
 
@@ -89,6 +89,15 @@ def test_rows_meet_their_targets_on_the_right_side_and_tables_say_so(tmp_path: P
     assert marked(page.read_text(), "x") == table
     with pytest.raises(ValueError, match="begin y"):
         put(page, "y", "")
+
+
+def test_a_page_says_which_numbers_are_not_of_the_statistic_of_their_brackets() -> None:
+    inside, outside = Row("rules", "a", 1.0, 0.9, 1.1), Row("traps", "b", 0.78, 0.8, 0.88)
+    assert older([Record("performance-cpu-jax0.0.0", {}, [inside])]) == ""
+    told = older([Record("performance-cpu-jax0.0.0", {}, [inside, outside])])
+    assert told == "Measured before as ratios of two medians: traps of CPU, JAX 0.0.0."
+    setting = {"device": "NVIDIA X", "statistic": "ratio of medians"}
+    assert "all of X, JAX 0.0.0" in older([Record("performance-gpu-jax0.0.0", setting, [inside])])
 
 
 def test_kernels_are_those_launched_and_of_a_conditional_its_dearer_branch() -> None:
