@@ -12,6 +12,7 @@ from optax_guard._common.typing import PyTree, State
 from optax_guard._guard import GuardState
 from optax_guard._step.reading import (
     batches,
+    check_on_host,
     member,
     members,
     nonfinite_leaf,
@@ -72,6 +73,7 @@ def raise_if_halted(state: optax.OptState, params: PyTree | None = None) -> None
     if not states:
         raise ValueError("raise_if_halted: there is no guard in this state; wrap the optimizer in `guard` first.")
     for each in states:
+        check_on_host("raise_if_halted", each.halted)
         halted = np.asarray(jax.device_get(field_array(each.halted)))
         if halted.any():
             who = [index for index in members(each.halted) if halted[index]]

@@ -49,7 +49,8 @@ def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run(*arguments: Any) -> Any:
     """A plain function between `call` and the compiled one, so that a pickle of `call` holds a name and no program."""
-    return _program(*arguments)
+    with np.errstate(over="ignore"):  # 1e300 is Inf in float32
+        return _program(*arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -61,6 +62,8 @@ def _program(function: Callable[..., Any], static: _Static, numbers: list[Any]) 
 
 
 def _is_number(leaf: Any) -> bool:
+    if isinstance(leaf, np.integer) and leaf.dtype != jax.dtypes.canonicalize_dtype(leaf.dtype):
+        leaf = int(leaf)
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return leaf.dtype != object and not isinstance(leaf, np.ma.MaskedArray)
     if isinstance(leaf, int):

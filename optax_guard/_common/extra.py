@@ -18,7 +18,7 @@ from optax_guard._common import validate
 from optax_guard._common.axes import axis_names, max_over, mean_over
 from optax_guard._common.typing import AxisName
 
-__all__ = ["is_number", "loss_in", "named_by", "tag_in", "warn_of_misspellings", "with_value"]
+__all__ = ["is_number", "loss_in", "named_by", "representable", "tag_in", "warn_of_misspellings", "with_value"]
 
 _READ = {  # the extra arguments that are read, and what a person may have meant
     "value": "the loss is called `value`",
@@ -31,16 +31,15 @@ _NEAR = 2  # the number of letters that may be changed, added or left out
 
 def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = None) -> jax.Array | None:
     """The loss as a real scalar, f32[] or wider, on which all devices agree; None if none was given."""
-    loss = with_value(extra).get("value")
+    loss = representable(with_value(extra).get("value"))
     if loss is None:
         return None
     if not is_number(loss) or np.shape(loss) != ():
         got = f"an array of shape {np.shape(loss)}" if is_number(loss) else f"{loss!r}"
         raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is used as `value`).")
     if not hasattr(loss, "dtype"):  # a Python number has no dtype of its own
-        if isinstance(loss, int) and abs(loss) > 2**1023:  # beyond every float
-            loss = math.inf if loss > 0 else -math.inf
-        array = jnp.asarray(loss, jnp.complex64 if isinstance(loss, complex) else jnp.float32)
+        with np.errstate(over="ignore"):  # 1e300 is Inf in float32
+            array = jnp.asarray(loss, jnp.complex64 if isinstance(loss, complex) else jnp.float32)
     else:
         array = jnp.asarray(loss)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -54,15 +53,29 @@ def tag_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = No
     tag = extra.get("tag")
     if tag is None:
         return -1
-    number = isinstance(tag, int) and not isinstance(tag, bool) and abs(tag) < 2**31
+    whole = isinstance(tag, (int, np.integer)) and not isinstance(tag, bool)
     dtype = getattr(tag, "dtype", None)
     array = dtype is not None and jnp.issubdtype(dtype, jnp.integer) and np.shape(tag) == ()
-    if not number and not array:
+    if not (-1 <= tag <= validate.INT32 if whole else array):
         raise ValueError(
-            f"{function}: `tag` must be one integer below 2**31 that identifies the batch, such as its index or "
+            f"{function}: `tag` must be one integer in [0, 2**31) that identifies the batch, such as its index or "
             f"epoch * batches_per_epoch + index; got {validate.shown(tag)}."
         )
-    return max_over([jnp.asarray(tag).astype(jnp.int32)], axis_names(axis_name))[0]
+    number = jnp.asarray(tag)
+    known = number >= 0  # in an array, what no int32 can hold is no tag either
+    if jnp.iinfo(number.dtype).max > validate.INT32:
+        known = known & (number <= validate.INT32)
+    return max_over([jnp.where(known, number.astype(jnp.int32), -1)], axis_names(axis_name))[0]
+
+
+def representable(number: Any) -> Any:
+    """The same, except that a whole number beyond int32 becomes a float, or Inf if no float can hold it."""
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    if not whole or abs(int(number)) <= validate.INT32:
+        return number
+    if abs(int(number)) < 2**1023:
+        return float(number)
+    return math.inf if number > 0 else -math.inf
 
 
 def with_value(extra: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +90,9 @@ def warn_of_misspellings(extra: dict[str, Any], receiver: Any = None) -> None:
 
     There is no warning for a parameter of the `update` of `receiver`, to which the keywords are passed.
     """
-    near = {name: word for name in extra for word in _READ if name not in _READ and _distance(name, word) <= _NEAR}
+    near = {
+        name: word for name in extra for word in _READ if name not in _READ and _distance(name.lower(), word) <= _NEAR
+    }
     if not near:
         return
     known = named_by(receiver)

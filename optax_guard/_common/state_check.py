@@ -19,6 +19,7 @@ from optax_guard._common.typing import PyTree
 __all__ = ["are_alike", "is_single_leaf", "state_check"]
 
 _Shapes = tuple[tuple[int, ...], ...]
+_NO_ARRAYS = (jax.ShapeDtypeStruct, np.ma.MaskedArray, str, bytes)  # which JAX would refuse in words of its own
 
 
 def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = True) -> Callable[..., None]:
@@ -35,6 +36,8 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
         if params is None and not all(is_gradient(leaf) for leaf in leaves):
             return  # gradients with holes do not show the structure of the parameters
         state_leaves, state_tree = jax.tree.flatten(state)
+        if any(isinstance(leaf, _NO_ARRAYS) for leaf in state_leaves):
+            raise ValueError(f"{function}: `state` is not a state of this transformation: {_what_is_no_array(state)}")
         state_shapes = tuple(np.shape(leaf) for leaf in state_leaves)
         types = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         # A gradient of another shape is not a fault of the state, and is reported where gradients are checked.
@@ -43,6 +46,16 @@ def state_check(function: str, init: Callable[[PyTree], Any], *, whole: bool = T
             raise ValueError(f"{function}: `state` is not a state of this transformation: {found}")
 
     return check
+
+
+def _what_is_no_array(state: PyTree) -> str:
+    path, leaf = next(
+        (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if isinstance(leaf, _NO_ARRAYS)
+    )
+    return (
+        f"`{path_name(path)}` is not an array but a {type(leaf).__name__}. Restore a checkpoint into the structure of "
+        "`tx.init(params)`."
+    )
 
 
 @functools.lru_cache(maxsize=64)

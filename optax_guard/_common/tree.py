@@ -440,8 +440,12 @@ def find_states(state: PyTree, kind: type | tuple[type, ...], params: PyTree = N
 
 
 def field_array(field: Any) -> jax.Array:
-    """The array in a state's field; flax.nnx wraps each array in a Variable, which is a tree of one leaf."""
-    return jax.tree.leaves(field)[0]
+    """The array in a state's field; flax.nnx wraps each array in a Variable, which is a tree of one leaf.
+
+    A number, as of a state that was read from text, becomes an array.
+    """
+    leaf = jax.tree.leaves(field)[0]
+    return jnp.asarray(leaf) if isinstance(leaf, _NUMBERS) else leaf
 
 
 def varying_axes(x: Any) -> frozenset[Any]:

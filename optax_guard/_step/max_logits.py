@@ -65,10 +65,12 @@ def layers_of(function: str, max_logits: Any, wanted: dict[str, jax.Array]) -> d
     if not max_logits.keys() >= wanted.keys():
         raise ValueError(f"{function}: {needs}; got {{{_shapes(max_logits)}}}. {HOW_TO_OBTAIN}")
     for layer, array in wanted.items():
-        if max_logits[layer].shape != array.shape:
+        got = max_logits[layer]
+        if getattr(got, "shape", None) != array.shape:
+            kind = f"has shape {got.shape}" if hasattr(got, "shape") else f"is a {type(got).__name__}"
             raise ValueError(
-                f"{function}: `max_logits` of layer {layer!r} has shape {max_logits[layer].shape}, but `layers` of "
-                f"`qk_clip` finds weights for {array.shape} heads there. {HOW_TO_OBTAIN}"
+                f"{function}: `max_logits` of layer {layer!r} {kind}, but `layers` of `qk_clip` finds weights for "
+                f"{array.shape} heads there. {HOW_TO_OBTAIN}"
             )
     return {layer: max_logits[layer] for layer in wanted}
 

@@ -22,6 +22,7 @@ __all__ = [
     "SeenLeaves",
     "axes_in_front",
     "batches",
+    "check_on_host",
     "is_traced",
     "leaf_names",
     "member",
@@ -83,6 +84,7 @@ def leaf_names(params: PyTree, state: PyTree | None = None) -> list[str]:
         raise ValueError(
             f"leaf_names: expected one guard in this state, found {len(seen)}; pass the guard's own state."
         )
+    check_on_host("leaf_names", seen[0])
     return seen_names(seen[0], params)
 
 
@@ -146,6 +148,17 @@ def members(scalar: Any) -> Iterator[tuple[int, ...]]:
 def member(tree: PyTree, index: tuple[int, ...]) -> PyTree:
     """One member of a state of many runs, as in a single run."""
     return jax.tree.map(lambda leaf: leaf[index], tree) if index else tree
+
+
+def check_on_host(function: str, field: Any) -> None:
+    """Raises for a field of a state that is traced, or only a shape, before the host reads it."""
+    array = field_array(field)
+    if isinstance(array, Tracer):
+        raise ValueError(
+            f"{function}: `state` is traced: call it outside `jit`, with the state that the step returned."
+        )
+    if isinstance(array, jax.ShapeDtypeStruct):
+        raise ValueError(f"{function}: `state` has shapes and no numbers: restore a checkpoint into it first.")
 
 
 def is_traced(tree: PyTree) -> bool:

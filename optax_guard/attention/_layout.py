@@ -240,6 +240,7 @@ def check_layouts(function: str, layouts: Any) -> tuple[AttentionLayout, ...]:
         )
     for layout in several:
         validate.integer(function, "layers.stacked", layout.stacked, low=0, high=8, reason="the axes of an array")
+        _check_pattern(function, "layers.layers", layout.layers)
         for role, projections in layout._asdict().items():
             if role not in ("query", "key", "rotated_query"):
                 continue
@@ -249,7 +250,31 @@ def check_layouts(function: str, layouts: Any) -> tuple[AttentionLayout, ...]:
                     f"{function}: `layers.{role}` must be a tuple of Projections of which the first is not optional; "
                     f"got {projections!r}."
                 )
+            for projection in projections:
+                if not _is_well_formed(projection):
+                    raise ValueError(
+                        f"{function}: `layers.{role}` must hold Projections of a path (text), an axis (a whole number) "
+                        f"and perhaps `split`, a dict from axes to tuples of whole numbers; got {projection!r}."
+                    )
     return tuple(several)
+
+
+def _is_well_formed(projection: Projection) -> bool:
+    """Whether the fields have their types; whether they fit a leaf is seen at `init`."""
+    split = {} if projection.split is None else projection.split
+    if not (isinstance(projection.path, str) and isinstance(split, dict)):
+        return False
+    if not all(isinstance(sizes, (tuple, list)) for sizes in split.values()):
+        return False
+    numbers = [projection.axis, *split, *itertools.chain(*split.values())]
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+
+
+def _check_pattern(function: str, argument: str, layers: Any) -> None:
+    if not isinstance(layers, str):
+        raise ValueError(
+            f"{function}: `{argument}` must be a pattern of paths, as in 'decoder/*'; got {validate.shown(layers)}."
+        )
 
 
 def _own_axes(name: str, layers: str, stacked: int) -> AttentionLayout:
@@ -262,10 +287,7 @@ def _own_axes(name: str, layers: str, stacked: int) -> AttentionLayout:
 
 
 def _layout(name: str, sides: tuple[tuple[Projection, ...], ...], layers: str, stacked: int) -> AttentionLayout:
-    if not isinstance(layers, str):
-        raise ValueError(
-            f"{name}: `layers` must be a pattern of paths, as in 'decoder/*'; got {validate.shown(layers)}."
-        )
+    _check_pattern(name, "layers", layers)
     stacked = validate.integer(name, "stacked", stacked, low=0, high=8, reason="the axes of an array")
     query, key = sides
     return AttentionLayout(query, key, layers=layers, stacked=stacked)

@@ -25,7 +25,7 @@ from optax_guard._common.tree import as_arrays, check_leaf_count, field_array, f
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
-from optax_guard._step.reading import SeenLeaves, seen_names
+from optax_guard._step.reading import SeenLeaves, check_on_host, seen_names
 
 __all__ = ["LeafLog", "LeafRecordState", "decoded_leaf_log", "leaf_log", "record_leaves"]
 
@@ -154,6 +154,7 @@ def leaf_log(state: optax.OptState, params: PyTree | None = None) -> LeafLog:
             f"leaf_log: expected one `record_leaves` in this state, found {len(states)}. Pass it to the guard as a "
             "rule: og.guard(optimizer, og.record_leaves(256), ...)."
         )
+    check_on_host("leaf_log", states[0])
     coded, calls = (np.asarray(x) for x in jax.device_get(tuple(map(field_array, states[0]))))
     names, guards = None, find_states(state, SeenLeaves)
     if params is not None:

@@ -15,7 +15,16 @@ from optax_guard._common.tree import field_array, find_states
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
 from optax_guard._halt import raise_if_halted
-from optax_guard._step.reading import axes_in_front, batches, member, members, seen_names, what_was_seen, where
+from optax_guard._step.reading import (
+    axes_in_front,
+    batches,
+    check_on_host,
+    member,
+    members,
+    seen_names,
+    what_was_seen,
+    where,
+)
 from optax_guard._step.record import EVENTS, FlightRecorder, read_rows
 
 __all__ = ["event_logger"]
@@ -84,6 +93,8 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
         guards = find_states(state, GuardState)
         if not guards:
             raise ValueError("event_logger: there is no guard in this state; wrap the optimizer in `guard` first.")
+        for each in guards:
+            check_on_host("event_logger", each.halted)
         recorders = [FlightRecorder(*map(field_array, each.recorder)) for each in guards]
         rows = min(recorder.codes.shape[-2] for recorder in recorders)
         if rows < every:

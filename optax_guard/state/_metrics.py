@@ -20,7 +20,7 @@ from optax_guard._common.new_params import QKClipState
 from optax_guard._common.tree import field_array, find_states
 from optax_guard._guard import GuardState
 from optax_guard._loss_scaling import LossScalingState
-from optax_guard._step.reading import axes_in_front, member, members
+from optax_guard._step.reading import axes_in_front, check_on_host, member, members
 from optax_guard._step.record import EVENTS, HELD, last_row, read_rows
 from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.recovery._ladder import RecoveryState
@@ -160,6 +160,7 @@ def flight_log(state: optax.OptState) -> np.ndarray:
         raise ValueError(
             f"flight_log: expected one guard in this state, found {len(states)}; pass the guard's own state."
         )
+    check_on_host("flight_log", states[0].guard_step)
     logs = [read_rows(member(states[0].recorder, index)) for index in members(states[0].guard_step)]
     shape = np.shape(field_array(states[0].guard_step))
     if not shape:

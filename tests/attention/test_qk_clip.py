@@ -167,6 +167,7 @@ def test_an_infinite_threshold_watches_and_scales_nothing() -> None:
         ({"block/attention": np.ones((1, 4), np.float32)}, ["has shape (1, 4)", "(4,) heads"]),
         ({"block/attention": np.ones(4, np.int32)}, ["`block/attention`", "int32[4]", "float array [heads]"]),
         ({"block/attention": None}, ["`block/attention`", "None", "Leave out layers without attention"]),
+        ({"block/attention": {"nested": np.ones(4, np.float32)}}, ["'block/attention' is a dict", "(4,) heads"]),
         (np.ones(4, np.float32), ["array", "'block/attention': (4,)"]),
     ],
 )
@@ -219,7 +220,30 @@ def flat(heads: int) -> AttentionLayout:
     return AttentionLayout(*sides)
 
 
-@pytest.mark.parametrize("layers", [None, "linen", og.linen_attention, (), AttentionLayout((), KEY), [1]])
+def described(**fields: Any) -> AttentionLayout:
+    return AttentionLayout((Projection("query/kernel", 1)._replace(**fields),), KEY)
+
+
+MALFORMED = [
+    described(path=5),
+    described(axis="x"),
+    described(axis=None),
+    described(axis=1.0),
+    described(axis=True),
+    described(split=3),
+    described(split={"a": (1, -1)}),
+    described(split={0: 2}),
+    described(split={0: (2, "x")}),
+    og.linen_attention()._replace(layers=None),
+    og.linen_attention()._replace(layers=3),
+    og.linen_attention()._replace(stacked="x"),
+    og.linen_attention()._replace(rotated_query="query"),
+]
+
+
+@pytest.mark.parametrize(
+    "layers", [None, "linen", og.linen_attention, (), AttentionLayout((), KEY), [1], *MALFORMED], ids=range(6 + 13)
+)
 def test_what_is_no_description_is_refused(layers: Any) -> None:
     with pytest.raises(ValueError, match="qk_clip: `layers"):
         og.qk_clip(layers=layers)

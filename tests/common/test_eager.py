@@ -110,6 +110,13 @@ def test_what_is_no_number_reaches_the_function_as_it_is() -> None:
     assert once(2.0, hint=np.zeros(2, jax.dtypes.float0), flag=False, name="a") == 2.0
 
 
+def test_a_whole_number_that_jax_would_wrap_around_reaches_the_function_as_it_is() -> None:
+    seen: list[Any] = []
+    for number in (2**40, np.int64(2**40), np.uint64(2**63)):
+        compiled_once(lambda x: seen.append(x))(number)
+    assert seen == [2**40, 2**40, 2**63]
+
+
 def test_a_value_that_cannot_be_hashed_is_no_obstacle() -> None:
     class Unhashable:
         __hash__ = None  # pyright: ignore[reportAssignmentType] (how Python says it)

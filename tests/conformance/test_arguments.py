@@ -337,6 +337,25 @@ def fault(name: str, argument: str, kind: str) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
+ALL = og.accumulate(og.loss_scaling(og.guard(SGD, og.skip_spikes(), recorder_rows=2), init=1.0), 1)
+
+
+@pytest.mark.parametrize("argument", ["value", "weight", "tag", "max_logits"])
+def test_every_wrong_extra_argument_is_refused_by_name_or_works(argument: str, standard_promotion: None) -> None:
+    faults = {}
+    for kind, value in KINDS.items():
+        try:
+            with jax.disable_jit():
+                params, state = og.apply_gradients(ALL, GRADS, ALL.init(PARAMS), PARAMS, **{argument: value})
+            assert finite((params, state)), kind
+        except ValueError as error:
+            if f"`{argument}`" not in str(error):
+                faults[kind] = error
+        except Exception as error:  # whatever it is, it is told
+            faults[kind] = error
+    assert not faults
+
+
 def test_every_public_function_is_tried() -> None:
     for name, function in callables().items():
         found = parameters(function).values()

@@ -29,6 +29,8 @@ LOSSES = {
     "python int": (2, 2.0),
     "large python int": (10**20, 1e20),
     "python int beyond every float": (10**400, np.inf),
+    "large int64": (np.int64(2**40), 2.0**40),
+    "large uint64": (np.uint64(2**63), 2.0**63),
     "bool": (True, 1.0),
     "python complex": (1.5 + 2j, 1.5),
     "numpy": (np.float64(1.5), 1.5),
@@ -167,17 +169,29 @@ def warned(call: Any, **extra: Any) -> list[str]:
     return [str(each.message) for each in caught]
 
 
+NEAR = (
+    "vlaue",
+    "val",
+    "values",
+    "losses",
+    "los",
+    "cost",
+    "Loss",
+    "VALUE",
+    "wieght",
+    "weights",
+    "max_logit",
+    "maxlogits",
+)
+
+
 def test_what_is_near_enough_to_be_a_misspelling() -> None:
-    for name in ("vlaue", "val", "values", "losses", "los", "cost", "wieght", "weights", "max_logit", "maxlogits"):
-        assert (
-            len(
-                warned(
-                    lambda **extra: (_extra.warn_of_misspellings(extra), _extra.warn_of_misspellings(extra)),
-                    **{name: 1},
-                )
-            )
-            == 1
-        )
+    def twice(**extra: Any) -> None:
+        _extra.warn_of_misspellings(extra)
+        _extra.warn_of_misspellings(extra)
+
+    for name in NEAR:
+        assert len(warned(twice, **{name: 1})) == 1
     assert not warned(
         lambda **extra: _extra.warn_of_misspellings(extra), value=1, loss=1, weight=1, loss_fn=1, grad=1, mask=1
     )

@@ -11,6 +11,7 @@ import pytest
 from compiling import quick_jit
 
 import optax_guard as og
+from optax_guard._common.extra import tag_in
 from optax_guard.report import load_log, read_log, save_log, story
 
 ROWS = 32
@@ -116,9 +117,16 @@ def test_what_cannot_be_told_is_refused() -> None:
         og.event_logger()(optax.sgd(0.1).init(PARAMS))
     with pytest.raises(ValueError, match="recorder_rows"):
         og.event_logger(every=ROWS + 1)(TX.init(PARAMS))
-    for wrong in (1.5, True, "a", 2**31, jnp.ones(2, jnp.int32), np.float32(1)):
+    for wrong in (1.5, True, "a", 2**31, np.int64(2**40), jnp.ones(2, jnp.int32), np.float32(1)):
         with pytest.raises(ValueError, match="`tag` must be one integer"):
             og.apply_gradients(TX, PARAMS, TX.init(PARAMS), PARAMS, tag=wrong)
+
+
+def test_a_number_that_can_be_no_tag_is_none() -> None:
+    given = {np.uint32(2**31): -1, np.int8(-3): -1, np.uint8(200): 200, np.int32(7): 7}
+    for tag, expected in given.items():
+        told = tag_in("guard", {"tag": jnp.asarray(tag)})
+        assert (int(told), told.dtype) == (expected, jnp.int32)
 
 
 @pytest.mark.parametrize("around", [lambda tx: tx, lambda tx: og.accumulate(tx, 2), lambda tx: og.loss_scaling(tx)])

@@ -132,6 +132,33 @@ def test_members_of_different_age_are_read_too() -> None:
         og.leaf_log(state)
 
 
+READERS = {
+    "raise_if_halted": og.raise_if_halted,
+    "flight_log": og.flight_log,
+    "leaf_log": og.leaf_log,
+    "leaf_names": lambda state: og.leaf_names(PARAMS, state),
+    "event_logger": og.event_logger(),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_read_on_the_host_is_no_part_of_a_compiled_step(name: str) -> None:
+    tx = og.guard(optax.sgd(0.1), og.record_leaves(4), recorder_rows=4)
+    with pytest.raises(ValueError, match=f"{name}: `state` is traced: call it outside `jit`"):
+        jax.eval_shape(lambda: READERS[name](tx.init(PARAMS)) and ())
+    with pytest.raises(ValueError, match=f"{name}: `state` has shapes and no numbers: restore"):
+        READERS[name](jax.eval_shape(tx.init, PARAMS))
+
+
+def test_a_state_with_python_numbers_reads_like_one_of_arrays() -> None:
+    state = MANY.init(PARAMS)
+    numbers = jax.tree.map(lambda x: x.item() if jnp.ndim(x) == 0 else x, state)
+    assert og.metrics(numbers) == og.metrics(state)
+    assert og.flight_log(numbers).shape == (0,)
+    assert not og.has_updated(numbers)
+    og.raise_if_halted(numbers)
+
+
 # Reading under JAX's own searches for NaN
 
 
@@ -348,6 +375,17 @@ WRONG = {
         GUARD,
         OWN._replace(recorder=OWN.recorder._replace(codes=OWN.recorder.codes[:, :5])),
         r"`recorder/codes` has the shape \(4, 5\), here \(rows, 7\), so another version.*`add_guard_state",
+    ),
+    "other: shapes alone": (
+        GUARD,
+        jax.eval_shape(GUARD.init, PARAMS),
+        "is not an array but a ShapeDtypeStruct. Restore",
+    ),
+    "other: text": (GUARD, OWN._replace(guard_step="0"), "`guard_step` is not an array but a str"),
+    "other: masked": (
+        GUARD,
+        OWN._replace(guard_step=np.ma.masked_array(0)),
+        "`guard_step` is not an array but a Masked",
     ),
     "other parameters": (GUARD, GUARD.init({**PARAMS, "c": jnp.ones(1)}), "it has `guarded_state/0/mu/c`"),
     "other shapes": (
