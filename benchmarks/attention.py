@@ -4,6 +4,7 @@
     python benchmarks/attention.py --seconds 300    # waits for no further cell after so long
     python benchmarks/attention.py --write-pages    # measures nothing: page and pictures from the results file
     python benchmarks/attention.py --quick          # tiny sizes: checks that it runs, and writes nothing
+    python benchmarks/attention.py --moments        # does it matter that `qk_clip` scales no moments?
 
 A character transformer of four layers without query-key normalisation reads Python's manual (`pydoc_data.topics`). All
 seeds and learning rates of a cell, one optimizer with one way to train, run in one vectorised program. A finished cell
@@ -35,6 +36,7 @@ import optax_guard as og  # noqa: E402 (after the path is set)
 from benchmarks.marked import put  # noqa: E402 (after the path is set)
 
 RESULTS = HERE / "results" / "attention.json"
+MOMENTS_RESULTS = HERE / "results" / "attention_moments.json"
 PAGE = HERE.parent / "docs" / "attention" / "index.md"
 THRESHOLD, MAX_CHANGE, LAST, POINT = 100.0, 0.01, 50, 10  # a point of a curve for so many steps
 HEADS = 4
@@ -53,6 +55,7 @@ class Size(NamedTuple):
     batch: int = 16
 
 
+MOMENTS = Size(steps=400, rates=(3e-2, 1e-1), width=32, context=32)  # five core minutes on a CPU
 QUICK = Size(steps=20, warmup=5, seeds=2, rates=(1e-2, 1e-1), layers=2, width=16, context=16, batch=4)
 
 
@@ -82,6 +85,34 @@ ARMS = {
     ),
     "clip": Arm("`clip_by_global_norm(1)`", lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx)),
     "stabilize": Arm("`stabilize()`", lambda tx: og.stabilize(tx, recorder_rows=1)),
+}
+
+
+def scaling_moments(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Scales the moments along with the query and key weights: first moments by the factor, second by its square."""
+
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        updates, state = optax.with_extra_args_support(tx).update(updates, state, params, **extra)
+        factors = optax.tree.get(state, "qk_clip_factors")
+
+        def along(path: Any, leaf: Any) -> Any:
+            keys = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = "/".join(keys.split("/")[-2:])
+            if name not in factors or not ({"mu", "nu"} & set(keys.split("/"))):
+                return leaf
+            return leaf * (factors[name] ** 2 if "nu" in keys.split("/") else factors[name])
+
+        return updates, jax.tree_util.tree_map_with_path(along, state)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+MOMENTS_ARMS = {
+    "qk_clip": ARMS["qk_clip"],
+    "moments": Arm(
+        "`qk_clip(100)`, moments scaled along",
+        lambda tx: og.guard(scaling_moments(optax.chain(tx, qk_clip())), recorder_rows=1),
+    ),
 }
 
 
@@ -234,8 +265,8 @@ def _plain(numbers: np.ndarray) -> Any:
     return float(f"{float(numbers):.4g}") if np.isfinite(numbers) else None
 
 
-def measure(size: Size, path: Path | None, seconds: float, fresh: bool) -> dict[str, Any]:
-    """Runs the cells that are not in the results file yet, in the order of `ARMS`; compiles the next ones meanwhile."""
+def measure(size: Size, path: Path | None, seconds: float, fresh: bool, arms: dict[str, Arm]) -> dict[str, Any]:
+    """Runs the cells that are not in the results file yet, in the order of `arms`; compiles the next ones meanwhile."""
     began, text = time.perf_counter(), read_text()
     setting = {
         "device": jax.devices()[0].device_kind,
@@ -246,7 +277,7 @@ def measure(size: Size, path: Path | None, seconds: float, fresh: bool) -> dict[
     results: dict[str, Any] = {"setting": setting, "cells": {}}
     if not fresh and path is not None and path.exists() and (old := json.loads(path.read_text()))["setting"] == setting:
         results = old
-    cells = [(f"{optimizer} {name}", optimizer, arm) for name, arm in ARMS.items() for optimizer in OPTIMIZERS]
+    cells = [(f"{optimizer} {name}", optimizer, arm) for name, arm in arms.items() for optimizer in OPTIMIZERS]
     pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     todo = {cell: pool.submit(program, *of, size, text) for cell, *of in cells if cell not in results["cells"]}
     before = time.perf_counter()
@@ -288,27 +319,46 @@ def row(cell: dict[str, Any], rates: Any) -> list[str]:
 
 def generated(results: dict[str, Any]) -> str:
     """The tables of the page."""
-    setting, cells = results["setting"], results["cells"]
-    size = setting["size"]
-    versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
-    minutes = sum(cell["seconds"] for cell in cells.values()) / 60
-    parts = [
-        f"Measured with `make bench-attention` on {setting['device']} ({versions}) in {minutes:.0f} minutes: "
-        f"{size['layers']} layers of width {size['width']}, {HEADS} heads, {size['context']} characters of context, "
-        f"batch {size['batch']}, {size['steps']} steps, of which {size['warmup']} of warm-up, {size['seeds']} seeds. A "
-        "cell has the held-out loss, mean ± standard deviation over seeds, and the largest logit of the last "
-        f"{LAST} steps, median over seeds. Guessing is {np.log(setting['characters']):.2f}; "
+    said = (
+        f"A cell has the held-out loss, mean ± standard deviation over seeds, and the largest logit of the last {LAST} "
+        f"steps, median over seeds. Guessing is {np.log(results['setting']['characters']):.2f}; "
         "`benchmarks/results/attention.json`."
-    ]
+    )
+    return "\n\n".join((f"{_measured(results, 'make bench-attention')} {said}", *_tables(results, ARMS)))
+
+
+def generated_moments(results: dict[str, Any]) -> str:
+    """The table of the moments."""
+    said = "Cells as in the tables below; `benchmarks/results/attention_moments.json`."
+    return "\n\n".join(
+        (f"{_measured(results, 'python benchmarks/attention.py --moments')} {said}", *_tables(results, MOMENTS_ARMS))
+    )
+
+
+def _measured(results: dict[str, Any], command: str) -> str:
+    setting, size = results["setting"], results["setting"]["size"]
+    versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
+    minutes = sum(cell["seconds"] for cell in results["cells"].values()) / 60
+    device = "a CPU" if setting["device"] == "cpu" else setting["device"]
+    return (
+        f"Measured with `{command}` on {device} ({versions}) in {minutes:.0f} minutes: {size['layers']} layers of "
+        f"width {size['width']}, {HEADS} heads, {size['context']} characters of context, batch {size['batch']}, "
+        f"{size['steps']} steps, of which {size['warmup']} of warm-up, {size['seeds']} seeds."
+    )
+
+
+def _tables(results: dict[str, Any], arms: dict[str, Arm]) -> list[str]:
+    """One for each optimizer."""
+    cells, rates, tables = results["cells"], results["setting"]["size"]["rates"], []
     for optimizer, (title, _) in OPTIMIZERS.items():
-        head = [title, *(f"rate {rate:g}" for rate in size["rates"])]
+        head = [title, *(f"rate {rate:g}" for rate in rates)]
         rows = [
-            [ARMS[name].title, *row(cells[f"{optimizer} {name}"], size["rates"])]
-            for name in ARMS
+            [arm.title, *row(cells[f"{optimizer} {name}"], rates)]
+            for name, arm in arms.items()
             if f"{optimizer} {name}" in cells
         ]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)))
-    return "\n\n".join(parts)
+        tables.append("\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)))
+    return tables
 
 
 COLORS = {  # Okabe and Ito's palette
@@ -362,17 +412,12 @@ def write_pictures(results: dict[str, Any], folder: Path) -> None:
             plt.close(figure)
 
 
-def write_pages(results: dict[str, Any]) -> None:
-    """Puts the tables between the marks of the page, and the pictures beside it."""
-    put(PAGE, "tables", generated(results))
-    write_pictures(results, PAGE.parent)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description="What keeps attention logits small.")
     parser.add_argument("--seconds", type=float, default=np.inf, help="the time budget (default: none)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the results file")
+    parser.add_argument("--out", type=Path, help="the results file (default: beside the others)")
+    parser.add_argument("--moments", action="store_true", help="the study of moments, minutes on a CPU")
     parser.add_argument("--fresh", action="store_true", help="measure finished cells again")
     parser.add_argument("--write-pages", action="store_true", help="measure nothing, only write page and pictures")
     parser.add_argument("--measure-only", action="store_true", help="write only the results file")
@@ -380,15 +425,22 @@ def main(arguments: list[str] | None = None) -> None:
         "--quick", action="store_true", help="tiny sizes; writes only the results file, if --out is given"
     )
     options = parser.parse_args(arguments)
-    if options.write_pages:
-        write_pages(json.loads(options.out.read_text()))
-        return
-    out = None if options.quick and options.out == RESULTS else options.out
-    results = measure(QUICK if options.quick else Size(), out, options.seconds, options.fresh)
+    usual, size, arms = (MOMENTS_RESULTS, MOMENTS, MOMENTS_ARMS) if options.moments else (RESULTS, Size(), ARMS)
+    path, text = options.out or usual, generated_moments if options.moments else generated
     if options.quick:
-        print(generated(results))
-    elif not options.measure_only:
-        write_pages(results)
+        size = QUICK._replace(rates=size.rates) if options.moments else QUICK
+        print(text(measure(size, options.out, options.seconds, options.fresh, arms)))
+        return
+    results = (
+        json.loads(path.read_text())
+        if options.write_pages
+        else measure(size, path, options.seconds, options.fresh, arms)
+    )
+    if options.measure_only:
+        return
+    put(PAGE, "moments" if options.moments else "tables", text(results))
+    if not options.moments:
+        write_pictures(results, PAGE.parent)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import optax
 import optax_guard as og
 from optax_guard.flax import Optimizer
 from optax_guard.models import Transformer
+from optax_guard.report import read_log, story
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,13 +42,13 @@ import matplotlib.pyplot as plt
 THRESHOLD, HEADS, CONTEXT, BATCH = 100.0, 4, 64, 16
 
 
-def make_arms(rate: float) -> dict[str, optax.GradientTransformation]:
-    """Three ways to take the step."""
+def make_arms(rate: float, steps: int) -> dict[str, optax.GradientTransformation]:
+    """Three ways to take the step, of which every one is recorded."""
     clip = og.qk_clip(THRESHOLD, layers=og.attention.transformer_attention(HEADS))
     return {
-        "adam": og.guard(optax.adam(rate)),
-        "adam, qk_clip": og.guard(optax.chain(optax.adam(rate), clip)),
-        "adam, limit_step": og.guard(optax.chain(optax.adam(rate), og.limit_step(0.01))),
+        "adam": og.guard(optax.adam(rate), recorder_rows=steps),
+        "adam, qk_clip": og.guard(optax.chain(optax.adam(rate), clip), recorder_rows=steps),
+        "adam, limit_step": og.guard(optax.chain(optax.adam(rate), og.limit_step(0.01)), recorder_rows=steps),
     }
 
 
@@ -67,14 +68,15 @@ def train_step(model: Transformer, optimizer: Optimizer, tokens: jax.Array) -> t
     return loss, max_logits
 
 
-def train(tx: Any, batches: np.ndarray, characters: int, width: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The losses [steps] and the largest logits [steps, layers * heads]."""
+def train(tx: Any, batches: np.ndarray, characters: int, width: int, name: str) -> tuple[Any, ...]:
+    """The losses [steps], the largest logits [steps, layers * heads], and what the guard's log says in words."""
     model = Transformer(characters, CONTEXT, width=width, layers=4, heads=HEADS, rngs=nnx.Rngs(0))
     optimizer, seen = Optimizer(model, tx, wrt=nnx.Param), []
     for tokens in track(batches, f"{name:18s}"):
         seen.append(train_step(model, optimizer, jnp.asarray(tokens)))
     losses, maxima = zip(*jax.device_get(seen), strict=True)
-    return np.array(losses), np.array([np.concatenate(list(layers.values())) for layers in maxima])
+    words = story(read_log(optimizer.opt_state, nnx.state(model, nnx.Param)))
+    return np.array(losses), np.array([np.concatenate(list(layers.values())) for layers in maxima]), words
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,17 +101,19 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table(title=f"{steps} steps of Adam at {options.learning_rate:g}")
     for column in ("arm", "loss at the end", "largest logit", f"heads above {2 * THRESHOLD:.0f}"):
         table.add_column(column, justify="left" if column == "arm" else "right")
+    said: list[str] = []
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, tx in make_arms(options.learning_rate).items():
-        losses, maxima = train(tx, batches, len(characters), width, name)
+    for name, tx in make_arms(options.learning_rate, steps).items():
+        losses, maxima, words = train(tx, batches, len(characters), width, name)
         above = int(np.sum(maxima[-1] > 2 * THRESHOLD))
         table.add_row(name, f"{losses[-20:].mean():.3f}", f"{maxima[-1].max():.0f}", f"{above} of {maxima.shape[1]}")
+        said.append(f"[bold]{name}:[/bold] {' '.join(words[1:])}".replace("`", ""))
         axis.plot(maxima.max(axis=1), label=name)
     axis.axhline(THRESHOLD, color="grey", lw=0.8, ls=":")
     axis.set(yscale="log", xlabel="step", ylabel="largest attention logit")
     axis.legend(frameon=False)
     figure.savefig(options.out, dpi=110)
-    Console().print(table)
+    Console().print(table, *said, sep="\n", highlight=False)
     print(f"Picture: {options.out}")
 
 

@@ -48,13 +48,16 @@ def _print_log(log: TrainingLog, last: int) -> None:
     print()
     tagged = bool((rows["tag"] >= 0).any())
     batch = f"{'batch':>10} " if tagged else ""
-    print(f"{'step':>8} {batch}{'verdict':16} {'loss':>10} {'norm':>10} {'let in':>10} {'scale':>8}  worst leaf")
+    logit = "" if log.logits is None else f"{'max logit':>10} "
+    heads = f"{'step':>8} {batch}{'verdict':16} {'loss':>10} {'norm':>10} {'let in':>10} {'scale':>8} {logit}"
+    print(f"{heads} worst leaf")
     for row in rows:
         loss = f"{row['value']:10.4g}" if row["value_given"] else "not passed"
         batch = f"{row['tag'] if row['tag'] >= 0 else '-':>10} " if tagged else ""
+        logit = "" if log.logits is None else f"{row['max_logit']:10.4g} "
         print(
             f"{row['step']:8d} {batch}{row['event']:16} {loss} {row['grad_norm']:10.4g} "
-            f"{row['clipped_norm']:10.4g} {row['scale']:8.3g}  {leaf_label(log.names, int(row['worst_leaf']))}"
+            f"{row['clipped_norm']:10.4g} {row['scale']:8.3g} {logit} {leaf_label(log.names, int(row['worst_leaf']))}"
         )
 
 

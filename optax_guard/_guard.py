@@ -37,7 +37,7 @@ from optax_guard._step.act import (
 from optax_guard._step.gradient import Gradient
 from optax_guard._step.judge import Judgement, Rule
 from optax_guard._step.mask import only_chosen
-from optax_guard._step.max_logits import largest, max_logits_in
+from optax_guard._step.max_logits import Largest, largest, max_logits_in
 from optax_guard._step.observe import GradientStatistics, overflows, scale_statistics, squarable
 from optax_guard._step.reading import SeenLeaves, saw_leaves
 from optax_guard._step.record import EVENTS, FlightRecorder, Row, add_row, empty_recorder
@@ -100,7 +100,7 @@ class _Outcome(NamedTuple):
     inner_state: Any
     plan: _ladder.Plan | None
     recovery_state: Any
-    max_logit: jax.Array | None  # f32[]: the largest attention logit, if maxima were passed
+    logit: Largest  # the largest attention logit, if maxima were passed
     tag: jax.Array | int  # i32[]: identifies the batch; -1 if unknown
 
 
@@ -163,7 +163,7 @@ def guard(
         resets.
       halt_after: the number of non-finite steps in a row at which the guard halts (>= 1). A finite step resets the
         count.
-      recorder_rows: the number of rows of the flight recorder (>= 1); each takes 48 bytes.
+      recorder_rows: the number of rows of the flight recorder (>= 1); each takes 56 bytes.
       check_updates: whether to hold a step whose *outgoing* update is not finite, as when `optax.adam(1e-3)` turns a
         zero float16 gradient into NaN, or would take a finite parameter beyond its dtype. This needs a second copy of
         the parameters and the inner state while it runs. None checks only if `inner.update` has a parameter for
@@ -355,10 +355,8 @@ def guarded(
             restarted = plan.restarts & applied & (bad_leaf < 0)
             kept = jax.tree.map(lambda new, old: jnp.where(restarted, new, old), begun, judged.rule_states)
             judged = judged._replace(rule_states=kept)
-        max_logit = None if max_logits is None else largest(max_logits)
-        outcome = _Outcome(
-            applied, bad_leaf, new_state, plan, recovery_state, max_logit, tag_in(name, extra, axis_name)
-        )
+        logit, tag = largest(max_logits), tag_in(name, extra, axis_name)
+        outcome = _Outcome(applied, bad_leaf, new_state, plan, recovery_state, logit, tag)
         return result, _advance(state, judged, outcome, halt_after)
 
     return fast_transformation(name, init, step, holds_nonfinite=True, axis_name=axis_name, mask=mask)
@@ -426,7 +424,7 @@ def _worst_leaf(statistics: GradientStatistics) -> jax.Array:
 
 def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_after: int) -> GuardState:
     """The counters and the recorder after a step."""
-    applied, bad_leaf, inner_state, plan, recovery_state, max_logit, tag = outcome
+    applied, bad_leaf, inner_state, plan, recovery_state, logit, tag = outcome
     bad_update = applied & (bad_leaf >= 0)
     happened = applied & ~bad_update
     nonfinite = ~judged.finite | bad_update
@@ -448,8 +446,10 @@ def _advance(state: GuardState, judged: _Judgement, outcome: _Outcome, halt_afte
         rule=judged.rule,
         worst_leaf=jnp.where(bad_update, bad_leaf, judged.worst_leaf),
         recovery=0 if plan is None else plan.reason,
-        max_logit=max_logit,
+        max_logit=logit.logit,
         tag=tag,
+        logit_layer=logit.layer,
+        logit_head=logit.head,
     )
     halted = state.halted | (in_row >= halt_after)
     return state._replace(

@@ -26,6 +26,7 @@ class QKClipState(NamedTuple):
 
     qk_clip_step: jax.Array  # i32[]: steps, which is the argument of a schedule
     qk_clip_factors: dict[str, jax.Array]  # by the path of a leaf, f32 that broadcasts against it; 1 if not scaled
+    qk_clip_threshold: jax.Array  # f32[]: the threshold of the last step; 0 if there was none
     qk_clip_max_logits: dict[str, jax.Array]  # by layer, f32[heads]: the maxima of the last step; 0 if not finite
     qk_clip_clipped_heads: jax.Array  # i32[]: heads above the threshold in the last step
     qk_clip_clipped_total: jax.Array  # i32[]: steps in which a head was scaled

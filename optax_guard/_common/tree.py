@@ -7,6 +7,7 @@ hence no position in either tree.
 
 import collections
 import fnmatch
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "leaf_names",
     "leaves_with_none",
     "map_gradients",
+    "path_hash",
     "path_name",
     "resolve_mask",
     "small_leaves_together",
@@ -118,6 +120,11 @@ def variable_free(path: tuple[Any, ...]) -> tuple[Any, ...]:
     """A key path without the key that an nnx Variable adds: a state may be initialised with Variables or without."""
     wraps = len(path) > 1 and getattr(path[-1], "name", None) == "value"
     return path[:-1] if wraps else path
+
+
+def path_hash(name: str) -> int:
+    """The CRC-32 of a path, which a state can hold: a checkpoint keeps no names."""
+    return zlib.crc32(name.encode())
 
 
 def variable_free_names(params: PyTree) -> list[str]:

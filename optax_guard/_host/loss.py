@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from optax_guard._common import validate
 from optax_guard._common.tree import as_arrays, is_gradient, leaf_names, leaves_with_none
 from optax_guard._common.typing import PyTree
+from optax_guard._host.logits import maxima_in
 
 __all__ = ["Problem", "part_of_batch", "problem"]
 
@@ -20,6 +21,8 @@ class Problem(NamedTuple):
     leaves: list[jax.Array]
     loss: Callable[[list[Any], PyTree], jax.Array]  # (leaves, batch) -> scalar, in its own dtype
     tree: Callable[[list[Any]], PyTree]  # back to the structure of the parameters
+    with_logits: Callable[[list[Any], PyTree], tuple[jax.Array, PyTree]]  # the loss, and the maxima of attention
+    has_logits: bool  # whether there are any; without, the maxima are None
 
 
 def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, has_aux: bool) -> Problem:
@@ -44,8 +47,17 @@ def problem(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: P
         result = loss_fn(tree(chosen), batch)
         return jnp.asarray(result[0] if has_aux else result)
 
+    def with_logits(chosen: list[Any], batch: PyTree) -> tuple[jax.Array, PyTree]:
+        result = loss_fn(tree(chosen), batch)
+        return jnp.asarray(result[0]), maxima_in(function, result[1], params)
+
+    def without(chosen: list[Any], batch: PyTree) -> tuple[jax.Array, None]:
+        return loss(chosen, batch), None
+
     _check_loss(function, loss_fn, params, batch, has_aux)
-    return Problem([names[i] for i in where], [jnp.asarray(leaves[i]) for i in where], loss, tree)
+    chosen = [jnp.asarray(leaves[i]) for i in where]
+    has_logits = has_aux and jax.eval_shape(with_logits, chosen, batch)[1] is not None
+    return Problem([names[i] for i in where], chosen, loss, tree, with_logits if has_logits else without, has_logits)
 
 
 def _check_loss(function: str, loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, has_aux: bool) -> None:

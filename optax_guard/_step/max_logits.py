@@ -5,7 +5,8 @@ its head. For maxima over micro-batches and devices, NaN and Inf become the larg
 and a state that keeps maxima stays finite.
 """
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,17 @@ import numpy as np
 
 from optax_guard._common.axes import axes_of, everywhere, max_arrays_over
 from optax_guard._common.extra import is_number
-from optax_guard._common.tree import path_name
+from optax_guard._common.tree import path_hash, path_name
 from optax_guard._common.typing import AxisName, PyTree
 
 __all__ = [
     "HOW_TO_OBTAIN",
+    "TROUBLE",
+    "Largest",
     "as_finite",
     "from_finite",
+    "head_name",
+    "heads_of",
     "largest",
     "layers_of",
     "max_logits_in",
@@ -31,6 +36,7 @@ HOW_TO_OBTAIN = (
     "They are the largest logits of the forward pass that gave this gradient: return `attention_with_max_logits` or "
     "`max_attention_logits` from the loss function, or what `collect_max_logits` finds in Flax's layers."
 )
+TROUBLE = (1e3, 1e4)  # Kimi K2 (arXiv 2507.20534) reports 1e3; small models failed near 1e4 (arXiv 2309.14322)
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -42,7 +48,7 @@ def max_logits_in(function: str, extra: dict[str, Any], axis_name: AxisName | No
         return None
     for path, leaf in leaves:
         floats = is_number(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        if not floats or not np.ndim(leaf):
+        if not floats or not np.ndim(leaf) or not np.size(leaf):
             got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
             raise ValueError(
                 f"{function}: `max_logits` must hold a float array [heads] for each attention layer; for "
@@ -87,9 +93,42 @@ def over_devices(max_logits: PyTree, axis_name: AxisName | None) -> PyTree:
     return structure.unflatten(map(from_finite, max_arrays_over([*map(as_finite, arrays)], axis_name)))
 
 
-def largest(max_logits: PyTree) -> jax.Array:
-    """The largest logit of all layers and heads, f32[]; NaN if one is NaN."""
-    return jnp.max(jnp.stack([jnp.max(array) for array in jax.tree.leaves(max_logits)]))
+class Largest(NamedTuple):
+    """The largest logit of a step, and whose it is."""
+
+    logit: jax.Array | None = None  # f32[]: NaN if a maximum is NaN; None if no maxima were passed
+    layer: jax.Array | int = 0  # u32[]: the CRC-32 of the layer's name
+    head: jax.Array | int = -1  # i32[]
+
+
+def largest(max_logits: PyTree | None) -> Largest:
+    """The largest logit of all layers and heads. A NaN counts as the largest."""
+    if max_logits is None:
+        return Largest()
+    heads = heads_of(max_logits)
+    hashes = np.array([path_hash(layer) for layer, _ in heads], np.uint32)
+    numbers = np.array([head for _, head in heads], np.int32)
+    maxima = jnp.concatenate([jnp.ravel(array) for array in jax.tree.leaves(max_logits)])
+    place = jnp.argmax(maxima)
+    return Largest(maxima[place], jnp.asarray(hashes)[place], jnp.asarray(numbers)[place])
+
+
+def heads_of(max_logits: PyTree) -> list[tuple[str, int]]:
+    """The layer and the number of every head, in the order of the maxima; a layer of a stack is called `layers[2]`."""
+    heads = []
+    for path, array in jax.tree_util.tree_leaves_with_path(max_logits):
+        *stack, count = np.shape(array)
+        for place in itertools.product(*map(range, stack)):
+            name = path_name(path) + (f"[{', '.join(map(str, place))}]" if place else "")
+            heads += [(name, head) for head in range(count)]
+    return heads
+
+
+def head_name(layer: str, head: int) -> str:
+    """The head in words; the layer is empty if its name is not known."""
+    if layer == "(root)":
+        return f"head {head}"
+    return f"head {head} of `{layer}`" if layer else f"head {head} of a layer whose name is not known"
 
 
 def nothing_seen(shape: tuple[int, ...]) -> jax.Array:

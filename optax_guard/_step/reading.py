@@ -4,7 +4,6 @@ A state may cover one run or many at once (`jax.vmap` over seeds, `jax.pmap`). W
 including the scalar field by which a reader recognises this.
 """
 
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_guard._common import tree as _tree
-from optax_guard._common.tree import field_array, find_states, is_gradient, path_name, variable_free
+from optax_guard._common.tree import field_array, find_states, is_gradient, path_hash, path_name, variable_free
 from optax_guard._common.typing import PyTree
 from optax_guard._step.moments import moments
 
@@ -193,4 +192,4 @@ def _what_is_bad(leaf: Any) -> str | None:
 
 def _path_hashes(params: PyTree) -> np.ndarray:
     paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None)
-    return np.array([zlib.crc32(path_name(variable_free(path)).encode()) for path, _ in paths], np.uint32)
+    return np.array([path_hash(path_name(variable_free(path))) for path, _ in paths], np.uint32)

@@ -46,7 +46,7 @@ RECOVERIES = (  # what the ladder did; several may occur together
     "reset_start",  # moments reset and histories begun anew, since one of the first gradients had been far too large
 )
 _NUMBERS = ("value", "grad_norm", "clipped_norm", "scale", "max_logit")
-_CODES = 7  # columns of integers
+_CODES = 9  # columns of integers
 _FINITE, _NAN, _PLUS_INF, _MINUS_INF, _ABSENT = range(5)  # the kind of a number
 _BITS = 3  # the number of bits of a kind in the column of kinds
 
@@ -65,13 +65,15 @@ class Row(NamedTuple):
     recovery: jax.Array | int = 0  # i32[]: bits of RECOVERIES
     max_logit: jax.Array | None = None  # f32[]: the largest attention logit, if maxima were passed
     tag: jax.Array | int = -1  # i32[]: the number that identifies the batch; -1 if none was passed
+    logit_layer: jax.Array | int = 0  # u32[]: the CRC-32 of the name of the layer whose logit is the largest
+    logit_head: jax.Array | int = -1  # i32[]: its head; -1 if no maxima were passed
 
 
 class FlightRecorder(NamedTuple):
     """The last `history` rows. The row of step t is at t % history; `codes[:, 0]` is -1 in unwritten rows."""
 
     numbers: jax.Array  # f32[history, 5]: value, grad_norm, clipped_norm, scale, max_logit; 0 where not finite
-    codes: jax.Array  # i32[history, 7]: step, event, rule, worst_leaf, the kinds of the five numbers, recovery, tag
+    codes: jax.Array  # i32[history, 9]: step, event, rule, worst_leaf, kinds of the numbers, recovery, tag, layer, head
 
 
 def empty_recorder(history: int) -> FlightRecorder:
@@ -91,8 +93,9 @@ def add_row(recorder: FlightRecorder, row: Row) -> FlightRecorder:
         jnp.full(len(given), _FINITE, jnp.int32),
     )
     packed = jnp.sum(kinds << _BITS * np.arange(len(_NUMBERS), dtype=np.int32), dtype=jnp.int32)
-    recovery, tag = (jnp.asarray(code, jnp.int32) for code in (row.recovery, row.tag))
-    codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed, recovery, tag])
+    layer = jax.lax.bitcast_convert_type(jnp.asarray(row.logit_layer, jnp.uint32), jnp.int32)
+    recovery, tag, head = (jnp.asarray(code, jnp.int32) for code in (row.recovery, row.tag, row.logit_head))
+    codes = jnp.stack([row.step, row.event, row.rule, row.worst_leaf, packed, recovery, tag, layer, head])
     place = row.step % recorder.codes.shape[0]
     return FlightRecorder(
         numbers=recorder.numbers.at[place].set(jnp.where(kinds == _FINITE, numbers, 0)),
@@ -104,10 +107,12 @@ def last_row(recorder: FlightRecorder, step: jax.Array) -> Row:
     """The row of step `step - 1`; works inside `jit`. Before the first step, its event is -1 and its numbers are 0."""
     all_numbers, all_codes = _columns(recorder)
     place = (step - 1) % all_codes.shape[0]
-    step, event, rule, worst_leaf, kinds, recovery, tag = all_codes[place]
+    step, event, rule, worst_leaf, kinds, recovery, tag, layer, head = all_codes[place]
     numbers = dict(zip(_NUMBERS, _unpack(all_numbers[place], jnp.maximum(kinds, 0), jnp), strict=True))
     recovery = jnp.maximum(recovery, 0)
-    return Row(step=step, **numbers, event=event, rule=rule, worst_leaf=worst_leaf, recovery=recovery, tag=tag)
+    layer = jax.lax.bitcast_convert_type(layer, jnp.uint32)
+    codes = {"event": event, "rule": rule, "worst_leaf": worst_leaf, "recovery": recovery, "tag": tag}
+    return Row(step=step, **numbers, **codes, logit_layer=layer, logit_head=head)
 
 
 def read_rows(recorder: FlightRecorder) -> np.ndarray:
@@ -127,12 +132,15 @@ def read_rows(recorder: FlightRecorder) -> np.ndarray:
             ("recovery", "U64"),
             ("tag", "i4"),
             ("value_given", "?"),
+            ("logit_layer", "u4"),
+            ("logit_head", "i4"),
         ],
     )
     for name, column in zip(_NUMBERS, _unpack(numbers[order].T, codes[order, 4], np), strict=True):
         rows[name] = column
-    for name, column in (("step", 0), ("rule", 2), ("worst_leaf", 3), ("tag", 6)):
+    for name, column in (("step", 0), ("rule", 2), ("worst_leaf", 3), ("tag", 6), ("logit_head", 8)):
         rows[name] = codes[order, column]
+    rows["logit_layer"] = codes[order, 7].view(np.uint32)
     rows["value_given"] = _kind(codes[order, 4], 0) != _ABSENT
     rows["event"] = np.array(EVENTS)[codes[order, 1]]
     rows["recovery"] = [_recovery_words(bits) for bits in codes[order, 5]]

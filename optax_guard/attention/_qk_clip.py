@@ -130,6 +130,7 @@ def qk_clip(
         return QKClipState(
             qk_clip_step=jnp.zeros((), jnp.int32),
             qk_clip_factors=factors,
+            qk_clip_threshold=jnp.zeros((), jnp.float32),
             qk_clip_max_logits=max_logits,
             qk_clip_clipped_heads=jnp.zeros((), jnp.int32),
             qk_clip_clipped_total=jnp.zeros((), jnp.int32),
@@ -153,6 +154,7 @@ def qk_clip(
         new_state = QKClipState(
             qk_clip_step=next_step(state.qk_clip_step),
             qk_clip_factors=_factors(find_layers(name, layouts, params), gammas, balance),
+            qk_clip_threshold=jnp.where(jnp.isfinite(threshold) & (threshold > 0), threshold, 0),
             qk_clip_max_logits={layer: jnp.where(jnp.isfinite(x), x, 0) for layer, x in given.items()},
             qk_clip_clipped_heads=clipped,
             qk_clip_clipped_total=count_if(clipped > 0, state.qk_clip_clipped_total),

@@ -12,11 +12,13 @@ When a guard holds a step, the parameters do not change, so `diagnose(loss_fn, p
 reruns exactly that step. `import optax_guard` does not import this module.
 """
 
+from optax_guard._host.logits import LayerLogits
 from optax_guard.diagnose._diagnose import Diagnosis, LeafDiagnosis, WorstExamples, diagnose, worst_examples
 from optax_guard.diagnose._origin import Origin
 
 __all__ = [
     "Diagnosis",
+    "LayerLogits",
     "LeafDiagnosis",
     "Origin",
     "WorstExamples",

@@ -12,6 +12,7 @@ from optax_guard._common import validate
 from optax_guard._common.batch import batch_size
 from optax_guard._common.tree import is_gradient, path_name
 from optax_guard._common.typing import PyTree
+from optax_guard._host.logits import LayerLogits, largest_of, layer_logits, logit_finding, logit_table
 from optax_guard._host.loss import Problem, part_of_batch, problem
 from optax_guard._host.terminal import number, plain, progress_bar, shown, text_table
 from optax_guard._step.observe import gradient_statistics
@@ -66,6 +67,7 @@ class Diagnosis(NamedTuple):
     leaves: tuple[LeafDiagnosis, ...]  # of the gradient, non-finite ones first, then by norm
     examples: WorstExamples
     checkify: str | None  # checkify's message on the compiled function, if every single operation was finite
+    logits: tuple[LayerLogits, ...]  # of attention, by layer and head; empty unless the loss returns its largest logits
 
     @property
     def story(self) -> str:
@@ -79,7 +81,8 @@ class Diagnosis(NamedTuple):
             for leaf in self.leaves[:8]
         ]
         table = text_table(("gradient of", "NaN", "Inf", "finite norm", "largest"), rows)
-        return f"{self.story}\n\n{table}\n\n{self.examples}"
+        parts = [self.story, table, logit_table(self.logits), str(self.examples)]
+        return "\n\n".join(part for part in parts if part)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain Python values."""
@@ -132,7 +135,9 @@ def diagnose(
       top: how many examples to name, >= 1.
       chunk_size: how many per-example gradients to compute at once, >= 1; None takes as many as fit in 16 million
         numbers.
-      has_aux: whether `loss_fn` returns (loss, anything).
+      has_aux: whether `loss_fn` returns (loss, anything). The diagnosis names layer and head of the largest attention
+        logit if that is the `max_logits=` of `qk_clip` (see `collect_max_logits`), or a dict with them under
+        "max_logits".
       progress: True shows a progress bar (needs rich), False does not, None does on a terminal if rich is installed.
 
     Returns:
@@ -173,10 +178,11 @@ def diagnose(
         finite = bool(jnp.isfinite(loss)) and not any(leaf.nans + leaf.infs for leaf in leaves)
         advance("compiled", 1)
         word = _compiled_word(p, batch) if finite else None
+        logits = layer_logits(jax.jit(p.with_logits)(p.leaves, batch)[1]) if p.has_logits else ()
         advance("examples", 1)
         examples = _worst(p, batch, size, top, chunk, lambda: advance("examples", 1))
     order = sorted(leaves, key=lambda leaf: (not leaf.nans + leaf.infs, -leaf.norm))
-    return Diagnosis(float(loss), finite, tuple(origins), inputs, tuple(order), examples, word)
+    return Diagnosis(float(loss), finite, tuple(origins), inputs, tuple(order), examples, word, logits)
 
 
 def worst_examples(
@@ -323,6 +329,10 @@ def _sentences(found: Diagnosis) -> list[str]:
             lines.append(f"{len(found.origins) - 1} more operations made one of their own: see `origins`.")
     elif not found.finite and not found.inputs:
         lines.append("No operation made it: a constant of the loss is not finite.")
+    if found.logits:
+        logit, whose = largest_of(found.logits)
+        usual = f"The largest attention logit is {number(logit, 4)}, that of {whose}."
+        lines.append(logit_finding(found.logits) or usual)
     worst = found.examples
     if worst.nonfinite:
         named = [i for i, n, x in zip(worst.indices, worst.norms, worst.losses, strict=True) if not np.isfinite(n + x)]

@@ -13,6 +13,7 @@ Function                 Use it for
 rich matplotlib` adds progress bars and pictures.
 """
 
+from optax_guard._host.logits import LayerLogits
 from optax_guard.preflight._audit import plot, preflight
 from optax_guard.preflight._reports import (
     ActivationReport,
@@ -28,6 +29,7 @@ __all__ = [
     "ActivationReport",
     "Growth",
     "Headroom",
+    "LayerLogits",
     "LeafReport",
     "LearningRateSweep",
     "PreflightReport",

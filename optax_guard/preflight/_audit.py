@@ -12,6 +12,7 @@ from optax_guard._common import validate
 from optax_guard._common.batch import batch_size
 from optax_guard._common.tree import count_true
 from optax_guard._common.typing import PyTree
+from optax_guard._host.logits import layer_logits, logit_finding
 from optax_guard._host.loss import Problem, part_of_batch, problem
 from optax_guard._host.terminal import progress_bar, two_digits
 from optax_guard._step.observe import gradient_statistics
@@ -106,7 +107,8 @@ def preflight(
         out.
       eps: Adam's epsilon, added to the root of the second moment, >= 0.
       seed: the seed of the eigensolver's first vector.
-      has_aux: whether `loss_fn` returns (loss, anything).
+      has_aux: whether `loss_fn` returns (loss, anything). The report shows attention logits per layer and head if that
+        is the `max_logits=` of `qk_clip` (see `collect_max_logits`), or a dict with them under "max_logits".
       progress: True shows a progress bar (needs rich), False does not, None does on a terminal if rich is installed.
 
     Returns:
@@ -200,6 +202,7 @@ def preflight(
             activations, both_ways = look_at_activations("preflight", tapped_loss_fn, p, batch, has_aux)
             growth += both_ways
         advance("growth and precision", 2)
+        logits = layer_logits(jax.jit(p.with_logits)(p.leaves, batch)[1]) if p.has_logits else ()
         headroom = tuple(_headroom(p, batch, loss, gradient, dtype) for dtype in (jnp.bfloat16, jnp.float16))
         advance("done", total)
 
@@ -222,6 +225,7 @@ def preflight(
         headroom=headroom,
         leaves=leaves,
         gradient_exponents=exponents,
+        logits=logits,
         findings=(),
     )
     return report._replace(findings=_findings(report, optimizer is not None))
@@ -391,6 +395,9 @@ def _findings(report: PreflightReport, has_optimizer: bool) -> tuple[str, ...]:
             unit = "time step" if each.name == "time" else "layer"
             way = "" if each.name == "activations" else " on its way back"
             found.append(f"The {kind} by x{np.exp(each.exponent):.3g} per {unit}{way} (`{each.name}`).")
+    finding = logit_finding(report.logits)
+    if finding is not None:
+        found.append(finding)
     zero = [leaf.name for leaf in report.leaves if leaf.zero_share == 1]
     if zero:
         found.append(f"{len(zero)} leaves have no gradient at all, among them `{zero[0]}`.")

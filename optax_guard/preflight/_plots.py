@@ -5,31 +5,35 @@ from typing import Any
 import numpy as np
 
 from optax_guard._host.terminal import needed, shown
+from optax_guard._step.max_logits import TROUBLE
 
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "RED", "plot_preflight", "plot_sweep"]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#888888"
 
 
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise needed("plot", "matplotlib") from error
     # Without pyplot there is no window and no global backend.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_preflight(report: Any, path: Any) -> Any:
-    """Norms per leaf, growth, stable learning rates, and the gradient's elements against float16's range."""
+    """Norms per leaf, growth, stable learning rates, the gradient's elements by size, and attention logits if known."""
     most = 24
     leaves = sorted(report.leaves, key=lambda leaf: -np.nan_to_num(leaf.gradient_norm, nan=np.inf))[:most]
-    figure, axes = _figure(12, max(7, 0.2 * len(leaves) + 4), 2, 2)
-    _leaf_panel(axes[0, 0], leaves, len(report.leaves))
-    _growth_panel(axes[0, 1], report)
-    _rate_panel(axes[1, 0], report)
-    _exponent_panel(axes[1, 1], report)
+    logits = bool(report.logits)
+    figure = _figure(12, max(7, 0.2 * len(leaves) + 4) + 3.5 * logits)
+    grid = figure.add_gridspec(2 + logits, 2)
+    _leaf_panel(figure.add_subplot(grid[0, 0]), leaves, len(report.leaves))
+    _growth_panel(figure.add_subplot(grid[0, 1]), report)
+    _rate_panel(figure.add_subplot(grid[1, 0]), report)
+    _exponent_panel(figure.add_subplot(grid[1, 1]), report)
+    if logits:
+        _logit_panel(figure.add_subplot(grid[2, :]), report.logits)
     if path is not None:
         figure.savefig(path, dpi=110)
     return figure
@@ -99,9 +103,31 @@ def _exponent_panel(axis: Any, report: Any) -> None:
     axis.legend(fontsize=8)
 
 
+def _logit_panel(axis: Any, layers: Any) -> None:
+    """The heads of every layer, against the range in which trouble begins."""
+    maxima = [np.array(layer.maxima) for layer in layers]
+    for place, heads in enumerate(maxima):
+        seen = np.isfinite(heads) & (heads > 0)
+        axis.plot(np.full(seen.sum(), place), heads[seen], "o", color=BLUE, alpha=0.7)
+        if not np.isfinite(heads).all():
+            axis.plot(place, TROUBLE[1], "x", color=RED)
+    _trouble(axis)
+    axis.set(yscale="log", title="Largest attention logit of every head", ylabel="logit")
+    axis.set_xticks(range(len(layers)), [shown(layer.layer, 24) for layer in layers], fontsize=8,
+                    rotation=0 if len(layers) <= 6 else 45)  # fmt: skip
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(loc="upper left")
+
+
+def _trouble(axis: Any) -> None:
+    axis.axhspan(*TROUBLE, color=RED, alpha=0.15, lw=0, label="trouble has begun here")
+
+
 def plot_sweep(sweep: Any, path: Any) -> Any:
     """Final loss against learning rate, and the loss of every run against the step."""
-    figure, (left, right) = _figure(12, 4.5, 1, 2)
+    logits = sweep.max_logits is not None
+    figure = _figure(12 + 5 * logits, 4.5)
+    left, right, *more = figure.subplots(1, 2 + logits)
     ceiling = 2 * max(sweep.initial_loss, float(np.max(sweep.final_losses[sweep.survived], initial=0)), 1e-12)
     shown_loss = np.where(np.isfinite(sweep.final_losses), np.minimum(sweep.final_losses, ceiling), ceiling)
     left.plot(sweep.learning_rates, shown_loss, color=GREY, zorder=1)
@@ -121,14 +147,20 @@ def plot_sweep(sweep: Any, path: Any) -> Any:
         from matplotlib import colormaps
     except ImportError as error:
         raise needed("plot", "matplotlib") from error
-    for rate, losses, place in zip(sweep.learning_rates, sweep.losses, places, strict=True):
+    for run, (rate, losses, place) in enumerate(zip(sweep.learning_rates, sweep.losses, places, strict=True)):
         cut = np.where(np.isfinite(losses), np.minimum(losses, ceiling), np.nan)
         color = colormaps["viridis"](0.9 * place)
         right.plot(cut, color=color, label=f"{rate:.2g}")
         alive = np.flatnonzero(np.isfinite(losses))
         if len(alive) and alive[-1] < len(losses) - 1:
             right.plot(alive[-1], cut[alive[-1]], "X", color=color, markersize=8, markeredgecolor="white", zorder=3)
+        for axis in more:
+            axis.plot(np.where(sweep.max_logits[run] > 0, sweep.max_logits[run], np.nan), color=color)
     right.set(yscale=scale, xlabel="step", ylabel="loss", title="Runs, by learning rate")
+    for axis in more:
+        axis.set(yscale="log", xlabel="step", ylabel="logit", title="Largest attention logit, by learning rate")
+        if np.nanmax(sweep.max_logits, initial=0) > TROUBLE[0] / 2:
+            _trouble(axis)
     if len(sweep.learning_rates) <= 16:
         right.legend(fontsize=7, ncols=2)
     if path is not None:

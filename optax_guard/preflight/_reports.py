@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from optax_guard._host.logits import LayerLogits, logit_table
 from optax_guard._host.terminal import number, plain, shown, text_table
 
 __all__ = ["ActivationReport", "Growth", "Headroom", "LeafReport", "PreflightReport", "StableLearningRates", "slope"]
@@ -81,6 +82,7 @@ class PreflightReport(NamedTuple):
     headroom: tuple[Headroom, ...]
     leaves: tuple[LeafReport, ...]
     gradient_exponents: tuple[tuple[int, int], ...]  # (e, number of gradient elements with 2^e <= |g| < 2^(e + 1))
+    logits: tuple[LayerLogits, ...]  # of attention; empty unless the loss returns its largest logits
     findings: tuple[str, ...]  # what deserves a look, in words
 
     def __str__(self) -> str:
@@ -92,7 +94,7 @@ class PreflightReport(NamedTuple):
         return plain(self)
 
     def plot(self, path: Any = None) -> Any:
-        """A matplotlib figure with four panels, written to `path` if one is given. See `plot`."""
+        """A matplotlib figure with four panels, or five, written to `path` if one is given. See `plot`."""
         from optax_guard.preflight._plots import plot_preflight
 
         return plot_preflight(self, path)
@@ -133,6 +135,7 @@ def _parts(report: PreflightReport) -> list[str]:
         _activation_table(report.activations),
         _headroom_table(report.headroom),
         _leaf_table(report.leaves),
+        logit_table(report.logits),
         "\n".join(f"- {finding}" for finding in report.findings),
     ]
 

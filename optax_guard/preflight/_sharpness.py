@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_guard._common.new_params import QKClipState
 from optax_guard._common.optimizer_state import reader, responses
 from optax_guard._common.tree import find_states, leaf_names
 from optax_guard._common.typing import PyTree
@@ -122,8 +123,10 @@ def dynamics(
     @jax.jit
     def probe(gradient: list[jax.Array], loss: jax.Array) -> tuple[Any, Any]:
         tree = problem.tree(gradient)
-        _, one = update(tree, optimizer.init(params), params, value=loss)
-        _, two = update(tree, one, params, value=loss)
+        start = optimizer.init(params)
+        extra = {"value": loss, "max_logits": _small_logits(start)}
+        _, one = update(tree, start, params, **extra)
+        _, two = update(tree, one, params, **extra)
         return one, two
 
     one, two = probe(gradient, loss)
@@ -146,6 +149,12 @@ def dynamics(
     if b1 is not None:
         return divisors, 2 * (1 + b1) / (1 - b1)
     return divisors, 2 * (1 + (trace or 0.0))
+
+
+def _small_logits(state: Any) -> dict[str, jax.Array]:
+    """Maxima for a `qk_clip` in the optimizer, so small that it scales nothing."""
+    clips = find_states(state, QKClipState)
+    return {layer: jnp.full_like(x, 1e-30) for each in clips for layer, x in each.qk_clip_max_logits.items()}
 
 
 def _ratio(one: Any, two: Any, params: PyTree, kind: type, field: str) -> float | None:

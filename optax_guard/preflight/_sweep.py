@@ -11,10 +11,12 @@ import optax
 from optax_guard._common import validate
 from optax_guard._common.tree import as_arrays, path_name
 from optax_guard._common.typing import PyTree
+from optax_guard._host.logits import trouble
 from optax_guard._host.loss import problem
 from optax_guard._host.terminal import number, plain, text_table
 from optax_guard._step.act import Start, take_step
 from optax_guard._step.gradient import Gradient
+from optax_guard._step.max_logits import largest
 from optax_guard._step.observe import gradient_statistics
 
 __all__ = ["LearningRateSweep", "learning_rate_sweep"]
@@ -29,6 +31,7 @@ class LearningRateSweep(NamedTuple):
     final_losses: np.ndarray  # f32[rates]: the loss of `validation` after the last step, NaN and Inf included
     survived: np.ndarray  # bool[rates]
     sensitivity: float  # NaN if no learning rate survived
+    max_logits: np.ndarray | None = None  # f64[rates, steps]: the largest attention logit, if the loss returns it
 
     @property
     def best(self) -> float | None:
@@ -38,13 +41,18 @@ class LearningRateSweep(NamedTuple):
     def __str__(self) -> str:
         """The sweep as a table in plain text."""
         rows = [
-            (number(rate, 4), number(float(loss), 5), "yes" if ok else "no")
+            [number(rate, 4), number(float(loss), 5), "yes" if ok else "no"]
             for rate, loss, ok in zip(self.learning_rates, self.final_losses, self.survived, strict=True)
         ]
+        columns, note = ["learning rate", "final loss", "survived"], ""
+        if self.max_logits is not None:
+            columns += ["largest logit", "growth"]
+            for row, logits in zip(rows, self.max_logits, strict=True):
+                row += [number(float(logits[-1]), 4), f"x{logits[-1] / logits[0]:.3g}"]
+            note = f"\n(attention logits of the last step; {trouble()})"
         return (
             f"learning rate sweep: {self.losses.shape[1]} steps, initial loss {self.initial_loss:.5g}, "
-            f"best {number(self.best)}, sensitivity {self.sensitivity:.4g}\n\n"
-            + text_table(("learning rate", "final loss", "survived"), rows)
+            f"best {number(self.best)}, sensitivity {self.sensitivity:.4g}\n\n" + text_table(columns, rows) + note
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +106,8 @@ def learning_rate_sweep(
       batches: a tree of arrays [steps, ...]; `batches[i]` is the batch of step i, the same for every run.
       learning_rates: one or more positive numbers.
       validation: the batch on which the runs are compared; None takes the last of `batches`.
-      has_aux: `loss_fn` returns (loss, anything).
+      has_aux: `loss_fn` returns (loss, anything). If that is the `max_logits=` of `qk_clip` (see `collect_max_logits`),
+        or a dict with them under "max_logits", the optimizer is given them, and the sweep shows the largest.
 
     Returns:
       A `LearningRateSweep`.
@@ -145,30 +154,30 @@ def learning_rate_sweep(
         return tx
 
     @jax.jit
-    def run(rates: jax.Array, leaves: list[jax.Array], batches: PyTree, last: PyTree) -> tuple[jax.Array, ...]:
-        def train(rate: jax.Array) -> tuple[jax.Array, ...]:
+    def run(rates: jax.Array, leaves: list[jax.Array], batches: PyTree, last: PyTree) -> tuple[Any, ...]:
+        def train(rate: jax.Array) -> tuple[Any, ...]:
             tx = make(rate)
 
-            def step(carry: Any, batch: PyTree) -> tuple[Any, jax.Array]:
+            def step(carry: Any, batch: PyTree) -> tuple[Any, Any]:
                 weights, state = carry
-                loss, gradient = jax.value_and_grad(p.loss)(weights, batch)
-                extra = {"value": loss}
+                (loss, maxima), gradient = jax.value_and_grad(p.with_logits, has_aux=True)(weights, batch)
+                extra = {"value": loss} if maxima is None else {"value": loss, "max_logits": maxima}
                 tree, start = p.tree(gradient), Start(p.tree(weights), in_place=True)
                 weights, state = take_step(tx, Gradient(tree, tree), state, start, extra)
-                return (_floats(p, weights), state), loss
+                return (_floats(p, weights), state), (loss, largest(maxima).logit)
 
-            (weights, _), losses = jax.lax.scan(step, (leaves, tx.init(p.tree(leaves))), batches)
-            return losses, p.loss(weights, last), jnp.all(gradient_statistics(weights).finite)
+            (weights, _), (losses, logits) = jax.lax.scan(step, (leaves, tx.init(p.tree(leaves))), batches)
+            return losses, logits, p.loss(weights, last), jnp.all(gradient_statistics(weights).finite)
 
-        losses, final, finite = jax.vmap(train)(rates)
-        return losses, final, finite, p.loss(leaves, last)
+        return *jax.vmap(train)(rates), p.loss(leaves, last)
 
-    losses, final, finite, initial = jax.device_get(run(jnp.asarray(rates), p.leaves, batches, last))
+    losses, logits, final, finite, initial = jax.device_get(run(jnp.asarray(rates), p.leaves, batches, last))
     losses, final = np.asarray(losses, np.float64), np.asarray(final, np.float64)
     survived = finite & np.isfinite(final) & np.all(np.isfinite(losses), axis=1) & (final <= float(initial))
     counted = np.where(np.isfinite(final), np.minimum(final, float(initial)), float(initial))
     sensitivity = float(np.mean(counted - np.min(counted))) if survived.any() else float("nan")
-    return LearningRateSweep(rates, losses, float(initial), final, survived, sensitivity)
+    logits = None if logits is None else np.asarray(logits, np.float64)
+    return LearningRateSweep(rates, losses, float(initial), final, survived, sensitivity, logits)
 
 
 def _floats(p: Any, params: PyTree) -> list[Any]:

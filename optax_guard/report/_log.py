@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_guard._common.new_params import QKClipState
 from optax_guard._common.tree import field_array, find_states
 from optax_guard._common.typing import PyTree
 from optax_guard._guard import GuardState
 from optax_guard._step.reading import SeenLeaves, axes_in_front, leaf_names, seen_names
 from optax_guard._step.record import FlightRecorder, read_rows
+from optax_guard.report._logits import LogitLog, logit_log
 from optax_guard.rules._record_leaves import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
 from optax_guard.state._metrics import flight_log
 
@@ -35,6 +37,7 @@ class TrainingLog(NamedTuple):
     names: list[str]  # names of the leaves; empty if neither known nor recorded
     leaves: LeafLog | None  # None without `record_leaves`
     totals: dict[str, int]  # the guard's counters over the whole run
+    logits: LogitLog | None = None  # of attention; None if no step was given `max_logits=`
 
 
 def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog:
@@ -62,7 +65,11 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
     leaves = leaf_log(state, params) if find_states(state, LeafRecordState) else None
     names = leaves.names if leaves is not None else [] if params is None else leaf_names(params, state)
     totals = {name: int(jax.device_get(field_array(getattr(guards[0], name)))) for name in _TOTALS}
-    return _checked(TrainingLog(rows, names, leaves, totals))
+    clips = [
+        (float(field_array(each.qk_clip_threshold)), {k: field_array(x) for k, x in each.qk_clip_max_logits.items()})
+        for each in find_states(state, QKClipState)
+    ]
+    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params)))
 
 
 def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = None) -> Path:
@@ -84,9 +91,16 @@ def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = No
         {} if log.leaves is None else {"leaf_steps": log.leaves.steps, "leaf_norms": log.leaves.norms}
     )
     totals: dict[str, Any] = {f"total_{name}": np.array(number) for name, number in log.totals.items()}
+    logits: dict[str, Any] = {}
+    if log.logits is not None:
+        logits = {
+            "logit_layers": np.array(log.logits.layers, "U"),
+            "threshold_layers": np.array(list(log.logits.thresholds), "U"),
+            "thresholds": np.array(list(log.logits.thresholds.values()), np.float64),
+        }
     with path.open("wb") as file:
         np.savez_compressed(
-            file, format=np.array(_FORMAT), names=np.array(log.names, "U"), **columns, **leaves, **totals
+            file, format=np.array(_FORMAT), names=np.array(log.names, "U"), **columns, **leaves, **totals, **logits
         )
     return path
 
@@ -118,12 +132,16 @@ def load_log(path: str | Path) -> TrainingLog:
         names = [str(name) for name in parts["names"]]
         leaves = LeafLog(parts["leaf_steps"], parts["leaf_norms"], names) if "leaf_steps" in parts else None
         totals = {name: int(parts[f"total_{name}"]) for name in _TOTALS}
+        logits = None
+        if "logit_layers" in parts:
+            thresholds = dict(zip(parts["threshold_layers"].tolist(), parts["thresholds"].tolist(), strict=True))
+            logits = LogitLog(tuple(parts["logit_layers"].tolist()), thresholds)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is no log of optax_guard, or it is damaged: save it with "
             "optax_guard.report.save_log(path, state, params)"
         ) from error
-    return _checked(TrainingLog(rows, names, leaves, totals))
+    return _checked(TrainingLog(rows, names, leaves, totals, logits))
 
 
 def load_checkpoint(path: str | Path) -> TrainingLog:
@@ -161,7 +179,8 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
     rows = read_rows(FlightRecorder(jnp.asarray(_array(recorder["numbers"])), jnp.asarray(_array(recorder["codes"]))))
     records = [node for node in _nodes(guard["rule_states"]) if {"recorded_norms", "recorded_steps"} <= node.keys()]
     seen = SeenLeaves(jnp.asarray(_array(guard["seen_leaves"]["path_hashes"])))
-    names = next((seen_names(seen, node["params"]) for node in _nodes(tree) if "params" in node), [])
+    params = next((node["params"] for node in _nodes(tree) if "params" in node), None)
+    names = [] if params is None else seen_names(seen, params)
     leaves = None
     if len(records) == 1:
         coded = _array(records[0]["recorded_norms"])
@@ -169,7 +188,12 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
         leaves = decoded_leaf_log(coded, int(_array(records[0]["recorded_steps"])), names or None)
         names = leaves.names
     totals = {name: int(_array(guard[name])) for name in _TOTALS}
-    return _checked(TrainingLog(rows, names, leaves, totals))
+    clips = [
+        (float(_array(node["qk_clip_threshold"])), {k: _array(x) for k, x in node["qk_clip_max_logits"].items()})
+        for node in _nodes(tree)
+        if {"qk_clip_threshold", "qk_clip_max_logits"} <= node.keys()
+    ]
+    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params)))
 
 
 def load(path: str | Path) -> TrainingLog:

@@ -1,11 +1,13 @@
-"""The picture of a log: loss, norms, a strip of verdicts, and leaves over time."""
+"""The picture of a log: loss, norms, attention logits, a strip of verdicts, and leaves over time."""
 
 import io
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from optax_guard._step.max_logits import TROUBLE
 from optax_guard.report._log import TrainingLog
+from optax_guard.report._logits import growth_of, usable
 
 __all__ = ["Theme", "render"]
 
@@ -75,14 +77,15 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
         raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
     theme = _DARK if dark else _LIGHT
     leaves = log.leaves is not None and log.leaves.norms.size > 0
-    heights = [2.2, 2.6, 0.55]
+    logits = log.logits is not None
+    heights = [2.2, 2.6, *[2.2] * logits, 0.55]
     if log.leaves is not None and leaves:
         needed = _LEAF * log.leaves.norms.shape[1]
         heights.append(3.6 if needed > _TALLEST else max(3.6, needed))
     width = 4.6 if narrow else 10.5
     # Panels are placed by hand, in inches, since a layout engine would draw everything twice.
     lines = -(-len(np.unique(log.rows["event"])) // (2 if narrow else 4))  # of the verdicts' legend
-    gaps = [0.5, 0.5] + ([0.55 + 0.2 * lines] if leaves else [])
+    gaps = [0.5, 0.5, *[0.5] * logits] + ([0.55 + 0.2 * lines] if leaves else [])
     bottom = 0.6 if leaves else 0.6 + 0.2 * lines
     left, right = ((1.35 if narrow else 2.5), 0.65) if leaves else (0.7, 0.2)
     height = sum(heights) + sum(gaps) + bottom + 0.35
@@ -95,9 +98,11 @@ def render(log: TrainingLog, *, dark: bool = False, narrow: bool = False) -> byt
         place -= size + gap
     _loss(axes[0], log, theme)
     _norms(axes[1], log, theme)
-    _verdicts(axes[2], log, theme, narrow, below=0.08 if leaves else 0.5)
+    if logits:
+        _logits(axes[2], log, theme)
+    _verdicts(axes[2 + logits], log, theme, narrow, below=0.08 if leaves else 0.5)
     if leaves:
-        _heat_map(figure, axes[3], log, theme, narrow)
+        _heat_map(figure, axes[-1], log, theme, narrow)
     axes[-1].set_xlabel("step", color=theme.ink)
     axes[0].set_xlim(log.rows["step"][0] - 0.5, log.rows["step"][-1] + 0.5)
     for axis in axes:
@@ -147,6 +152,34 @@ def _norms(axis: Any, log: TrainingLog, theme: Theme) -> None:
     _not_finite(axis, rows["step"][~np.isfinite(rows["grad_norm"])], theme)
     axis.grid(color=theme.faint, linewidth=0.5)
     _legend(axis, theme)
+
+
+def _logits(axis: Any, log: TrainingLog, theme: Theme) -> None:
+    rows = log.rows
+    assert log.logits is not None
+    axis.set_title("largest attention logit", loc="left", color=theme.ink, fontsize=10)
+    good = usable(rows)
+    axis.plot(rows["step"], np.where(good, rows["max_logit"], np.nan), color=theme.line, linewidth=1)
+    for number, threshold in enumerate(sorted(set(log.logits.thresholds.values()))):
+        axis.axhline(threshold, color=theme.after, linewidth=1, linestyle="--",
+                     label=None if number else "threshold of qk_clip")  # fmt: skip
+    if good.any():
+        axis.set_yscale("log")
+    top = np.max(rows["max_logit"], initial=0.0, where=good)
+    if top > TROUBLE[0] / 2:
+        axis.axhspan(*TROUBLE, color=theme.events["nonfinite"], alpha=0.15, linewidth=0,
+                     label="where trouble has begun")  # fmt: skip
+    growth = growth_of(rows)
+    if growth is not None:
+        axis.scatter(rows["step"][growth.begin], rows["max_logit"][growth.begin], s=24, color=theme.after, zorder=3,
+                     label="began to grow")  # fmt: skip
+    bad = (rows["logit_head"] >= 0) & ~np.isfinite(rows["max_logit"])
+    if bad.any():
+        axis.scatter(rows["step"][bad], np.ones(bad.sum()), s=24, marker="v", color=theme.events["nonfinite"],
+                     clip_on=False, zorder=4, transform=axis.get_xaxis_transform(), label="NaN or Inf")  # fmt: skip
+    axis.grid(color=theme.faint, linewidth=0.5)
+    if axis.get_legend_handles_labels()[0]:
+        _legend(axis, theme)
 
 
 def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool, below: float) -> None:

@@ -8,6 +8,7 @@ from optax_guard._common import validate
 from optax_guard._step.reading import batches, what_was_seen, where
 from optax_guard._step.record import HELD
 from optax_guard.report._log import TrainingLog
+from optax_guard.report._logits import logit_sentences
 
 __all__ = ["Departure", "Incident", "first_departure", "incidents", "story", "usual_norms"]
 
@@ -43,7 +44,8 @@ def story(log: TrainingLog) -> list[str]:
       log: from `read_log`, `load_log` or `load_checkpoint`.
 
     Returns:
-      The sentences. The first says how many steps were recorded and how they were judged.
+      The sentences. The first says how many steps were recorded and how they were judged. If steps were given
+      `max_logits=`, the last say when the largest attention logit began to grow, and in which layer and head.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_guard as og
@@ -75,7 +77,7 @@ def story(log: TrainingLog) -> list[str]:
         )
     elif not found:
         sentences.append("Nothing had to be held or scaled down.")
-    return sentences + [incident.text for incident in found]
+    return sentences + [incident.text for incident in found] + logit_sentences(rows, log.logits)
 
 
 def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:

@@ -48,7 +48,7 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     ==================  ================================================================================================
 
     A look fetches four integers, without waiting for the step that was just dispatched: a step's events are reported
-    at most two looks later. It waits and fetches the recorder's rows (48 bytes each) only if there is something to
+    at most two looks later. It waits and fetches the recorder's rows (56 bytes each) only if there is something to
     report.
 
     Args:

@@ -74,6 +74,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     clippy/..., update_norm/...   the same for `clippy` and for `clip_by_update_norm` (without `step`)
     published_update_norm/...     the same for `published.clip_by_update_norm`
     qk_clip/max_logit             f32: the largest attention logit of the last step, over all layers and heads
+    qk_clip/threshold             f32: `max_logit` of the last step; 0 if it was not a finite number above 0
     qk_clip/clipped_heads         i32: heads that `qk_clip` scaled in the last step
     qk_clip/clipped_total         i32: steps in which it scaled a head
     qk_clip/invalid_total         i32: maxima that were NaN, Inf or not above 0
@@ -135,7 +136,9 @@ def flight_log(state: optax.OptState) -> np.ndarray:
     Returns:
       A NumPy structured array of at most `recorder_rows` rows, with the columns `step`, `value` (the loss; NaN if none
       was passed), `value_given`, `grad_norm` (NaN and Inf included), `clipped_norm`, `scale`, `max_logit`
-      (the largest attention logit of `max_logits=`; NaN if none were passed), `event` (applied, clipped, skipped,
+      (the largest attention logit of `max_logits=`; NaN if none were passed), `logit_layer` and `logit_head` (whose it
+      is: the CRC-32 of the layer's path, which `report` turns into a name, and the number of the head; -1 if none were
+      passed), `event` (applied, clipped, skipped,
       let_through, nonfinite, nonfinite_update, halted, recovery), `rule` (the rule that refused, else the first that
       scaled, else -1), `worst_leaf` (an index into `leaf_names(params, state)`), `recovery` (what the
       ladder did: reset_refused, reset_nonfinite, reset_frozen, back_off, rewind_refused, rewind_diverged, gave_up,
@@ -262,7 +265,7 @@ def _accumulate(state: AccumulateState) -> dict[str, jax.Array]:
 
 def _qk_clip(state: QKClipState) -> dict[str, jax.Array]:
     layers = {layer: field_array(maxima) for layer, maxima in state.qk_clip_max_logits.items()}
-    names = ("clipped_heads", "clipped_total", "invalid_total")
+    names = ("threshold", "clipped_heads", "clipped_total", "invalid_total")
     return {
         "max_logit": jnp.max(jnp.stack([jnp.max(maxima) for maxima in layers.values()])),
         **{name: field_array(getattr(state, f"qk_clip_{name}")) for name in names},

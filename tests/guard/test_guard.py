@@ -247,7 +247,7 @@ def test_the_recorder_keeps_the_last_rows_and_the_loss_as_it_was() -> None:
     np.testing.assert_allclose(log["grad_norm"], norm, rtol=1e-6)
     assert log.dtype.names == (
         *("step", "value", "grad_norm", "clipped_norm", "scale", "max_logit"),
-        *("event", "rule", "worst_leaf", "recovery", "tag", "value_given"),
+        *("event", "rule", "worst_leaf", "recovery", "tag", "value_given", "logit_layer", "logit_head"),
     )
 
 

@@ -86,14 +86,13 @@ def test_the_page_says_what_the_results_say() -> None:
 @pytest.mark.slow
 def test_a_short_run_continues_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = {name: study.ARMS[name] for name in ("none", "qk_clip")}
-    monkeypatch.setattr(study, "ARMS", arms)
     monkeypatch.setattr(study, "THRESHOLD", 1.0)
     monkeypatch.setattr(study, "OPTIMIZERS", {"adamw": study.OPTIMIZERS["adamw"]})
     path = tmp_path / "attention.json"
     size = TINY._replace(rates=(3e-2, 1e-1))
-    assert not study.measure(size, path, seconds=0, fresh=False)["cells"]
-    results = study.measure(size, path, np.inf, fresh=False)
-    assert results == json.loads(path.read_text()) == study.measure(size, path, np.inf, fresh=False)
+    assert not study.measure(size, path, 0, False, arms)["cells"]
+    results = study.measure(size, path, np.inf, False, arms)
+    assert results == json.loads(path.read_text()) == study.measure(size, path, np.inf, False, arms)
     free, clipped = (np.array(results["cells"][f"adamw {name}"]["largest_at_end"]) for name in arms)
     assert np.all(clipped < free)
     assert "| nothing |" in study.generated(results)

@@ -374,7 +374,7 @@ WRONG = {
     "a recorder of other columns": (
         GUARD,
         OWN._replace(recorder=OWN.recorder._replace(codes=OWN.recorder.codes[:, :5])),
-        r"`recorder/codes` has the shape \(4, 5\), here \(rows, 7\), so another version.*`add_guard_state",
+        r"`recorder/codes` has the shape \(4, 5\), here \(rows, 9\), so another version.*`add_guard_state",
     ),
     "other: shapes alone": (
         GUARD,
@@ -411,7 +411,7 @@ def test_a_recorder_of_other_columns_is_not_read_and_its_optimizer_is_kept() -> 
     old = WRONG["a recorder of other columns"][1]
     old = old._replace(halted=jnp.ones((), bool))
     for read in (og.flight_log, og.metrics, og.raise_if_halted):
-        with pytest.raises(ValueError, match=r"5 and 5 columns, here 5 and 7.*add_guard_state"):
+        with pytest.raises(ValueError, match=r"5 and 5 columns, here 5 and 9.*add_guard_state"):
             read(old)
     moved = og.add_guard_state(GUARD, PARAMS, old)
     jax.tree.map(np.testing.assert_array_equal, moved.guarded_state, old.guarded_state)
