@@ -84,6 +84,7 @@ from optax_guard.transforms import (
     spam_clip,
     sparsity,
     stable_spam,
+    stochastic_rounding,
 )
 
 try:
@@ -167,6 +168,7 @@ __all__ = [
     "stabilize",
     "stable_spam",
     "state",
+    "stochastic_rounding",
     "transformer_attention",
     "transforms",
     "update_metrics",

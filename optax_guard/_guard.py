@@ -20,7 +20,7 @@ from optax_guard._common.axes import on_any_device
 from optax_guard._common.counters import count_if, next_step
 from optax_guard._common.extra import loss_in, named_by, tag_in, warn_of_misspellings, with_value
 from optax_guard._common.forms import cond_or_select
-from optax_guard._common.new_params import scaled_new_params
+from optax_guard._common.new_params import finished
 from optax_guard._common.parts import part_of
 from optax_guard._common.tree import as_params, cast_like
 from optax_guard._common.typing import AxisName, Mask, PyTree
@@ -295,12 +295,12 @@ def guarded(
             applied = applied & ~plan.replaces
 
         def propose(inner_state: Any, params: PyTree, in_place: bool = False) -> tuple[PyTree, Any]:
-            def inner_step(extra: dict[str, Any]) -> tuple[PyTree, Any]:
+            def inner_step(extra: dict[str, Any], base: PyTree | None) -> tuple[PyTree, Any]:
                 updates, new_state = update_inner(scaled.written(), inner_state, params, **extra)
-                moved = Start(params, in_place).moved(_ladder.scaled(plan, updates))
+                moved = Start(base, in_place).moved(_ladder.scaled(plan, updates))
                 return moved, checked_state(name, new_state, inner_state)
 
-            return scaled_new_params(inner_step, inner_state, params, extra, in_place=in_place)
+            return finished(inner_step, inner_state, params, extra, in_place=in_place)
 
         def act(params: PyTree, inner_state: Any) -> tuple[PyTree, Any, jax.Array]:
             here, nothing_bad = start._replace(params=params), jnp.full((), -1, jnp.int32)

@@ -376,6 +376,7 @@ ENTRIES = (
     ),
     Entry("anticorrelated_noise", "", og.anticorrelated_noise, {"sigma": 0.1, "key": 7}, ("key", "mask")),
     Entry("langevin_noise", "", og.langevin_noise, {"learning_rate": 0.1, "key": 7}, ("key", "mask")),
+    Entry("stochastic_rounding", "", og.stochastic_rounding, {"key": 7}, ("key",), needs_params=True),
     Entry("guard", "", guarded, {}, GUARD_STATIC, wraps=True, holds=True, parameter_copies=1),
     Entry(
         "guard",

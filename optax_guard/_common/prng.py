@@ -25,6 +25,8 @@ __all__ = [
     "leaf_words",
     "normal",
     "raw_key",
+    "rounded_stochastically",
+    "rounding_bits",
     "salt",
     "step_words",
     "threefry",
@@ -129,6 +131,28 @@ def uniform(word: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(mantissa, jnp.float32) - np.float32(1)
 
 
+def rounding_bits(key: Words, like: jax.Array) -> jax.Array:
+    """u32 random bits for each element, for rounding: a tenth of Threefry's work, which would double an AdamW step.
+
+    MurmurHash3's finalizer twice, each time after a word of the key was added. Each step permutes the 32-bit numbers,
+    so over keys the bits of every element are exactly uniform.
+    """
+    index = _indices(like)
+    return _mixed(_mixed(index.second + key.first) + index.first * np.uint32(0x9E3779B1) + key.second)
+
+
+def rounded_stochastically(wide: jax.Array, dtype: Any, word: jax.Array) -> jax.Array:
+    """One of each float32's two neighbours in a 16-bit dtype, chosen by 32 bits so that the mean is the number itself.
+
+    A number that the dtype holds, Inf and NaN are kept; finite numbers beyond its range become the largest one. The
+    neighbours come from the bits and not from a conversion and back, which XLA may remove (it allows excess precision).
+    """
+    largest = float(jnp.finfo(dtype).max)
+    finite = jnp.clip(wide, -largest, largest)
+    rounded = _rounded_to_bfloat16(finite, word) if dtype == jnp.bfloat16 else _rounded_to_float16(finite, word)
+    return jnp.where(jnp.isfinite(wide), rounded, wide).astype(dtype)
+
+
 def threefry(key: Words, counter: Words) -> Words:
     """Threefry-2x32 with 20 rounds (Salmon et al. 2011), elementwise: one key, any number of counters."""
     schedule = (key.first, key.second, key.first ^ key.second ^ np.uint32(0x1BD11BDA))
@@ -153,6 +177,28 @@ def _indices(like: jax.Array) -> Words:
     if like.ndim:
         first = first + lax.broadcasted_iota(jnp.uint32, like.shape, 0)
     return Words(first, rest)
+
+
+def _mixed(word: jax.Array) -> jax.Array:
+    word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return word ^ (word >> np.uint32(16))
+
+
+def _rounded_to_bfloat16(x: jax.Array, word: jax.Array) -> jax.Array:
+    """Random bits are added below the last place of bfloat16, the upper half of a float32, and cut off."""
+    sum_ = lax.bitcast_convert_type(x, jnp.uint32) + (word & np.uint32(0xFFFF))
+    return lax.bitcast_convert_type(sum_ & np.uint32(0xFFFF0000), jnp.float32)
+
+
+def _rounded_to_float16(x: jax.Array, word: jax.Array) -> jax.Array:
+    """In units of the last place, which is 2^-24 for subnormal numbers."""
+    binade = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000), jnp.float32)
+    unit = jnp.maximum(binade, np.float32(2.0**-14)) * np.float32(2.0**-10)
+    places = jnp.abs(x) / unit
+    whole = jnp.floor(places)
+    up = (uniform(word) < places - whole).astype(jnp.float32)
+    return jnp.copysign((whole + up) * unit, x)
 
 
 def _to_normal(words: Words, dtype: Any) -> jax.Array:

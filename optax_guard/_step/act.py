@@ -18,7 +18,7 @@ from jax import lax
 from optax_guard._common.eager import compiled_once
 from optax_guard._common.extra import warn_of_misspellings
 from optax_guard._common.forms import cond_or_select
-from optax_guard._common.new_params import scaled_new_params
+from optax_guard._common.new_params import finished
 from optax_guard._common.parts import part_of, with_part
 from optax_guard._common.state_check import state_check
 from optax_guard._common.tree import (
@@ -277,11 +277,11 @@ def take_step(
     warn_of_misspellings(extra, tx)
     update = as_transformation("apply_gradients", tx, "tx").update
 
-    def step(extra: dict[str, Any]) -> tuple[PyTree, Any]:
+    def step(extra: dict[str, Any], base: PyTree | None) -> tuple[PyTree, Any]:
         updates, new_state = update(gradient.written(), state, start.params, **extra)
-        return start.moved(updates), new_state
+        return Start(base, start.in_place).moved(updates), new_state
 
-    return scaled_new_params(step, state, start.params, extra, in_place=start.in_place)
+    return finished(step, state, start.params, extra, in_place=start.in_place)
 
 
 def step_if(

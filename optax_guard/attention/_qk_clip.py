@@ -25,7 +25,7 @@ import optax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import count_if, next_step, value_at
-from optax_guard._common.new_params import SCALED_LATER, QKClipState, scaled_updates
+from optax_guard._common.new_params import FINISHED_LATER, QKClipState, scaled_updates
 from optax_guard._common.transformation import transformation_with_extra
 from optax_guard._common.tree import as_params
 from optax_guard._common.typing import AxisName, PyTree, ScalarOrSchedule
@@ -160,7 +160,7 @@ def qk_clip(
             qk_clip_clipped_total=count_if(clipped > 0, state.qk_clip_clipped_total),
             qk_clip_invalid_total=jnp.minimum(state.qk_clip_invalid_total, validate.INT32 - invalid) + invalid,
         )
-        if SCALED_LATER not in extra:
+        if FINISHED_LATER not in extra:
             updates = scaled_updates(updates, params, new_state.qk_clip_factors)
         return updates, new_state
 

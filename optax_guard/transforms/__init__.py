@@ -1,4 +1,4 @@
-"""Transformations for the chain inside a guard: bounds on elements and updates, penalties, exact zeros, noise.
+"""Transformations for the chain inside a guard: bounds, penalties, exact zeros, noise, stochastic rounding.
 
 They are not rules, since they treat single elements differently or read the parameters or the optimizer's state.
 
@@ -12,11 +12,13 @@ a clip by the optimizer's second moment  `clip_by_update_rms`, `spam_clip`, `sta
 small or sparse weights                  `l1_penalty`, `elastic_net_penalty`, `dense_penalty`, `shrink_gradients`
 weights that are exactly zero            `proximal_l1`, `proximal_elastic_net`, `proximal_group_lasso`, `sparsity`
 noise                                    `noise_injection`, `anticorrelated_noise`, `langevin_noise`, `perturb_weights`
+16-bit parameters that keep moving       `stochastic_rounding`
 =======================================  ==============================================================================
 
 The functions are also in `optax_guard` itself; the types of their states are only here.
 """
 
+from optax_guard._common.new_params import StochasticRoundingState
 from optax_guard.transforms._elementwise import adaptive_grad_clip, clip_by_value
 from optax_guard.transforms._moment_clips import clip_by_update_rms, spam_clip, stable_spam
 from optax_guard.transforms._noise import (
@@ -41,6 +43,7 @@ from optax_guard.transforms._proximal import (
     proximal_l1,
     sparsity,
 )
+from optax_guard.transforms._rounding import stochastic_rounding
 from optax_guard.transforms._spam import SpamState, StableSpamState
 from optax_guard.transforms._update_bounds import (
     ClippyState,
@@ -60,6 +63,7 @@ __all__ = [
     "SpamState",
     "Sparsity",
     "StableSpamState",
+    "StochasticRoundingState",
     "UpdateNormState",
     "adaptive_grad_clip",
     "anticorrelated_noise",
@@ -81,4 +85,5 @@ __all__ = [
     "spam_clip",
     "sparsity",
     "stable_spam",
+    "stochastic_rounding",
 ]

@@ -36,6 +36,7 @@ from optax_guard._common.prng import (
     leaf_words,
     normal,
     raw_key,
+    rounded_stochastically,
     salt,
     step_words,
     uniform,
@@ -490,19 +491,8 @@ def _add_leaf(leaf: jax.Array, noise: jax.Array, spare: jax.Array | None) -> jax
     if spare is not None:
         largest = float(jnp.finfo(leaf.dtype).max)  # finite noise on a finite number stays finite
         wide = jnp.where(jnp.isinf(leaf), wide, jnp.clip(wide, -largest, largest))
-        wide = _round_stochastically(wide, leaf.dtype, spare)
+        wide = rounded_stochastically(wide, leaf.dtype, spare)
     return jnp.where(noise == 0, leaf, wide.astype(leaf.dtype))  # adding 0 would flush subnormals and lose -0.0
-
-
-def _round_stochastically(wide: jax.Array, dtype: jnp.dtype, spare: jax.Array) -> jax.Array:
-    """One of each number's two neighbours in `dtype`, such that the mean over keys is the number itself."""
-    near = wide.astype(dtype)
-    towards = jnp.where(wide > near.astype(wide.dtype), jnp.inf, -jnp.inf).astype(dtype)
-    other = jnp.nextafter(near, towards)
-    gap = jnp.abs(other.astype(wide.dtype) - near.astype(wide.dtype))
-    share = jnp.abs(wide - near.astype(wide.dtype)) / jnp.where(gap > 0, gap, 1)
-    use_other = (uniform(spare) < share) & jnp.isfinite(other)
-    return jnp.where(use_other, other, near)
 
 
 def _norm(tree: PyTree) -> jax.Array:

@@ -25,7 +25,7 @@ from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.counters import next_step, value_at
-from optax_guard._common.new_params import scaled_new_params
+from optax_guard._common.new_params import finished
 from optax_guard._common.numerics import accumulator_dtype, multiplied
 from optax_guard._common.optimizer_state import Metric, Reader, Response, injected_learning_rate, reader, responses
 from optax_guard._common.tree import (
@@ -385,13 +385,13 @@ def _proximal(
     def take(
         gradient: Gradient, state: ProximalState, start: Start, extra: dict[str, Any]
     ) -> tuple[PyTree, ProximalState]:
-        def step(extra: dict[str, Any]) -> tuple[PyTree, ProximalState]:
-            return take_and_shrink(gradient, state, start, extra)
+        def step(extra: dict[str, Any], base: PyTree | None) -> tuple[PyTree, ProximalState]:
+            return take_and_shrink(gradient, state, start, base, extra)
 
-        return scaled_new_params(step, state, start.params, extra, in_place=start.in_place)
+        return finished(step, state, start.params, extra, in_place=start.in_place)
 
     def take_and_shrink(
-        gradient: Gradient, state: ProximalState, start: Start, extra: dict[str, Any]
+        gradient: Gradient, state: ProximalState, start: Start, base: PyTree | None, extra: dict[str, Any]
     ) -> tuple[PyTree, ProximalState]:
         params, in_place = start
         check_has_params(name, params)
@@ -401,12 +401,12 @@ def _proximal(
         forces = [jnp.maximum(value_at(strength, step), 0) for strength in strengths]
         chosen = penalised(name, mask, params)
 
-        def move(update: Any, param: Any, use: bool | None, response: Response) -> Any:
+        def move(update: Any, param: Any, target: Any, use: bool | None, response: Response) -> Any:
             if update is None or not is_gradient(param) or update.dtype == jax.dtypes.float0:
-                return param if in_place else update
-            both = wider_dtype(param.dtype, update.dtype)
+                return target if in_place else update
+            both = wider_dtype(target.dtype, update.dtype)
             if not use:
-                return (param.astype(both) + update.astype(both)).astype(param.dtype) if in_place else update
+                return (param.astype(both) + update.astype(both)).astype(target.dtype) if in_place else update
             wide, real = wider_dtype(both, accumulator_dtype(both)), accumulator_dtype(both)
             metric, gain = (None if part is None else part.astype(real) for part in response)
             old, change = param.astype(wide), update.astype(wide)
@@ -415,12 +415,12 @@ def _proximal(
             if metric is not None:
                 new = _at_most(old + change, new, rate.astype(real) + jnp.abs(change))
             if in_place:
-                return new.astype(param.dtype)
+                return new.astype(target.dtype)
             # `apply_updates` adds this in `both`: -p if the sum must be exactly zero, since q - p rounds.
             return jnp.where(new == 0, -old, new - old).astype(both)
 
         read_out = responses(read, new_state, params, chosen, step)
-        flat = [leaves_with_none(tree) for tree in (updates, params, chosen)]
+        flat = [leaves_with_none(tree) for tree in (updates, params, base, chosen)]
         moved = [move(*parts) for parts in zip(*flat, read_out, strict=True)]
         result = jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda leaf: leaf is None), moved)
         return result, ProximalState(proximal_state=new_state, proximal_step=next_step(step))

@@ -41,7 +41,15 @@ def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
     rules += og.clip_by_norm_history(), og.clip_by_median_norm(), og.zclip(), og.autoclip(), og.adagc()
     recovery = og.reset_moments(), og.back_off(diverged=2.0), og.rewind()
     everything = og.loss_scaling(og.accumulate(og.guard(inner, *rules, recovery=recovery), every=2))
-    own = ("spam_clip", "stable_spam", "clip_by_update_norm", "clippy", "limit_step", "masked_rule")
+    own = (
+        "spam_clip",
+        "stable_spam",
+        "clip_by_update_norm",
+        "clippy",
+        "limit_step",
+        "masked_rule",
+        "stochastic_rounding",
+    )
     own += "published.skip_spikes", "published.clip_by_update_norm"
     alone = [entry.make() for entry in ENTRIES if entry.name in own and not entry.variant]
     states = [jax.eval_shape(tx.init, PARAMS) for tx in (everything, *alone)]
