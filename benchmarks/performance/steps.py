@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import optax_guard as og
@@ -128,7 +130,12 @@ def update_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:
         t = race(arms, grads, max(rounds // 2, 3))
         target = 1.7 if name.startswith("limit_step") else None
         rows.append(compare("updates", f"`{name}` over bare `optax.adamw`", t[name], t["bare"], target))
-    return rows
+    del arms
+    halved, half_grads = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree) for tree in (params, grads))
+    rounded = optax.chain(adamw, og.stochastic_rounding())
+    t = race(made_arms({"bare": (adamw,), "rounded": rounded}, halved, half_grads), half_grads, max(rounds // 2, 3))
+    what = "`chain(adamw, stochastic_rounding())` over bare `optax.adamw`, bfloat16 parameters"
+    return [*rows, compare("updates", what, t["rounded"], t["bare"], 1.1)]
 
 
 def proximal_rows(params: PyTree, grads: PyTree, rounds: int) -> list[Row]:

@@ -68,8 +68,8 @@ def reset_moments(after: int = 5, *, check_every: int = 100) -> Reset:
     A 16-bit parameter stops moving long before its moments are dead: at the end of a decaying schedule, updates fall
     below half a unit in its last place. Such a leaf is frozen only if the update could not move it in float32 either,
     being below 2^-24 of every element. Otherwise it counts in `guard/standing_still`, and nothing is reset. To find
-    out, that check computes the update once more. If the number stays above 0, those leaves have stopped training: keep
-    a float32 copy of the parameters, or raise the learning rate.
+    out, that check computes the update once more. If the number stays above 0, those leaves have stopped training:
+    round them stochastically (`stochastic_rounding`), keep a float32 copy, or raise the learning rate.
 
     Guarantees:
       - Parameters, the counters of schedules, keys, flags and injected hyperparameters are unchanged bit for bit.
