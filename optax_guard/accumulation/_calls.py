@@ -126,7 +126,8 @@ def accumulate(
     Case                                       Result
     =========================================  =======================================================================
     NaN or Inf in a micro-batch                see `on_nonfinite` below; its loss (`value=`) counts as part of it
-    `weight` negative or not finite            that micro-batch is dropped and counted, whatever `on_nonfinite` says
+    `weight` negative or not finite, or a sum  that micro-batch is dropped and counted, whatever `on_nonfinite` says
+    of weights above 8.5e37
     `weight` times gradient above 1.8e19       like a gradient that is not finite, since its square overflows
     a "sum" of float16 gradients above 65504   the cycle is lost: a held step, which a guard inside counts
     nothing left at the end of a cycle         a held step: `inner` does not run; counted in `empty_total`

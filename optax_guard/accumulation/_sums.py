@@ -60,8 +60,9 @@ class MicroBatch:
         self.weighted = extra.get("weight") is not None
         self.weight = weight_of(extra, state.accumulated_weight.dtype)
         self.first = state.added == 0
-        whole = self.weight + jnp.where(self.first, 0, state.accumulated_weight)  # finite only if the weight is
-        self.usable = jnp.isfinite(whole) & (self.weight >= 0)
+        whole = self.weight + jnp.where(self.first, 0, state.accumulated_weight)  # NaN or Inf if the weight is
+        most = 1 / jnp.finfo(whole.dtype).tiny  # whose inverse is still a normal number, by which the sum is multiplied
+        self.usable = (whole <= most) & (self.weight >= 0)
         self.sums = leaves_with_none(state.gradient_sum)
         self.kinds = labels(reduction, state.gradient_sum)
 

@@ -127,11 +127,14 @@ def test_losses_and_weights_whose_products_and_sums_overflow_have_a_mean() -> No
         params, state = run(jnp.ones(1), params, state, loss, weight)
         chex.assert_tree_all_finite(state)
     np.testing.assert_allclose(og.flight_log(state)["value"], [2e38], rtol=1e-6)
-    for _ in range(2):
-        params, state = run(jnp.zeros(1), params, state, 1.0, 3e38)
-        chex.assert_tree_all_finite(state)
-    assert int(state.dropped_total) == 1  # the weight that would make the sum of weights Inf
-    assert bool(state.emitted)
+    most = float(1 / np.finfo(np.float32).tiny)  # 8.5e37
+    for weights, dropped in (((most / 2, most / 2), 0), ((most, 1e37), 1), ((2.0 * most, most), 1), ((3e38, 3e38), 2)):
+        params, before = jnp.zeros(1), int(state.dropped_total)
+        for weight in weights:
+            params, state = run(jnp.full(1, 1e-25), params, state, 1.0, weight)
+            chex.assert_tree_all_finite(state)
+        assert int(state.dropped_total) - before == dropped  # beyond it, the inverse of the sum would be 0
+        np.testing.assert_allclose(params, [-1e-25 if dropped < 2 else 0.0], rtol=1e-6)
 
 
 # parameter, update: each finite, their sum beyond the dtype
