@@ -7,6 +7,8 @@ import pkgutil
 import re
 from pathlib import Path
 
+import mutants
+
 import optax_guard as og
 
 PACKAGE = Path(og.__file__).parent
@@ -127,3 +129,10 @@ def test_nothing_private_is_left_unused() -> None:
         made += [target.id for target in targets if isinstance(target, ast.Name)]
         unused += [(name_of(file), name) for name in made if re.match("_[^_]", name) and name not in read]
     assert not unused
+
+
+def test_every_mutant_that_is_explained_exists() -> None:
+    names = {mutant.name for module in mutants.OWNERS for mutant in mutants.mutants_of(module)}
+    rows = [line[2:] for line in mutants.ALIVE.read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows
+    assert not [row for row in rows if not any(row.startswith(f"{name} | ") for name in names)]

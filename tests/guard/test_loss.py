@@ -152,7 +152,8 @@ def test_a_loss_called_loss_goes_in_as_it_came_and_as_value() -> None:
         return updates, state
 
     spy = optax.GradientTransformationExtraArgs(optax.identity().init, update)
-    for tx in (og.guard(spy), og.stabilize(spy), og.accumulate(og.guard(spy), 1), og.loss_scaling(og.guard(spy))):
+    around_guard = (og.accumulate(og.guard(spy), 1), og.loss_scaling(og.guard(spy)))
+    for tx in (og.guard(spy), og.stabilize(spy), og.accumulate(spy, 1), og.loss_scaling(spy), *around_guard):
         seen.clear()
         jax.eval_shape(lambda tx=tx: og.apply_gradients(tx, GRADS, tx.init(PARAMS), PARAMS, loss=2.0))
         assert seen["loss"] == 2.0
