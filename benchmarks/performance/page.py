@@ -33,6 +33,7 @@ QUOTED = {  # which other page quotes which part
     "docs/accumulation/index.md": "accumulation",
     "docs/transforms/noise.md": "noise",
     "docs/recovery/index.md": "recovery",
+    "docs/rules/which_rule.md": "guard",
     "docs/transforms/update_bounds.md": "updates",
 }
 README = (  # the rows that the README shows: how they begin

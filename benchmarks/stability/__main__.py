@@ -26,7 +26,7 @@ from benchmarks.stability.page import read, results_file, table, write_page, wri
 from benchmarks.stability.tasks import TASKS
 from benchmarks.stability.workers import run_all
 
-QUICK_METHODS = ["none", "clip", "zclip", "stabilize"]
+QUICK_METHODS = ["none", "clip", "stabilize", "stabilize_change"]
 
 
 def setting(size: Size) -> dict[str, Any]:
