@@ -6,6 +6,7 @@
 # make dist   builds sdist and wheel in dist/ and checks both: the sdist unpacked, the wheel in an empty environment
 # make lowest some of the tests with the lowest supported JAX, Optax and Flax, in a separate environment
 # make docs   the documentation site, in site/   make api  only its reference pages, in docs/api/
+# make notebooks  docs/notebooks: the notebooks of examples/notebooks with their outputs, two minutes each
 # make article  the article's experiments: docs/benchmarks/article.md, its picture and numbers, a few minutes
 # make bench  the performance record: docs/benchmarks/performance.md, its pictures and numbers, some 25 minutes
 # make bench-stability  StabilityBench: docs/benchmarks/stability_bench.md, its pictures and numbers, 2.3 core hours
@@ -17,7 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-large bench-histories bench-attention accelerators docs api conformance dist lowest clean
+.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-large bench-histories bench-attention accelerators docs api notebooks conformance dist lowest clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -98,6 +99,9 @@ accelerators:
 
 api: $(VENV)/.installed
 	$(BIN)/python docs/build_api.py
+
+notebooks: $(VENV)/.installed
+	$(BIN)/python docs/build_notebooks.py
 
 # Both generators build the same mkdocs.yml; MkDocs checks links and fails on a warning, Zensical is its successor.
 docs: api

@@ -19,10 +19,16 @@ from running import ROOT
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"[-x]?\d+\.\d+(e[+-]\d+)?|\d+e[+-]\d+")
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
+NOTEBOOKS = {str(page.relative_to(ROOT)) for page in PAGES if page.parent.name == "notebooks"}
 WITH_PYTHON = [str(page.relative_to(ROOT)) for page in PAGES if "```python\n" in page.read_text()]
-SLOW = {f"docs/{name}.md" for name in ("flax", "recipes", "state/held")} | {
-    f"docs/{name}/index.md" for name in ("accumulation", "attention", "preflight", "recovery", "report", "smoothing")
-}
+SLOW = (
+    NOTEBOOKS
+    | {f"docs/{name}.md" for name in ("flax", "recipes", "state/held")}
+    | {
+        f"docs/{name}/index.md"
+        for name in ("accumulation", "attention", "preflight", "recovery", "report", "smoothing")
+    }
+)
 
 
 def run(text: str, names: dict[str, Any]) -> str:
@@ -51,6 +57,7 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(
     for block in BLOCK.finditer(text):
         language, code = block.groups()
         if language == "python":
+            assert max(map(len, code.splitlines())) <= 120  # the site has room for as many (docs/assets/site.css)
             printed, ended = run(code, names), block.end()
             for promised in re.findall(r'\A\s*It prints "(.*?)"', text[ended:]):
                 assert printed.startswith(promised + "\n")
