@@ -279,7 +279,11 @@ def measure(size: Size, path: Path | None, seconds: float, fresh: bool, arms: di
         results = old
     cells = [(f"{optimizer} {name}", optimizer, arm) for name, arm in arms.items() for optimizer in OPTIMIZERS]
     pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    todo = {cell: pool.submit(program, *of, size, text) for cell, *of in cells if cell not in results["cells"]}
+    todo = {
+        cell: pool.submit(program, optimizer, arm, size, text)
+        for cell, optimizer, arm in cells
+        if cell not in results["cells"]
+    }
     before = time.perf_counter()
     for cell, compiled in todo.items():
         try:

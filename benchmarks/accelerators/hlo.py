@@ -92,10 +92,18 @@ class Count(NamedTuple):
     conditionals: tuple[Branches, ...] = ()
 
     def __add__(self, other: "Count") -> "Count":  # type: ignore[override]
-        return Count(*(a + b for a, b in zip(self, other, strict=True)))
+        return Count(
+            self.bytes + other.bytes,
+            self.main + other.main,
+            self.kernels + other.kernels,
+            self.copies + other.copies,
+            self.conditionals + other.conditionals,
+        )
 
     def __mul__(self, times: int) -> "Count":  # type: ignore[override]
-        return Count(*(x * times for x in self[:4]), self.conditionals)
+        return Count(
+            self.bytes * times, self.main * times, self.kernels * times, self.copies * times, self.conditionals
+        )
 
 
 class Sent(NamedTuple):

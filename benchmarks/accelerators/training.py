@@ -55,7 +55,7 @@ def training_row(step: Step, chip: Any) -> Measured:
     program = compiled(train, (params, jax.eval_shape(tx.init, params), tokens), chip)
     seconds = time.perf_counter() - start
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    return counted(step.name, program, taken(step), size, seconds)
+    return counted(step.name, program, taken(step, chip.platform), size, seconds)
 
 
 def _transformer() -> tuple[PyTree, Callable[[PyTree, jax.Array], jax.Array]]:

@@ -106,8 +106,9 @@ def make_runner(task: Task, build: Build, seeds: list[int]) -> Callable[[Lanes, 
         def body(carry: Any, index: jax.Array) -> Any:
             batches = jax.vmap(lambda key: task.batch(jax.random.fold_in(key, index)))(keys)
             rows = None if faults is None else jax.tree.map(lambda x: x[:, index], faults)
-            *carry, seen = jax.vmap(step, in_axes=(0, 0, 0, None, None))(lanes, *carry, batches, rows)
-            return tuple(carry), seen
+            params, state = carry
+            params, state, seen = jax.vmap(step, in_axes=(0, 0, 0, None, None))(lanes, params, state, batches, rows)
+            return (params, state), seen
 
         (last, state), seen = jax.lax.scan(body, (params, state), jnp.arange(task.steps))
         last = jax.vmap(evaluated)(last, state)

@@ -473,7 +473,7 @@ def _draw(name: str, stream: Words, updates: PyTree, mask: Mask | None, sigma: j
         del words
         return zeros_sharded_as(leaf, dtype), zeros_sharded_as(leaf, jnp.uint32)
 
-    return cond_or_select(on, lambda: sample(normal), lambda: sample(nothing))
+    return cond_or_select(on, lambda: sample(normal), lambda: sample(nothing), selects=("gpu", "tpu"))
 
 
 def _add(updates: PyTree, draw: _Draw, sigma: jax.Array) -> PyTree:
