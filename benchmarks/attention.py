@@ -55,7 +55,7 @@ class Size(NamedTuple):
     batch: int = 16
 
 
-MOMENTS = Size(steps=400, rates=(3e-2, 1e-1), width=32, context=32)  # five core minutes on a CPU
+MOMENTS = Size(steps=300, warmup=50, rates=(1e-1, 3e-1), layers=2, width=16, context=32, batch=8)  # minutes on a CPU
 QUICK = Size(steps=20, warmup=5, seeds=2, rates=(1e-2, 1e-1), layers=2, width=16, context=16, batch=4)
 
 
@@ -333,7 +333,7 @@ def generated(results: dict[str, Any]) -> str:
 
 def generated_moments(results: dict[str, Any]) -> str:
     """The table of the moments."""
-    said = "Cells as in the tables below; `benchmarks/results/attention_moments.json`."
+    said = "Cells as in the tables above; `benchmarks/results/attention_moments.json`."
     return "\n\n".join(
         (f"{_measured(results, 'python benchmarks/attention.py --moments')} {said}", *_tables(results, MOMENTS_ARMS))
     )

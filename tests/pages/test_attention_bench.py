@@ -62,6 +62,26 @@ def test_every_arm_takes_a_step_from_a_traced_rate(optimizer: str, name: str) ->
     assert jax.eval_shape(step, jnp.float32(0.1))["layers"]["query"].shape == params["layers"]["query"].shape
 
 
+def test_the_study_of_moments_scales_those_of_queries_and_keys_and_no_others() -> None:
+    params = jax.tree.map(jnp.asarray, study.draw(0, TINY, study.read_text()).params)
+    maxima = {"layers": jnp.full((TINY.layers, study.HEADS), 4 * study.THRESHOLD)}  # factors of 1/2 for both sides
+
+    @jax.jit
+    def moments(params: optax.Params) -> list[optax.Params]:
+        states = []
+        for arm in study.MOMENTS_ARMS.values():
+            tx = arm.wrap(optax.adam(0.1))
+            _, state = og.apply_gradients(tx, params, tx.init(params), params, max_logits=maxima)
+            states.append({name: optax.tree.get(state, name)["layers"] for name in ("mu", "nu")})
+        return states
+
+    kept, scaled = moments(params)
+    for name, factor in (("mu", 0.5), ("nu", 0.25)):
+        for leaf, moment in kept[name].items():
+            expected = factor * moment if leaf in ("query", "key") else moment
+            np.testing.assert_allclose(scaled[name][leaf], expected, rtol=1e-6)
+
+
 def test_a_cell_is_summed_up_as_one_counts_by_hand() -> None:
     largest = np.arange(2 * 3 * 60, dtype=float).reshape(2, 3, 60)
     held_out = np.array([[1.0, 2.0, 3.0], [1.0, np.nan, np.inf]])
@@ -76,6 +96,8 @@ def test_the_page_says_what_the_results_say() -> None:
     results = json.loads(study.RESULTS.read_text())
     assert marked(study.PAGE.read_text(), "tables") == study.generated(results).strip()
     assert results["cells"].keys() == {f"{optimizer} {name}" for name in study.ARMS for optimizer in study.OPTIMIZERS}
+    moments = json.loads(study.MOMENTS_RESULTS.read_text())
+    assert marked(study.PAGE.read_text(), "moments") == study.generated_moments(moments).strip()
     assert results["setting"]["size"]["seeds"] >= 5
     untreated = [
         np.median(results["cells"][f"{optimizer} none"]["largest_at_end"], axis=1) for optimizer in study.OPTIMIZERS
