@@ -254,3 +254,11 @@ def test_accumulation_in_accumulation() -> None:
     for size in (1.0, 3.0):
         params, state = og.apply_gradients(tx, jnp.full(1, size), state, params)
     np.testing.assert_allclose(params, -2.0)
+
+
+def test_a_guard_inside_sees_the_gradient_of_a_weighted_cycle_of_one_and_not_its_sum() -> None:
+    tx = og.accumulate(og.guard(optax.sgd(1.0), recorder_rows=2), 1)
+    state = tx.init(jnp.ones(1))
+    assert state.cycle_max_logits == ()  # without `qk_clip` there is nothing to keep
+    _, state = og.apply_gradients(tx, jnp.full(1, 3.0), state, jnp.ones(1), weight=4.0)
+    assert og.flight_log(state)["grad_norm"].tolist() == [3.0]

@@ -126,6 +126,16 @@ def test_the_form_of_a_gpu_has_no_conditional_and_that_of_a_cpu_no_selection() -
         assert "select(" not in texts[form]
 
 
+def test_an_optimizer_that_usually_runs_is_no_conditional_on_a_gpu(standard_promotion: None) -> None:
+    found = {}
+    for tx in (og.loss_scaling(optax.sgd(1.0)), og.accumulate(optax.sgd(1.0), 2)):
+        params = jnp.ones(2)
+        with form_of("gpu"):
+            step = jax.jit(lambda p, s, tx=tx: og.apply_gradients(tx, p, s, p)).lower(params, tx.init(params))
+        found[type(tx.init(params)).__name__] = "conditional(" in step.compile().as_text()
+    assert found == {"LossScalingState": False, "AccumulateState": True}
+
+
 # Why a conditional is one on every platform.
 CONDITIONALS = {
     "_common/forms.py": "the form itself",

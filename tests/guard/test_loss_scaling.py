@@ -171,6 +171,12 @@ def test_parameters_keep_their_dtype_under_gradients_of_a_wider_one() -> None:
     assert (new, new.dtype) == (0.5, jnp.float16)
 
 
+@pytest.mark.parametrize("bound", ["init", "min_scale", "max_scale"])
+def test_the_bounds_of_the_scale_are_known_before_a_step(bound: str) -> None:
+    with pytest.raises(ValueError, match=f"loss_scaling: `{bound}` must be a number in .*traced"):
+        jax.eval_shape(lambda x: og.loss_scaling(optax.sgd(1.0), **{bound: x}).init(PARAMS), 2.0)
+
+
 def test_a_new_scale_has_seen_no_overflow() -> None:
     state = tuple(og.loss_scaling(optax.identity(), init=4.0, hysteresis=3).init(PARAMS))
     assert [x.item() for x in state[1:]] == [4.0, 0, 3, False, 0]

@@ -11,6 +11,8 @@ from compiling import quick_jit
 from test_rungs import LARGE, NAN, Run, guarded, poisoned
 
 import optax_guard as og
+from optax_guard import _guard
+from optax_guard.recovery._start import Start
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -131,3 +133,29 @@ def test_a_guard_scales_the_step_after_trouble_both_ways() -> None:
     (params, _), (updates, _) = steps(jnp.ones(2), state, jnp.zeros(2))
     np.testing.assert_allclose(params, -0.5, rtol=1e-6)
     np.testing.assert_allclose(updates, -0.5, rtol=1e-6)
+
+
+def test_a_healthy_step_after_a_held_one_is_no_trouble() -> None:
+    run = Run(guarded(og.reset_moments(after=5))).go(LARGE, NAN)
+    assert run.metrics["guard/trouble_in_row"] == 2
+    assert run.go(0.5).metrics["guard/trouble_in_row"] == 0
+
+
+def test_a_new_start_begins_at_the_parameters_of_its_step_and_waits_for_one_that_is_taken() -> None:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda u: jnp.where(u == 7, jnp.nan, -0.01 * u), updates), state
+
+    inner = optax.GradientTransformation(lambda params: {"origin": jax.tree.map(jnp.asarray, params)}, update)
+    settings = _guard.Settings((Start(),), 10, 50, 64, check_updates=True, mask=None, axis_name=None)
+    run = Run(_guard.guarded("guard", inner, (og.clip_by_norm_history(),), settings)).go(1e6, *[0.5] * 8)
+    assert run.state.recovery_state.start_state.spoilt
+    run.go(7.0)  # the step of the new start, whose update is held
+    assert run.log["event"][-1] == "nonfinite_update"
+    assert run.state.rule_states[0].norms_seen == 10
+    run.go(0.5)  # and the one after it counts as trouble
+    before = run.params
+    run.go(0.5)
+    assert run.metrics["guard/start_reset_total"] == 1
+    assert run.state.rule_states[0].norms_seen == 0
+    jax.tree.map(np.testing.assert_array_equal, run.state.guarded_state["origin"], before)
+    assert run.go(0.5).state.rule_states[0].norms_seen == 1

@@ -243,11 +243,15 @@ def test_after_a_step_the_ladder_looks_and_remembers_by_its_rules() -> None:
         plan = _ladder.plan(LADDER, state, seen, PARAMS)._replace(state=state)
         after = _ladder.After(applied, bad_update, ONE, ONE, lambda: PARAMS, moments, lambda *_: PARAMS)
         events = _ladder._has_events(LADDER, plan, seen, applied)
-        return *(_ladder.finish(LADDER, plan, seen, after, quiet) for quiet in (False, True)), events
+        ends = (_ladder.finish(LADDER, plan, seen, after, quiet) for quiet in (False, True))
+        return *ends, events, plan.resets | plan.rewinds
 
-    got, quiet, events = jax.device_get(quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite))
+    got, quiet, events, recovers = jax.device_get(
+        quick_jit(jax.vmap(finish))(states, seen, applied, bad_update, finite)
+    )
     before, after, after_quiet = fields(states), fields(got), fields(quiet)
     assert 0.1 < events.mean() < 0.9
+    assert events[recovers].all()
     for i in range(CASES):
         assert events[i] or all(np.array_equal(numbers[i], after_quiet[name][i]) for name, numbers in after.items()), i
         expected = finished(case(states, i), case(seen, i), applied[i], bad_update[i], bool(finite[i]), sums)
@@ -301,6 +305,7 @@ def test_an_update_moves_what_is_at_most_a_rounding_of_float32_larger(dtype: Any
 def test_the_sums_of_a_leaf_that_are_not_finite_count_as_zero() -> None:
     tree = {"a": jnp.array([3.0, -1.0]), "b": jnp.array([1.0, jnp.inf]), "c": None}
     np.testing.assert_array_equal(fingerprints(tree, None), [[10, 2], [0, 0], [0, 0]])
+    assert fingerprints({}, None).shape == (0, 2)
 
 
 def test_a_complex_leaf_has_moved_if_its_imaginary_part_has() -> None:
@@ -333,3 +338,12 @@ def test_a_reset_reaches_moments_and_their_age_and_nothing_beside_them() -> None
     apart = {"counter": used.age, "optimizer": used}  # a counter beside no moment is a schedule's
     inner = optax.GradientTransformation(lambda p: {"counter": init(p).age, "optimizer": init(p)}, inner.update)
     assert reset_state(inner, apart, params)["counter"] == 1
+
+
+def test_a_narrow_snapshot_narrows_real_floats_alone() -> None:
+    ladder = _ladder.as_ladder("guard", (og.rewind(keep=1, dtype=jnp.bfloat16),), LADDER.inner, 50, None)
+    state = _ladder.init_ladder(ladder, {"z": jnp.ones(2, jnp.complex64), "w": jnp.ones(2)}, jnp.zeros((), jnp.int32))
+    (snapshot,) = state.rewind_state.snapshots
+    assert {leaf.dtype for leaf in jax.tree.leaves(snapshot)} == {
+        jnp.dtype(x) for x in ("complex64", "bfloat16", "int32")
+    }

@@ -105,7 +105,9 @@ def test_a_state_of_many_runs_reads_as_those_of_its_members() -> None:
     np.testing.assert_array_equal(og.leaf_log(state).steps, [log.steps for log in logs])
 
     story = halted(state, params)
-    assert story.startswith("1 of 3 members of this state halted: 1. The first of them halted at step 0 after 1 non-")
+    assert story.startswith(
+        "1 of 3 members of this state halted: 1. The first of them halted at step 0 after 1 non-finite step "
+    )
     assert "the gradient of `a` held NaN" in story
     cleared = og.clear_halt(state)
     og.raise_if_halted(cleared)
