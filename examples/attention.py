@@ -1,6 +1,6 @@
 """Attention logits that explode at a learning rate that is too large, and two ways to hold them.
 
-    python examples/attention.py            # two to three minutes on two cores; a table, and attention.png
+    python examples/attention.py            # two minutes on two cores; a table, and attention.png
     python examples/attention.py --quick    # a short mode, to see that it runs
     python examples/attention.py --learning-rate 0.1
 
@@ -82,7 +82,7 @@ def train(tx: Any, batches: np.ndarray, characters: int, width: int, name: str) 
 def main(arguments: list[str] | None = None) -> None:
     """Trains three times, prints a table and draws the largest logits."""
     parser = argparse.ArgumentParser(description="Attention logits with and without a clip.")
-    parser.add_argument("--steps", type=int, default=300, help="training steps per arm (default: 300)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps per arm (default: 200)")
     parser.add_argument("--learning-rate", type=float, default=0.03, help="of Adam (default: 0.03)")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the picture (default: attention.png)")
     parser.add_argument("--quick", action="store_true", help="40 steps of a small model: to see that it runs")

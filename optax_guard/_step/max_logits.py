@@ -74,15 +74,20 @@ def layers_of(function: str, max_logits: Any, wanted: dict[str, jax.Array]) -> d
         got = max_logits[layer]
         if getattr(got, "shape", None) != array.shape:
             kind = f"has shape {got.shape}" if hasattr(got, "shape") else f"is a {type(got).__name__}"
+            cure = "Correct the heads in `layers`, or pass the maxima of this layer."
+            if getattr(got, "shape", ())[-array.ndim :] == array.shape:
+                cure = "Take the largest over the axes in front, as in `maxima.max(axis=0)` for a batch."
             raise ValueError(
                 f"{function}: `max_logits` of layer {layer!r} {kind}, but `layers` of `qk_clip` finds weights for "
-                f"{array.shape} heads there. {HOW_TO_OBTAIN}"
+                f"{array.shape} heads there. {cure} {HOW_TO_OBTAIN}"
             )
     return {layer: max_logits[layer] for layer in wanted}
 
 
 def _shapes(layers: dict[str, Any]) -> str:
-    return ", ".join(f"{layer!r}: {np.shape(array)}" for layer, array in layers.items())
+    return ", ".join(
+        f"{layer!r}: {x.shape if hasattr(x, 'shape') else f'a {type(x).__name__}'}" for layer, x in layers.items()
+    )
 
 
 def over_devices(max_logits: PyTree, axis_name: AxisName | None) -> PyTree:

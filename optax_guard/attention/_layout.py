@@ -196,7 +196,8 @@ def find_layers(function: str, layouts: tuple[AttentionLayout, ...], params: PyT
         if not paths:
             raise ValueError(
                 f"{function}: `layers` finds no leaf `{layout.query[0].path}` below a path that matches "
-                f"{layout.layers!r}; the leaves are {list(shapes)}."
+                f"{layout.layers!r}; the leaves are {list(shapes)}. Take the description of the library that made "
+                "them, or write an `AttentionLayout`."
             )
         for path in paths:
             if path in found:

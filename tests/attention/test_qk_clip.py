@@ -163,8 +163,12 @@ def test_an_infinite_threshold_watches_and_scales_nothing() -> None:
     [
         (None, ["none were passed", "'block/attention': (4,)", "max_attention_logits"]),
         ({"block": np.ones(4, np.float32)}, ["'block/attention': (4,)", "'block': (4,)", "max_attention_logits"]),
-        ({"block/attention": np.ones(5, np.float32)}, ["has shape (5,)", "(4,) heads", "`layers`"]),
-        ({"block/attention": np.ones((1, 4), np.float32)}, ["has shape (1, 4)", "(4,) heads"]),
+        (
+            {"block/attention": np.ones(5, np.float32)},
+            ["has shape (5,)", "(4,) heads", "Correct the heads in `layers`"],
+        ),
+        ({"block/attention": np.ones((1, 4), np.float32)}, ["has shape (1, 4)", "(4,) heads", "maxima.max(axis=0)"]),
+        ({"block": {"attention": np.ones(4, np.float32)}}, ["'block/attention': (4,)", "'block': a dict"]),
         ({"block/attention": np.ones(4, np.int32)}, ["`block/attention`", "int32[4]", "float array [heads]"]),
         ({"block/attention": None}, ["`block/attention`", "None", "Leave out layers without attention"]),
         ({"block/attention": {"nested": np.ones(4, np.float32)}}, ["'block/attention' is a dict", "(4,) heads"]),
@@ -192,7 +196,7 @@ def refused(params: Any, layers: Any, *words: str) -> None:
 def test_a_description_that_fits_nothing_or_half_lists_the_leaves_it_saw() -> None:
     params = KINDS["linen"].params
     refused(params, og.equinox_attention(4), "query_proj/weight", "block/attention/query/kernel", "scale")
-    refused(params, og.linen_attention("decoder/*"), "'decoder/*'", "block/attention/query/kernel")
+    refused(params, og.linen_attention("decoder/*"), "'decoder/*'", "block/attention/query/kernel", "`AttentionLayout`")
     half = {"attention": {side: params["block"]["attention"][side] for side in ("query", "value")}}
     refused(half, og.linen_attention(), "half", "attention/key/kernel", "attention/value/kernel")
     beside = {
