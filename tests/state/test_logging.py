@@ -127,6 +127,6 @@ def test_a_scan_returns_every_step() -> None:
 
 
 def test_the_numbers_are_ready_for_json() -> None:
-    numbers = run_block("Numbers")["numbers"]
+    numbers = run_block("Metrics as numbers")["numbers"]
     assert json.loads(json.dumps(numbers)) == numbers
     assert numbers["guard/worst_leaf"] == -1
