@@ -102,6 +102,14 @@ def test_work_is_done_only_where_its_result_is_used(inside: Callable[..., Any]) 
     assert "conditional(" in text
 
 
+def test_where_jit_is_disabled_only_the_branch_that_is_taken_runs() -> None:
+    ran: list[str] = []
+    with jax.disable_jit():
+        for taken in (True, False):
+            cond_or_select(jnp.array(taken), lambda: ran.append("act"), lambda: ran.append("hold"))
+    assert ran == ["act", "hold"]
+
+
 def test_the_platform_is_a_constant_of_the_lowered_program() -> None:
     traced = jax.jit(lambda: lowered_for(("gpu",))).trace()
     for platform, expected in (("cpu", "false"), ("tpu", "false"), ("cuda", "true"), ("rocm", "true")):

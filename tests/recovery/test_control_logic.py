@@ -136,7 +136,7 @@ def test_a_guard_scales_the_step_after_trouble_both_ways() -> None:
 
 
 def test_a_healthy_step_after_a_held_one_is_no_trouble() -> None:
-    run = Run(guarded(og.reset_moments(after=5))).go(LARGE, NAN)
+    run = Run(guarded(og.reset_moments(after=5))).go(NAN, LARGE)
     assert run.metrics["guard/trouble_in_row"] == 2
     assert run.go(0.5).metrics["guard/trouble_in_row"] == 0
 

@@ -13,6 +13,7 @@ from compiling import quick_jit
 import optax_guard as og
 from optax_guard._common.extra import tag_in
 from optax_guard.report import load_log, read_log, save_log, story
+from optax_guard.state import _events
 
 ROWS = 32
 TX = og.guard(optax.sgd(0.1), og.skip_large(10.0), og.clip_by_global_norm(1.0), halt_after=3, recorder_rows=ROWS)
@@ -36,12 +37,13 @@ def run(sizes: list[float], log_events: Callable[..., None], params: Any = PARAM
 @pytest.mark.parametrize("every", [1, 3])
 def test_each_event_is_told_once_at_any_cadence(every: int) -> None:
     sizes = [0.5] * 24
-    sizes[3], sizes[4], sizes[10], sizes[14] = NAN, 50.0, float("inf"), 8.0
+    sizes[1], sizes[3], sizes[4], sizes[10], sizes[14] = NAN, NAN, 50.0, float("inf"), 8.0
     told: list[str] = []
     log_events = og.event_logger(told.append, every=every)
     _, state = run(sizes, log_events)
     log_events(state, PARAMS, wait=True)
     assert told == [
+        "step 1: held: the gradient of `dense` held NaN (batch 101)",
         "step 3: held: the gradient of `dense` held NaN (batch 103)",
         "step 4: held, rule 0 refused it: the gradient norm was 50, most of it in `dense`, loss 50 (batch 104)",
         "step 10: held: the gradient of `dense` held Inf, or numbers too large to square in float32 (above 1.8e19) "
@@ -70,8 +72,8 @@ def test_a_restored_state_is_told_from_where_it_stands() -> None:
     run([0.5] * 4, log_events, params, state)  # a new process does not tell the old NaN again
     assert told == []
     later = run([0.5] * 9, log_events, params, state)[1]
-    run([0.5, NAN, 0.5, 0.5, 0.5], log_events, params, state)  # back to an earlier checkpoint
-    assert [line.split(":")[0] for line in told] == ["step 6"]
+    run([NAN, NAN, 0.5, 0.5, 0.5], log_events, params, state)  # back to an earlier checkpoint
+    assert [line.split(":")[0] for line in told] == ["step 5", "step 6"]
     assert int(later.guard_step) == 14
 
 
@@ -102,6 +104,17 @@ def test_members_that_took_fewer_steps_are_told_of_too() -> None:
         state = many(jnp.array(sizes), state)
         log_events(state, PARAMS, wait=True)
     assert [line.split(":")[0] for line in told] == ["member 0, step 4", "member 1, step 3", "member 1, step 5"]
+    log_events(jax.tree.map(lambda x: x[0], state), PARAMS, wait=True)  # one of them alone is another run
+
+
+def test_events_are_told_two_looks_later_and_once_where_steps_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_events, "_is_ready", lambda _: False)
+    told: list[str] = []
+    log_events = og.event_logger(told.append)
+    params, state = run([*[0.5] * 4, NAN, 0.5], log_events)
+    assert told == []
+    run([0.5, 0.5, 0.5, 0.5], log_events, params, state)
+    assert [line.split(":")[0] for line in told] == ["step 4"]
 
 
 def test_a_quiet_look_fetches_nothing_and_compiles_nothing() -> None:
