@@ -70,6 +70,7 @@ def test_preflight_reports_every_head_and_the_range_of_trouble(tmp_path: Path) -
     assert "that of head 1 of `blocks_1`; 1 of 4 heads have passed 1000" in finding
     assert report.stable_learning_rates is not None
     assert report.preconditioned_eigenvalues is not None
+    assert report.stable_learning_rates.optimizer is not None
     np.testing.assert_allclose(  # the clip hides no constant
         report.stable_learning_rates.optimizer, 38 / report.preconditioned_eigenvalues[0], rtol=1e-4
     )
