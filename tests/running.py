@@ -17,10 +17,10 @@ SECONDS = 240  # below pytest's own limit, which would leave the process behind
 
 
 def example(
-    *arguments: str, script: str = "quickstart.py", compile_fast: bool = False
+    *arguments: str, script: str = "quickstart.py", compile_fast: bool = False, columns: int = 120
 ) -> subprocess.CompletedProcess[str]:
     """`python examples/script arguments`, in a process of its own; `compile_fast` for one that hardly computes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
     if compile_fast:
         environment["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick_flags()])
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
