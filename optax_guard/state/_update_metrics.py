@@ -17,6 +17,7 @@ from optax_guard._common.tree import (
 )
 from optax_guard._common.typing import AxisName, PyTree
 from optax_guard._step.observe import gradient_statistics
+from optax_guard._step.reading import is_traced
 
 __all__ = ["update_metrics"]
 
@@ -63,7 +64,8 @@ def update_metrics(
       A dict of 0-d arrays, which can be joined with those of `metrics(state)`: `metrics(state) | update_metrics(...)`.
 
     Raises:
-      ValueError: the trees differ in structure or shape, or a leaf is not an array (the message names the leaf).
+      ValueError: the trees differ in structure or shape, a leaf is not an array (the message names the leaf), or
+        `before` was donated and is deleted.
 
     Example:
       >>> import optax
@@ -82,6 +84,12 @@ def update_metrics(
     name = "update_metrics"
     validate.boolean(name, "leaves", leaves)
     validate.axis_name(name, axis_name)
+    arrays = [leaf for leaf in jax.tree.leaves(before) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
+    if any(array.is_deleted() for array in arrays):
+        raise ValueError(
+            f"{name}: `before` was donated to the step and is deleted; keep a copy, jax.tree.map(jnp.copy, params), "
+            "before you call it."
+        )
     before, after = as_arrays(name, before), as_arrays(name, after)
     check_same_shapes(name, "after", after, "before", before)
     check_same_shapes(name, "before", before, "after", after)  # a None stands for anything on one side only

@@ -116,3 +116,10 @@ def test_sharded_parameters_have_the_norm_of_the_whole() -> None:
 def test_trees_that_differ_are_named_by_leaf(after: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"update_metrics: .*{message}"):
         og.update_metrics({"w": jnp.ones(2), "b": jnp.ones(1)}, after)
+
+
+def test_parameters_that_were_donated_are_told_to_be_copied() -> None:
+    before = {"w": jnp.ones(2)}
+    before["w"].delete()
+    with pytest.raises(ValueError, match=r"update_metrics: `before` was donated .* jax.tree.map\(jnp.copy, params\)"):
+        og.update_metrics(before, {"w": jnp.ones(2)})
