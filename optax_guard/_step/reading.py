@@ -125,7 +125,7 @@ def what_was_seen(row: Any, names: list[str], *, every_leaf: bool = False) -> st
     return "the gradient was finite, but a rule returned a scale that was not, or that made it overflow"
 
 
-def batches(tags: Iterable[int]) -> str:
+def batches(tags: Iterable[Any]) -> str:
     """The batches of some steps, as a message adds them: " (batch 7)", " (batches 7, 9)"; empty without tags."""
     known = list(dict.fromkeys(int(tag) for tag in tags if tag >= 0))
     if not known:

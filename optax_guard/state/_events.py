@@ -140,8 +140,9 @@ class _Look(NamedTuple):
 
 def _first_steps(known: np.ndarray | None, halted: jax.Array) -> np.ndarray:
     """The first step of each member that has not been reported; -1 before the first look."""
-    fits = known is not None and known.shape == halted.shape
-    return known if fits else np.full(halted.shape, -1, np.int32)
+    if known is not None and known.shape == halted.shape:
+        return known
+    return np.full(halted.shape, -1, np.int32)
 
 
 def _look(recorder: FlightRecorder, halted: jax.Array, first: np.ndarray, every: int) -> jax.Array:
