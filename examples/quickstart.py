@@ -66,9 +66,9 @@ class Arm(NamedTuple):
 class Batches(NamedTuple):
     """What is read at every step: the digits, and how the batch is corrupted."""
 
-    index: np.ndarray  # [steps, seeds, BATCH]
-    scale: np.ndarray  # [steps]: 1 or 1e4
-    nan: np.ndarray  # [steps]: whether a pixel is NaN
+    rows: Any  # i64[steps, seeds, BATCH]
+    scale: Any  # f32[steps]: 1 or 1e4
+    nan: Any  # bool[steps]: whether a pixel is NaN
 
 
 class Record(NamedTuple):
@@ -129,18 +129,17 @@ def train(
     params: Any,
     rates: np.ndarray,
     loss_fn: Callable[..., jax.Array],
-    pixels: np.ndarray,
-    labels: np.ndarray,
+    pixels: jax.Array,
+    labels: jax.Array,
     batches: Batches,
     tick: Callable[[], None],
 ) -> tuple[Any, Any, Record]:
     """Trains one arm at all learning rates from all seeds at once: parameters, optimizer states and the record."""
-    pixels, labels = jnp.asarray(pixels), jnp.asarray(labels)
 
     def step(rate: jax.Array, params: Any, state: Any, batch: Batches) -> Any:
-        inputs = pixels[batch.index] * batch.scale
+        inputs = pixels[batch.rows] * batch.scale
         inputs = inputs.at[0, 10].set(jnp.where(batch.nan, jnp.nan, inputs[0, 10]))  # one pixel of one image
-        loss, grads = jax.value_and_grad(loss_fn)(params, inputs, labels[batch.index])
+        loss, grads = jax.value_and_grad(loss_fn)(params, inputs, labels[batch.rows])
         new_params, state = og.apply_gradients(arm.make(rate), grads, state, params, value=loss)
         finite = jnp.all(og.gradient_statistics(new_params).finite)
         same = jax.tree.map(lambda a, b: jnp.all(a == b), params, new_params)
@@ -150,15 +149,15 @@ def train(
     over_both = jax.vmap(over_seeds, in_axes=(0, 0, 0, None))
 
     def body(carry: Any, batch: Batches) -> Any:
-        *carry, seen = over_both(rates, *carry, batch)
-        return tuple(carry), seen
+        params, state, seen = over_both(jnp.asarray(rates), carry[0], carry[1], batch)
+        return (params, state), seen
 
     run = jax.jit(lambda carry, part: jax.lax.scan(body, carry, part))
     repeated = jax.tree.map(lambda x: jnp.stack([x] * len(rates)), params)
     init = jax.vmap(lambda rate, params: jax.vmap(arm.make(rate).init)(params))
-    carry = repeated, init(jnp.asarray(rates), repeated)
+    carry: Any = repeated, init(jnp.asarray(rates), repeated)
     parts: list[Any] = []
-    for start in range(0, len(batches.index), CHUNK):
+    for start in range(0, len(batches.rows), CHUNK):
         chunk = jax.tree.map(lambda x, start=start: x[start : start + CHUNK], batches)
         if parts and not parts[-1][1][-1].any():  # all are dead: NaN stays NaN
             loss, finite, moved = parts[-1]
@@ -167,7 +166,8 @@ def train(
             carry, part = run(carry, chunk)
             parts.append(jax.device_get(part))
         tick()
-    return *carry, Record(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    params, state = carry
+    return params, state, Record(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def deaths(record: Record) -> list[list[int | None]]:
@@ -183,7 +183,7 @@ def outcome(record: Record, accuracy: np.ndarray) -> dict[str, Any]:
     return {"accuracy": np.round(accuracy, 4).tolist(), "dead": deaths(record), "still": still.sum(axis=0).tolist()}
 
 
-def between(numbers: list[Any], form: str = "{}") -> str:
+def between(numbers: Any, form: str = "{}") -> str:
     """'3', or '3-5': the smallest and the largest number."""
     low, high = form.format(min(numbers)), form.format(max(numbers))
     return low if low == high else f"{low}-{high}"
@@ -294,7 +294,7 @@ def panel(axis: Any, records: dict[str, Record], outcomes: dict[str, Any], fault
 
 def picture(records: dict[str, Record], outcomes: dict[str, Any], rates: np.ndarray, faults: Any, path: Path) -> None:
     """A panel for each learning rate."""
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, len(rates), figsize=(12, 5), layout="constrained", sharey=True)
         for i, (axis, rate) in enumerate(zip(axes, rates, strict=True)):
@@ -338,8 +338,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"--out: there is no folder {options.out.parent}")
     steps, count = (150, 2) if options.quick else (options.steps, options.seeds)
     seeds = range(options.seed, options.seed + count)
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = (digits.data / 16).astype(np.float32)[..., None]  # [1797, 64, 1], in 0 to 1
+    labels = jnp.asarray(digits.target)
     order = np.random.default_rng(0).permutation(len(pixels))
     test, train_set = order[:360], order[360:]
     batches, faults = make_batches(steps, seeds, train_set)
@@ -361,7 +362,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for name, arm in ARMS.items():
             task = progress.add_task(arm.label, total=steps // CHUNK)
             last, states[name], records[name] = train(
-                arm, params, rates, loss_fn, pixels, digits.target, batches, lambda task=task: progress.advance(task)
+                arm,
+                params,
+                rates,
+                loss_fn,
+                jnp.asarray(pixels),
+                labels,
+                batches,
+                lambda task=task: progress.advance(task),
             )
             right = np.mean(np.asarray(classify(last)) == digits.target[test], axis=-1)
             outcomes[name] = outcome(records[name], right)

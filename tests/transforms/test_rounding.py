@@ -80,7 +80,7 @@ def rounding(key: Any = 5) -> optax.GradientTransformationExtraArgs:
     return og.stochastic_rounding(key)
 
 
-def tree(dtype: Any = jnp.bfloat16) -> dict[str, jax.Array]:
+def tree(dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     return {
         "full": jnp.linspace(0.3, 0.7, 16, dtype=jnp.float32),
         "narrow": jnp.ones((SIZE, SIZE), dtype),
@@ -213,7 +213,8 @@ def test_a_function_of_key_step_and_path_alone() -> None:
         return og.apply_gradients(tx, jax.tree.map(jnp.ones_like, params), state, params)[0]
 
     def state_of(params: Any, key: Any = 5, step: int = 0) -> Any:
-        before, own = optax.chain(sgd(), rounding(key)).init(params)
+        state: Any = optax.chain(sgd(), rounding(key)).init(params)
+        before, own = state
         return before, own._replace(rounding_step=jnp.asarray(step, jnp.int32))
 
     small, large = {"m": {"w": ones}}, {"a": ones, "m": {"b": ones, "w": ones}}
