@@ -120,6 +120,7 @@ OWNERS = {
         "guard/test_loss_scaling.py",
         "guard/test_loss.py::test_a_loss_called_loss_goes_in_as_it_came_and_as_value",
         "guard/test_overflow.py::test_unscaling_by_a_scale_below_1_holds_what_overflows",
+        "common/test_forms.py",
     ),
 }
 

@@ -4,6 +4,7 @@
 snapshot; then `finish` checks the moments and takes snapshots when they are due. Each rung is in a file of its own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -241,17 +242,21 @@ def around(
     snapshots on would copy them there.
     """
 
-    def eventful() -> tuple[tuple[Any, ...], Any]:
-        # What looks at the result reads it, and does not compute it again from what it replaces.
-        taken = _written(step(*_recovered(ladder, planned, begin)))
-        return taken, finish(ladder, planned, seen, after(*taken), quiet=False)
-
     def quiet() -> tuple[tuple[Any, ...], Any]:
         taken = step(*begin)
         return taken, finish(ladder, planned, seen, after(*taken), quiet=True)
 
+    if ladder is None or planned is None or (ladder.reset is None and ladder.rewind is None):
+        return quiet()
+    recovered = functools.partial(_recovered, ladder, planned, begin)
+
+    def eventful() -> tuple[tuple[Any, ...], Any]:
+        # What looks at the result reads it, and does not compute it again from what it replaces.
+        taken = _written(step(*recovered()))
+        return taken, finish(ladder, planned, seen, after(*taken), quiet=False)
+
     found = _has_events(ladder, planned, seen, applied)
-    return quiet() if found is None else lax.cond(found | ~lowered_for(("gpu", "tpu")), eventful, quiet)
+    return lax.cond(found | ~lowered_for(("gpu", "tpu")), eventful, quiet)
 
 
 def started(ladder: Ladder | None, planned: Plan | None, params: PyTree, inner_state: PyTree) -> PyTree:
@@ -336,13 +341,11 @@ def _diverged(watch: Any, factor: float | None, seen: Seen) -> jax.Array:
     return jnp.zeros((), bool) if factor is None or seen.value is None else loss_above(watch, factor)
 
 
-def _has_events(ladder: Ladder | None, planned: Plan | None, seen: Seen, applied: jax.Array) -> jax.Array | None:
-    """Whether this step may reset, rewind, look at the moments or take a snapshot; None if no step of it can.
+def _has_events(ladder: Ladder, planned: Plan, seen: Seen, applied: jax.Array) -> jax.Array:
+    """Whether this step may reset, rewind, look at the moments or take a snapshot.
 
     Under `vmap` JAX selects between the branches, which it refuses for snapshots in the host's memory.
     """
-    if ladder is None or planned is None or (ladder.reset is None and ladder.rewind is None):
-        return None
     if ladder.rewind is not None and ladder.rewind.memory == "host":
         return jnp.ones((), bool)
     found = planned.resets | planned.rewinds
@@ -353,14 +356,12 @@ def _has_events(ladder: Ladder | None, planned: Plan | None, seen: Seen, applied
     return found
 
 
-def _recovered(ladder: Ladder | None, planned: Plan | None, begin: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+def _recovered(ladder: Ladder, planned: Plan, begin: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
     """The parameters and inner state from which the step starts: unchanged, reset, or from a snapshot.
 
     There is one `lax.cond` after another, each of the form (change, keep), before that of the step. As branches of the
     step's own cond, they would cost up to three copies of the parameters in JAX 0.10.
     """
-    if ladder is None or planned is None:
-        return begin
     if ladder.reset is not None:
         begin = start_anew(planned.resets, ladder.inner, *begin)
     if ladder.rewind is not None:
