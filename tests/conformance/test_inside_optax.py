@@ -34,7 +34,7 @@ def mixed_trees() -> tuple[Any, Any]:
     }
 
 
-@each(STRICT)
+@each(in_part(STRICT))
 def test_leaves_without_a_gradient_pass_untouched_and_odd_shapes_are_handled(entry: Entry) -> None:
     tx = entry.make_strict()
     params, grads = mixed_trees()

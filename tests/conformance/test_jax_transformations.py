@@ -20,6 +20,7 @@ from conforming import (
     assert_close,
     assert_same_bits,
     each,
+    in_part,
     quick_step,
     run,
     stepper,
@@ -76,7 +77,7 @@ def test_a_step_is_a_branch_of_cond(entry: Entry) -> None:
         )
 
 
-@each(ENTRIES)
+@each(in_part(ENTRIES))
 def test_replicas_under_vmap_equal_replicas_alone(entry: Entry) -> None:
     tx, step, _ = stepper(entry)
     gradients = [GRADS[1], BAD_GRADS]

@@ -57,7 +57,7 @@ def mapped_step(tx: Any, state: Any) -> Callable:
     )
 
 
-@each([entry for entry in ENTRIES if entry.takes_axis_name])
+@each(in_part([entry for entry in ENTRIES if entry.takes_axis_name]))
 def test_shard_map_with_axis_name_equals_jit_and_one_bad_shard_gives_one_verdict(entry: Entry) -> None:
     one_bad_shard = jax.tree.map(lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, np.nan, x), GRADS[1])
     losses = np.linspace(0.25, 0.75, 8, dtype=np.float32)  # their mean is LOSS
