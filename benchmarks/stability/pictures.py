@@ -30,8 +30,8 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def heat_of_tasks(columns: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Regret of methods (rows) on tasks (columns)."""
-    names, tasks = list(METHODS), list(columns)
+    """Regret of the methods that have run (rows) on tasks (columns)."""
+    names, tasks = [m for m in METHODS if any(m in column for column in columns.values())], list(columns)
     grid = np.array([[np.mean(columns[t][m]) if m in columns[t] else np.nan for t in tasks] for m in names])
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(2.6 + 0.9 * len(tasks), 1.6 + 0.27 * len(names)), layout="constrained")
