@@ -134,8 +134,7 @@ def _loss(axis: Any, log: TrainingLog, theme: Theme) -> None:
         axis.plot(rows["step"][finite][-1], values[-1], "X", color=theme.line, markersize=9, label="the end of the run",
                   markeredgecolor=theme.background)  # fmt: skip
     axis.grid(color=theme.faint, linewidth=0.5)
-    if axis.get_legend_handles_labels()[0]:
-        _legend(axis, theme, "best")
+    _legend(axis, theme, "best")
 
 
 def _norms(axis: Any, log: TrainingLog, theme: Theme) -> None:
@@ -173,13 +172,9 @@ def _logits(axis: Any, log: TrainingLog, theme: Theme) -> None:
     if growth is not None:
         axis.scatter(rows["step"][growth.begin], rows["max_logit"][growth.begin], s=24, color=theme.after, zorder=3,
                      label="began to grow")  # fmt: skip
-    bad = (rows["logit_head"] >= 0) & ~np.isfinite(rows["max_logit"])
-    if bad.any():
-        axis.scatter(rows["step"][bad], np.ones(bad.sum()), s=24, marker="v", color=theme.events["nonfinite"],
-                     clip_on=False, zorder=4, transform=axis.get_xaxis_transform(), label="NaN or Inf")  # fmt: skip
+    _not_finite(axis, rows["step"][(rows["logit_head"] >= 0) & ~np.isfinite(rows["max_logit"])], theme)
     axis.grid(color=theme.faint, linewidth=0.5)
-    if axis.get_legend_handles_labels()[0]:
-        _legend(axis, theme)
+    _legend(axis, theme)
 
 
 def _verdicts(axis: Any, log: TrainingLog, theme: Theme, narrow: bool, below: float) -> None:
@@ -284,4 +279,5 @@ def _not_finite(axis: Any, steps: np.ndarray, theme: Theme) -> None:
 
 
 def _legend(axis: Any, theme: Theme, place: str = "upper left") -> None:
-    axis.legend(loc=place, fontsize=8, labelcolor=theme.ink, facecolor=theme.background, edgecolor=theme.faint)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc=place, fontsize=8, labelcolor=theme.ink, facecolor=theme.background, edgecolor=theme.faint)
