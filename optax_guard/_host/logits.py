@@ -1,4 +1,4 @@
-"""The attention logits that a loss returns beside itself, per layer and head, and in which range trouble begins."""
+"""The attention logits that a loss returns beside itself, per layer and head."""
 
 from typing import Any, NamedTuple
 
@@ -9,9 +9,9 @@ import numpy as np
 from optax_guard._common.tree import variable_free_names
 from optax_guard._common.typing import PyTree
 from optax_guard._host.terminal import number, shown, text_table
-from optax_guard._step.max_logits import TROUBLE, head_name, heads_of, max_logits_in
+from optax_guard._step.max_logits import TROUBLE, TROUBLE_IN_WORDS, head_name, heads_of, max_logits_in
 
-__all__ = ["LayerLogits", "largest_of", "layer_logits", "logit_finding", "logit_table", "maxima_in", "trouble"]
+__all__ = ["LayerLogits", "largest_of", "layer_logits", "logit_finding", "logit_table", "maxima_in"]
 
 _HEADS = 8  # the most heads of a layer that a table shows one by one
 
@@ -69,7 +69,7 @@ def logit_finding(logits: tuple[LayerLogits, ...]) -> str | None:
     heads = [head > TROUBLE[0] for layer in logits for head in layer.maxima]
     return (
         f"The largest attention logit is {number(logit, 4)}, that of {whose}; {sum(heads)} of {len(heads)} heads have "
-        f"passed {TROUBLE[0]:g}; {trouble()}. See `qk_clip`."
+        f"passed {TROUBLE[0]:,.0f}; {TROUBLE_IN_WORDS}. See `qk_clip`."
     )
 
 
@@ -83,9 +83,4 @@ def logit_table(logits: tuple[LayerLogits, ...]) -> str:
         every = " ".join(map(number, maxima[:_HEADS])) + (" ..." if len(maxima) > _HEADS else "")
         rows.append((shown(layer, 40), number(maxima[head], 4), str(head), every))
     table = text_table(("attention layer", "largest logit", "head", "all heads"), rows)
-    return f"{table}\n({trouble()})"
-
-
-def trouble() -> str:
-    """The range in which trouble begins, in words."""
-    return f"trouble has begun at {TROUBLE[0]:g} to {TROUBLE[1]:g}, in bfloat16 earlier"
+    return f"{table}\n({TROUBLE_IN_WORDS})"

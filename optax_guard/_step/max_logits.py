@@ -20,6 +20,7 @@ from optax_guard._common.typing import AxisName, PyTree
 __all__ = [
     "HOW_TO_OBTAIN",
     "TROUBLE",
+    "TROUBLE_IN_WORDS",
     "Largest",
     "as_finite",
     "from_finite",
@@ -37,6 +38,7 @@ HOW_TO_OBTAIN = (
     "`max_attention_logits` from the loss function, or what `collect_max_logits` finds in Flax's layers."
 )
 TROUBLE = (1e3, 1e4)  # Kimi K2 (arXiv 2507.20534) reports 1e3; small models failed near 1e4 (arXiv 2309.14322)
+TROUBLE_IN_WORDS = "trouble has begun at {:,.0f} to {:,.0f}, in bfloat16 earlier".format(*TROUBLE)
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 

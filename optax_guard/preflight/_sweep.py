@@ -9,14 +9,13 @@ import numpy as np
 import optax
 
 from optax_guard._common import validate
-from optax_guard._common.tree import as_arrays, path_name
+from optax_guard._common.tree import as_arrays, large_as_inf, path_name
 from optax_guard._common.typing import PyTree
-from optax_guard._host.logits import trouble
 from optax_guard._host.loss import problem
 from optax_guard._host.terminal import number, plain, text_table
 from optax_guard._step.act import Start, take_step
 from optax_guard._step.gradient import Gradient
-from optax_guard._step.max_logits import largest
+from optax_guard._step.max_logits import TROUBLE_IN_WORDS, largest
 from optax_guard._step.observe import gradient_statistics
 
 __all__ = ["LearningRateSweep", "learning_rate_sweep"]
@@ -49,7 +48,7 @@ class LearningRateSweep(NamedTuple):
             columns += ["largest logit", "growth"]
             for row, logits in zip(rows, self.max_logits, strict=True):
                 row += [number(float(logits[-1]), 4), f"x{logits[-1] / logits[0]:.3g}"]
-            note = f"\n(attention logits of the last step; {trouble()})"
+            note = f"\n(attention logits of the last step; {TROUBLE_IN_WORDS})"
         return (
             f"learning rate sweep: {self.losses.shape[1]} steps, initial loss {self.initial_loss:.5g}, "
             f"best {number(self.best)}, sensitivity {self.sensitivity:.4g}\n\n" + text_table(columns, rows) + note
@@ -132,7 +131,7 @@ def learning_rate_sweep(
     """
     name = "learning_rate_sweep"
     try:
-        with np.errstate(over="ignore"):  # 1e300 is Inf, and refused
+        with large_as_inf():  # which is refused
             rates = np.asarray(learning_rates, np.float32)
     except (TypeError, ValueError, OverflowError):  # text, complex numbers, a tracer
         rates = np.zeros(0)

@@ -7,7 +7,7 @@ import numpy as np
 
 from optax_guard._common.tree import leaves_with_none, path_hash, variable_free_names
 from optax_guard._common.typing import PyTree
-from optax_guard._step.max_logits import TROUBLE, head_name, heads_of
+from optax_guard._step.max_logits import TROUBLE, TROUBLE_IN_WORDS, head_name, heads_of
 
 __all__ = ["LogitGrowth", "LogitLog", "growth_of", "logit_log", "logit_sentences", "usable"]
 
@@ -116,10 +116,7 @@ def _alarm(rows: np.ndarray, log: LogitLog, good: np.ndarray) -> str:
     if log.layers[above[0]] in log.thresholds:
         limit = _number(limits[above[0]])
         return f" It was above the threshold of `qk_clip`, {limit}, in {count}, first in {first}."
-    return (
-        f" It was above {_number(TROUBLE[0])} in {count}, first in {first}; trouble has begun at "
-        f"{_number(TROUBLE[0])} to {_number(TROUBLE[1])}, in bfloat16 earlier: see `qk_clip`."
-    )
+    return f" It was above {_number(TROUBLE[0])} in {count}, first in {first}; {TROUBLE_IN_WORDS}: see `qk_clip`."
 
 
 def _forecast(rows: np.ndarray, log: LogitLog, good: np.ndarray, growth: LogitGrowth | None) -> str:
@@ -136,12 +133,12 @@ def _forecast(rows: np.ndarray, log: LogitLog, good: np.ndarray, growth: LogitGr
     limit, what = TROUBLE[0], "where trouble has begun"
     if (layer := log.layers[part[-1]]) in log.thresholds:
         limit, what = log.thresholds[layer], "the threshold of `qk_clip`"
-    ahead = (np.log(limit) - height) / slope if slope > 0 else np.inf
-    if not 0 < ahead <= 4 * recorded:
+    left = np.log(limit) - height
+    if not 0 < left <= 4 * recorded * slope:
         return ""
     return (
         f" At its present pace, doubling every {_number(np.log(2) / slope)} steps, it passes {_number(limit)}, "
-        f"{what}, near step {steps[-1] + ahead:.0f}."
+        f"{what}, near step {steps[-1] + left / slope:.0f}."
     )
 
 
@@ -158,11 +155,11 @@ def _paths(params: PyTree | None) -> list[str]:
     found: dict[str, None] = {"(root)": None}
     for name, leaf in zip(variable_free_names(params), leaves_with_none(params), strict=True):
         parts = name.split("/")
-        stack = np.shape(leaf)[:1]
-        for start in range(min(2, len(parts) - 1)):
+        shape = np.shape(leaf)
+        for start in (0, 1):
             for stop in range(start + 1, len(parts)):
                 path = "/".join(parts[start:stop])
                 found[path] = None
-                if np.ndim(leaf) > 2 and stack[0] <= _LONGEST_STACK:
-                    found |= {f"{path}[{i}]": None for i in range(stack[0])}
+                if len(shape) > 2 and shape[0] <= _LONGEST_STACK:
+                    found |= {f"{path}[{i}]": None for i in range(shape[0])}
     return list(found)

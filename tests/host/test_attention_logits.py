@@ -65,9 +65,9 @@ def test_preflight_reports_every_head_and_the_range_of_trouble(tmp_path: Path) -
     for each in report.logits:
         np.testing.assert_allclose(each.maxima, expected(params, X)[each.layer], rtol=1e-4)
     text = str(report)
-    assert "trouble has begun at 1000 to 10000" in text
+    assert "trouble has begun at 1,000 to 10,000" in text
     (finding,) = (each for each in report.findings if "logit" in each)
-    assert "that of head 1 of `blocks_1`; 1 of 4 heads have passed 1000" in finding
+    assert "that of head 1 of `blocks_1`; 1 of 4 heads have passed 1,000" in finding
     assert report.stable_learning_rates is not None
     assert report.preconditioned_eigenvalues is not None
     assert report.stable_learning_rates.optimizer is not None
