@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from optax_guard._common.tree import large_as_inf
+
 __all__ = ["compiled_once"]
 
 
@@ -49,7 +51,7 @@ def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run(*arguments: Any) -> Any:
     """A plain function between `call` and the compiled one, so that a pickle of `call` holds a name and no program."""
-    with np.errstate(over="ignore"):  # 1e300 is Inf in float32
+    with large_as_inf():
         return _program(*arguments)
 
 

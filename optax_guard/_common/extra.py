@@ -16,6 +16,7 @@ import numpy as np
 
 from optax_guard._common import validate
 from optax_guard._common.axes import axis_names, max_over, mean_over
+from optax_guard._common.tree import large_as_inf
 from optax_guard._common.typing import AxisName
 
 __all__ = ["is_number", "loss_in", "named_by", "representable", "tag_in", "warn_of_misspellings", "with_value"]
@@ -38,7 +39,7 @@ def loss_in(function: str, extra: dict[str, Any], axis_name: AxisName | None = N
         got = f"an array of shape {np.shape(loss)}" if is_number(loss) else f"{loss!r}"
         raise ValueError(f"{function}: `value` must be the scalar loss; got {got} (a `loss` is used as `value`).")
     if not hasattr(loss, "dtype"):  # a Python number has no dtype of its own
-        with np.errstate(over="ignore"):  # 1e300 is Inf in float32
+        with large_as_inf():
             array = jnp.asarray(loss, jnp.complex64 if isinstance(loss, complex) else jnp.float32)
     else:
         array = jnp.asarray(loss)

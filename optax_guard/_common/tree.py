@@ -6,6 +6,7 @@ hence no position in either tree.
 """
 
 import collections
+import contextlib
 import fnmatch
 import zlib
 from collections.abc import Callable
@@ -38,6 +39,7 @@ __all__ = [
     "is_gradient",
     "is_like",
     "is_per_example",
+    "large_as_inf",
     "leaf_names",
     "leaves_with_none",
     "map_gradients",
@@ -190,8 +192,13 @@ def as_arrays(function: str, tree: PyTree) -> PyTree:
         if isinstance(leaf, int) and abs(leaf) >= 2**63:
             raise ValueError(f"{function}: leaf `{path_name(path)}` is {leaf}, which is too large for an array.")
     # Through NumPy, since `jnp.asarray(1.0)` would be weakly typed, and a state must keep its types.
-    with np.errstate(over="ignore"):  # 1e300 is Inf in float32
+    with large_as_inf():
         return jax.tree.map(lambda leaf: leaf if _is_canonical(leaf) else jnp.asarray(np.asarray(leaf)), tree)
+
+
+def large_as_inf() -> contextlib.AbstractContextManager:
+    """Lets a Python number such as 1e300 become Inf in float32 without a warning from NumPy."""
+    return np.errstate(over="ignore")
 
 
 def _is_array(leaf: Any) -> bool:

@@ -5,12 +5,11 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.axes import axis_names, on_any_device
-from optax_guard._common.extra import is_number, representable
+from optax_guard._common.extra import representable
 from optax_guard._common.forms import cond_or_select
 from optax_guard._common.numerics import widest_accumulator
 from optax_guard._common.tree import (
@@ -19,6 +18,7 @@ from optax_guard._common.tree import (
     check_same_structure,
     is_function,
     is_gradient,
+    large_as_inf,
     leaf_names,
     leaves_with_none,
     path_name,
@@ -165,17 +165,11 @@ def check_reduction(reduction: Any, params: PyTree) -> None:
 def weight_of(extra: dict[str, Any], dtype: Any) -> jax.Array:
     """The call's weight as a scalar; 1 if none was given."""
     given = 1 if extra.get("weight") is None else representable(extra["weight"])
-    if not is_number(given):
-        raise ValueError(f"accumulate: `weight` must be a real scalar; got {validate.shown(given)}.")
-    with np.errstate(over="ignore"):  # 1e300 is Inf in float32
-        weight = jnp.asarray(given)
-    if weight.shape != () or not (
-        jnp.issubdtype(weight.dtype, jnp.integer) or jnp.issubdtype(weight.dtype, jnp.floating)
-    ):
-        raise ValueError(
-            f"accumulate: `weight` must be a real scalar (for instance the number of tokens); got "
-            f"{weight.dtype}{list(weight.shape)}."
-        )
+    expected = "a real scalar (for instance the number of tokens)"
+    with large_as_inf():
+        weight = validate.array("accumulate", "weight", given, expected, kind=jnp.number)
+    if weight.shape != () or jnp.issubdtype(weight.dtype, jnp.complexfloating):
+        raise ValueError(f"accumulate: `weight` must be {expected}; got {weight.dtype}{list(weight.shape)}.")
     return weight.astype(dtype)
 
 
