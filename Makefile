@@ -108,7 +108,7 @@ docs: api
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
 	$(BIN)/mkdocs build --strict --site-dir site/mkdocs
 	$(BIN)/zensical build --clean --strict
-	@echo "open site/index.html"
+	@echo "open site/index.html; for the search: $(PYTHON) -m http.server --directory site"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     pages = {**private_pages(), **top_level_pages()}
     missing = [problem for members in pages.values() for problem in problems(*members)]
     missing += [f"optax_guard.{name} is on no page" for name in og.__all__ if not on_a_page(name, pages)]
+    in_menu = set(re.findall(r": api/(\S+)\.md$", (HERE.parent / "mkdocs.yml").read_text(), re.MULTILINE)) - {"index"}
+    missing += [f"mkdocs.yml: api/{page}.md is not in the menu" for page in pages if page not in in_menu]
+    missing += [f"mkdocs.yml: there is no api/{page}.md" for page in sorted(in_menu) if page not in pages]
     if missing:
         print("\n".join(missing), file=sys.stderr)
         return 1

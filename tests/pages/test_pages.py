@@ -1,6 +1,6 @@
 """The documentation as a whole: links, anchors and mentioned files exist, every page is in the menu, names are real."""
 
-import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -41,10 +41,26 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(prose(file.read_text())), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lists_and_tables_begin_a_block_of_their_own(page: Path) -> None:
+    """Else the site shows them as running text, although other renderers do not."""
+    for block in re.split(r"\n\s*\n", prose(page.read_text())):
+        lines = [line for line in block.splitlines() if not line.startswith("<!--")]
+        for mark in ("- ", "|", "1. "):
+            assert not any(line.startswith(mark) for line in lines) or lines[0].startswith(mark), lines
+
+
 def test_every_page_is_in_the_menu() -> None:
     menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     written = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
     assert written == {page for page in menu if not page.startswith("api/")}
+
+
+def test_every_public_name_is_on_a_page_of_the_reference_which_is_in_the_menu() -> None:
+    spec = importlib.util.spec_from_file_location("build_api", ROOT / "docs" / "build_api.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert build.main(["--check"]) == 0
 
 
 def test_pages_that_code_mentions_exist() -> None:
