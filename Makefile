@@ -5,6 +5,7 @@
 # make fuzz   random stacks under random faults, for SECONDS=3600   make mutants  breaks the control logic and counts the changes that no test detects
 # make dist   builds sdist and wheel in dist/ and checks both: the sdist unpacked, the wheel in an empty environment
 # make lowest some of the tests with the lowest supported JAX, Optax and Flax, in a separate environment
+# make libraries  the programs of docs/libraries.md with the libraries they are for, in a separate environment
 # make docs   the documentation site, in site/   make api  only its reference pages, in docs/api/
 # make notebooks  docs/notebooks: the notebooks of examples/notebooks with their outputs, two minutes each
 # make article  the article's experiments: docs/benchmarks/article.md, its picture and numbers, a few minutes
@@ -18,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo article test test-all upstream fuzz mutants lint bench bench-stability bench-large bench-histories bench-attention accelerators docs api notebooks conformance dist lowest clean
+.PHONY: demo article test test-all libraries upstream fuzz mutants lint bench bench-stability bench-large bench-histories bench-attention accelerators docs api notebooks conformance dist lowest clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
@@ -73,6 +74,17 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --constraint $(LOWEST)/constraints.txt --group test
 	touch $@
 
+# Other libraries in the versions that docs/libraries.md names, with the JAX of `make test`.
+LIBRARIES := .venv-libraries
+libraries: $(LIBRARIES)/.installed
+	$(LIBRARIES)/bin/python -m pytest tests/pages/test_libraries.py
+
+$(LIBRARIES)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LIBRARIES)
+	$(LIBRARIES)/bin/python -m pip install --quiet --upgrade pip
+	$(LIBRARIES)/bin/python -m pip install --quiet --constraint constraints.txt --editable . --group test --group libraries
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -117,4 +129,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .venv-accelerators site docs/api .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(LOWEST) $(LIBRARIES) .venv-accelerators site docs/api .pytest_cache .ruff_cache .hypothesis dist

@@ -34,7 +34,7 @@ def train_step(params: Any, state: Any, size: jax.Array) -> tuple[Any, Any]:
 def block(heading: str) -> str:
     """The code below a heading of the page."""
     section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return "\n".join(re.findall(r"```python[^\n]*\n(.*?)```", section, flags=re.DOTALL))
+    return "\n".join(re.findall(r"```python(?! title=\"not run)[^\n]*\n(.*?)```", section, flags=re.DOTALL))
 
 
 def run_block(heading: str) -> dict[str, Any]:
