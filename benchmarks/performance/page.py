@@ -94,10 +94,11 @@ def shown(x: float) -> str:
 
 
 def cell(row: Row) -> str:
-    """The value with its spread, marked if it misses its target."""
+    """The value with its spread, marked if it misses its target; one of another statistic (`older`) is left out."""
     unit = "" if row.unit in ("x", "") else f" {row.unit}"
     value = str(round(row.value)) if not row.unit else shown(row.value) + unit
-    spread = "" if row.low == row.high else f" ({shown(row.low)} to {shown(row.high)})"
+    low, middle, high = (float(shown(x)) for x in (row.low, row.value, row.high))
+    spread = f" ({shown(row.low)} to {shown(row.high)})" if row.low < row.high and low <= middle <= high else ""
     return value + spread + (", **missed**" if row.met is False else "")
 
 

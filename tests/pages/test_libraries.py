@@ -37,7 +37,8 @@ def test_the_program_runs_with_its_library(
 
 
 def test_each_program_is_installed_by_the_group_in_its_version() -> None:
-    group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["libraries"]
+    text = (ROOT / "pyproject.toml").read_text()
+    group = [re.sub(r"\[.*\]", "", each) for each in tomllib.loads(text)["dependency-groups"]["libraries"]]
     assert sorted(group) == sorted(f"{library}=={version}" for library, version, *_ in PROGRAMS)
 
 

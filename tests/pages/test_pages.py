@@ -50,6 +50,16 @@ def test_lists_and_tables_begin_a_block_of_their_own(page: Path) -> None:
             assert not any(line.startswith(mark) for line in lines) or lines[0].startswith(mark), lines
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_number_lies_in_its_own_interval(page: Path) -> None:
+    """A number and its quartiles are of one statistic, as written: 0.78 (0.80 to 0.88) is not."""
+    text = re.sub(r"(?<=\d)[  ](?=\d{3}\b)", "", page.read_text())
+    number = r"([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
+    for found in re.finditer(rf"(?<![\w.]){number}(?: \w+)? \({number} to {number}(?: \w+)?\)", text):
+        value, low, high = map(float, found.groups())
+        assert low <= value <= high, found[0]
+
+
 def test_every_page_is_in_the_menu() -> None:
     menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     written = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}

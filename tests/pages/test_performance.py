@@ -93,6 +93,7 @@ def test_rows_meet_their_targets_on_the_right_side_and_tables_say_so(tmp_path: P
 
 def test_a_page_says_which_numbers_are_not_of_the_statistic_of_their_brackets() -> None:
     inside, outside = Row("rules", "a", 1.0, 0.9, 1.1), Row("traps", "b", 0.78, 0.8, 0.88)
+    assert "| 0.78 |" in plain([Record("performance-cpu-jax0.0.0", {}, [outside])], [outside])
     assert older([Record("performance-cpu-jax0.0.0", {}, [inside])]) == ""
     told = older([Record("performance-cpu-jax0.0.0", {}, [inside, outside])])
     assert told == "Measured before as ratios of two medians: traps of CPU, JAX 0.0.0."
