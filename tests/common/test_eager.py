@@ -140,19 +140,15 @@ def test_steps_outside_and_inside_of_jit_agree() -> None:
         assert a.dtype == b.dtype
 
 
-@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
 @pytest.mark.parametrize(
     "entry", [pytest.param(e, id=str(e), marks=[] if str(e) in FAST else pytest.mark.slow) for e in ENTRIES]
 )
-def test_a_healthy_step_outside_of_jit_passes_where_jax_looks_for_bad_numbers(entry: Entry, flag: str) -> None:
-    jax.config.update(flag, True)
-    try:
+def test_a_healthy_step_outside_of_jit_passes_where_jax_looks_for_bad_numbers(entry: Entry) -> None:
+    with jax.debug_nans(True), jax.debug_infs(True):
         for by_update in (False, True):
             step = stepped(entry.make(), by_update)
             for i in (1, 2):  # a gradient of zeros is no number to be careful with
                 step(i)
-    finally:
-        jax.config.update(flag, False)
 
 
 def test_what_is_published_passes_there_too_and_so_does_a_gradient_of_zeros() -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parts import in_part
 from registry import ENTRIES, Entry
 
 import optax_guard as og
@@ -22,10 +23,7 @@ from optax_guard._common.tree import count_true
 
 each = functools.partial(pytest.mark.parametrize, "entry", ids=str)
 STRICT = [entry for entry in ENTRIES if entry.strict]
-# One entry in four in `make test`, all of them in `make test-all`: a program is traced half a dozen times for each.
-SPREAD = [
-    pytest.param(entry, id=str(entry), marks=[] if i % 4 == 0 else pytest.mark.slow) for i, entry in enumerate(ENTRIES)
-]
+SPREAD = in_part(ENTRIES, every=4)  # a program is traced half a dozen times for each
 
 
 def numbers(*shape: int) -> np.ndarray:
@@ -107,7 +105,7 @@ def test_leaves_of_one_path_name_have_names_noise_and_counts_of_their_own() -> N
     np.testing.assert_array_equal(updates["c"], alone["c"])
 
 
-@each(ENTRIES)
+@each(SPREAD)
 def test_python_numbers_are_arrays_without_dimensions(entry: Entry) -> None:
     def types(tree: Any) -> Any:
         steps = jax.eval_shape(lambda: take_steps(entry.make(), tree, tree))

@@ -62,11 +62,6 @@ STATES.append(og.state.FlightRecorder)
 each = functools.partial(pytest.mark.parametrize, "entry", ids=str)
 
 
-def in_part(entries: list[Entry] | tuple[Entry, ...]) -> list[Any]:
-    """One in three for `make test`, all for `make test-all`: of what has to be compiled once for each entry."""
-    return [pytest.param(e, id=str(e), marks=[] if i % 3 == 0 else pytest.mark.slow) for i, e in enumerate(entries)]
-
-
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
 
 

@@ -7,8 +7,9 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import pytest
-from conforming import GRADS, PARAMS, STATEFUL, assert_same_bits, each, in_part, quick_step, run, stepper
+from conforming import GRADS, PARAMS, STATEFUL, assert_same_bits, each, quick_step, run, stepper
 from helpers import through_orbax
+from parts import in_part
 from registry import Entry
 
 import optax_guard as og

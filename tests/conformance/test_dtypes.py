@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 from conforming import DTYPES, PARAMS, STRICT, as_dtype, each, enable_x64, types, x64_for
+from parts import in_turn
 from registry import Entry
 
 import optax_guard as og
 
 
-@each(STRICT)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("entry", "dtype"), in_turn(STRICT, dict(zip(DTYPES, DTYPES, strict=True)), every=2))
 def test_state_types_are_fixed_and_updates_have_the_gradients_dtype(entry: Entry, dtype: str) -> None:
     tx = entry.make_strict()
     with x64_for(dtype):

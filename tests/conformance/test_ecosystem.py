@@ -14,6 +14,7 @@ from compiling import quick_jit, quick_options
 from conforming import WRAPPERS, each
 from flax import nnx
 from flax.training.train_state import TrainState
+from parts import in_part
 from registry import Entry
 
 import optax_guard as og
@@ -27,7 +28,7 @@ INPUTS = np.ones((4, 3), np.float32)
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@each(WRAPPERS)
+@each(in_part(WRAPPERS, first=0))
 def test_nnx_optimizer_trains_passes_the_loss_and_metrics_reads_its_state(entry: Entry) -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, entry.make(learning_rate=0.01), wrt=nnx.Param)
@@ -51,7 +52,7 @@ def test_nnx_optimizer_trains_passes_the_loss_and_metrics_reads_its_state(entry:
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@each(WRAPPERS)
+@each(in_part(WRAPPERS, first=1))
 def test_linen_train_state_trains(entry: Entry) -> None:
     model = nn.Dense(2)
     state = TrainState.create(
@@ -69,7 +70,7 @@ def test_linen_train_state_trains(entry: Entry) -> None:
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@each(WRAPPERS)
+@each(in_part(WRAPPERS, first=2))
 def test_equinox_models_train_with_the_gradient_of_filter_grad_and_with_filtered_params(entry: Entry) -> None:
     tx = entry.make(learning_rate=0.01)
     model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))  # its activation is a leaf that is no array

@@ -23,7 +23,7 @@ from fuzz import (
 from registry import ENTRIES, NOT_TRANSFORMATIONS, PUBLIC
 
 STACKS = deal(0)
-FAST = 4  # every fourth runs in `make test`; a stack compiles two whole steps
+FAST = 8  # every eighth runs in `make test`; a stack compiles two whole steps
 
 
 def test_the_stacks_use_everything_public() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 from compiling import quick_jit
-from conforming import GRADS, PARAMS, assert_close, each, in_part, run, stepper
+from conforming import GRADS, PARAMS, assert_close, each, run, stepper
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from parts import in_part, in_turn
 from registry import ENTRIES, Entry
 
 import optax_guard as og
@@ -21,8 +22,10 @@ def on_mesh(kind: AxisType, *trees: Any) -> Any:
     return jax.device_put(trees, NamedSharding(mesh, PartitionSpec("x")))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
-@each(in_part(ENTRIES))
+KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@pytest.mark.parametrize(("entry", "kind"), in_turn(ENTRIES, KINDS, every=5))
 def test_sharded_over_eight_devices_equals_unsharded(entry: Entry, kind: AxisType) -> None:
     gradients = GRADS[1:]
     with entry.promotion():

@@ -248,12 +248,18 @@ def test_growth_along_time_is_the_gain_of_a_linear_recurrence() -> None:
 # The whole
 
 
-def test_the_reference_transformer_is_audited_within_a_minute_with_a_progress_bar(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "layers"),
+    [(4, 8, 8, 2), pytest.param(16, 64, 64, 3, marks=pytest.mark.slow)],
+    ids=["small", "reference"],
+)
+def test_a_transformer_is_audited_within_a_minute_with_a_progress_bar(
+    batch: int, length: int, width: int, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph, state = nnx.split(Transformer(96, 64, layers=3, rngs=nnx.Rngs(0)), nnx.Param)
+    model = Transformer(96, length, width=width, heads=4, layers=layers, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(state)
-    tokens = np.random.default_rng(0).integers(0, 96, (16, 65))
+    tokens = np.random.default_rng(0).integers(0, 96, (batch, length + 1))
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, nnx.State(params))(tokens[:, :-1])
@@ -265,7 +271,7 @@ def test_the_reference_transformer_is_audited_within_a_minute_with_a_progress_ba
     assert time.process_time() - start < 240  # wall time is 30 s on two idle cores; CPU time is what others cannot slow
     assert "preflight" in screen.getvalue()
     growth = {each.name: each for each in report.growth}
-    assert growth["blocks/*"].positions == ("0", "1", "2")
+    assert growth["blocks/*"].positions == tuple(map(str, range(layers)))
     assert report.loss == pytest.approx(np.log(96), rel=0.1)
     assert report.preconditioned_eigenvalues
     text = str(report)

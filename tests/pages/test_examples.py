@@ -11,6 +11,7 @@ from benchmarks import quickstart
 from benchmarks.marked import marked
 
 
+@pytest.mark.slow  # a minute of CPU: five arms, compiled as users compile them
 def test_quickstart_shows_five_arms_of_which_the_guarded_ones_live(tmp_path: Path) -> None:
     run = example("--quick", "--out", str(tmp_path / "picture.png"), columns=80)
     assert run.returncode == 0, run.stderr

@@ -134,6 +134,7 @@ def test_methods_that_need_a_second_moment_run_only_where_there_is_one() -> None
     assert ("faults:sgd", "spam") not in pairs
 
 
+@pytest.mark.slow  # 20 s of CPU: three cells
 def test_a_short_run_tells_a_bare_optimizer_from_a_guarded_one() -> None:
     cells = {f"{where} {name}": run_cell(where, name, SMALL) for where in ("faults:sgd",) for name in ("none", "guard")}
     bare, guarded = (cells[f"faults:sgd {name}"]["faults"] for name in ("none", "guard"))
