@@ -73,6 +73,36 @@ def test_every_public_name_is_on_a_page_of_the_reference_which_is_in_the_menu() 
     assert build.main(["--check"]) == 0
 
 
+def sources_of(command: str) -> list[Path]:
+    """The files of the program that a line of the shell runs: a script, or a module with its siblings."""
+    script, module = re.search(r"python3? (?:(?!-)(\S+\.py)|-m (\S+))", command).groups()
+    if script:
+        return [ROOT / script]
+    place = ROOT / module.replace(".", "/")
+    return [*place.glob("*.py"), place.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_have_the_programs_and_options_that_pages_write(page: Path) -> None:
+    text = page.read_text()
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    lines = [line for line in lines if re.search(r"^\S*\bpython3? ", line)]
+    lines += re.findall(r"`((?:\.venv/bin/)?python [^`]*)`", prose(text))
+    for line in lines:
+        command = line.split(" #")[0].replace("\n", " ")
+        if re.search(r"-m (pytest|http\.server|pip)\b", command) or command.endswith("python"):
+            continue
+        files = [file for file in sources_of(command) if file.is_file()]
+        assert files, command
+        source = "".join(file.read_text() for file in files)
+        for option in re.findall(r" (--[\w-]+)", command):
+            assert f'"{option}"' in source, f"{command}: {option}"
+    makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
+    for target in re.findall(r"(?:`|^)make ([a-z.][\w./-]*)", text, re.MULTILINE):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), f"make {target}"
+
+
 def test_pages_that_code_mentions_exist() -> None:
     files = [
         file for folder in ("optax_guard", "tests", "examples", "benchmarks") for file in (ROOT / folder).rglob("*.py")
