@@ -273,6 +273,38 @@ def test_a_guard_is_put_in_and_taken_out_in_place() -> None:
         remove_guard(optimizer, model, optax.sgd(0.1))
 
 
+ADAM = optax.adam(0.05)
+IN_FLIGHT = {
+    "chain(clip, tx)": optax.chain(optax.clip_by_global_norm(1.0), ADAM),
+    "apply_if_finite": optax.apply_if_finite(ADAM, 5),
+    "MultiSteps": optax.MultiSteps(ADAM, 4),
+}
+GUARDED = (og.stabilize(ADAM), og.stabilize(ADAM, max_change=0.01), og.guard(ADAM, og.skip_spikes()))
+
+
+@pytest.mark.parametrize("before", IN_FLIGHT)
+def test_a_guard_comes_into_both_of_flaxs_classes_from_what_people_have_around_their_optimizer(before: str) -> None:
+    """And rules and bounds are added and removed later, which is the same call; the moments go along."""
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, IN_FLIGHT[before], wrt=nnx.Param)
+    state = train_state.TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=IN_FLIGHT[before])
+    state = state.replace(opt_state=jax.tree.map(lambda x: jnp.full_like(x, 3), state.opt_state))
+    (adam,) = (part for part in jax.tree.leaves(optimizer.opt_state, is_leaf=is_adam) if is_adam(part))
+    for tx in (*GUARDED, GUARDED[0]):
+        add_guard(optimizer, model, tx)
+        (now,) = (part for part in jax.tree.leaves(optimizer.opt_state, is_leaf=is_adam) if is_adam(part))
+        assert now.mu["kernel"] is adam.mu["kernel"]
+        assert now.count is adam.count
+        state = state.replace(tx=tx, opt_state=og.add_guard_state(tx, state.params, state.opt_state))
+        (moments,) = (part for part in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(part))
+        assert int(moments.count) == 3
+        np.testing.assert_array_equal(moments.mu["w"], 3)
+
+
+def is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
 def test_an_optimizer_that_trains_some_variables_has_them_named() -> None:
     model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.LoRA(2, 2, 2, rngs=nnx.Rngs(1)))
     optimizer = Optimizer(model, og.guard(optax.sgd(0.1), halt_after=1, recorder_rows=4), wrt=nnx.LoRAParam)
