@@ -45,10 +45,17 @@ from optax_guard._step.updates import add_updates, bad_updates
 from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.recovery import _ladder
 
-__all__ = ["HOLDING", "GuardState", "Settings", "guard", "guarded"]
+__all__ = ["HOLDING", "BoundedState", "GuardState", "Settings", "guard", "guarded"]
 
 _CODE = {name: code for code, name in enumerate(EVENTS)}
 _EVENT_ORDER = ("halted", "nonfinite", "nonfinite_update", "skipped", "recovery", "let_through", "clipped")
+
+
+class BoundedState(NamedTuple):
+    """What `stabilize` guards if it bounds the step."""
+
+    optimizer_state: optax.OptState
+    bound_state: Any  # `StepGrowthState` or `LimitStepState`
 
 
 class GuardState(NamedTuple):

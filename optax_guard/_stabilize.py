@@ -5,22 +5,23 @@ You want                                       Use
 =============================================  =====================================================================
 faults and spikes in the data held or clipped  `stabilize(optimizer)`
 a hard bound on the gradient norm as well      `stabilize(optimizer, max_norm=1.0)`
-protection from too large a learning rate      `stabilize(optimizer, max_change=0.01)`
+a hard bound on the step, too                  `stabilize(optimizer, max_change=0.01)`
 an unattended run                              `stabilize(optimizer, recovery=(reset_moments(), back_off(), rewind()))`
 =============================================  =====================================================================
 
 Like `guard`, it goes around the whole optimizer and inside `accumulate`.
 """
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import optax
 
 from optax_guard._common import validate
-from optax_guard._common.tree import check_has_params, resolve_mask
+from optax_guard._common.extra import with_names_of
+from optax_guard._common.tree import check_has_params, find_states, resolve_mask
 from optax_guard._common.typing import AxisName, Mask, PyTree, ScalarOrSchedule
-from optax_guard._guard import Settings, guarded
+from optax_guard._guard import BoundedState, Settings, guarded
 from optax_guard._step.act import as_transformation
 from optax_guard._step.judge import Rule, Verdict, rule
 from optax_guard._step.observe import GradientStatistics
@@ -29,16 +30,20 @@ from optax_guard.recovery._start import Start
 from optax_guard.rules._norm_history import clip_by_norm_history
 from optax_guard.rules._skip import skip_spikes
 from optax_guard.rules._window import validate_scope_and_cap
+from optax_guard.transforms._proximal import ProximalState
+from optax_guard.transforms._step_growth import limit_step_growth
 from optax_guard.transforms._update_bounds import limit_step
 
 __all__ = ["stabilize"]
+
+MaxChange: TypeAlias = ScalarOrSchedule | Literal["gradual"] | None
 
 
 def stabilize(
     inner: optax.GradientTransformation,
     *,
     max_norm: float | None = None,
-    max_change: ScalarOrSchedule | None = None,
+    max_change: MaxChange = "gradual",
     horizon: float = 400.0,
     recovery: tuple[Rung, ...] = (),
     patience: int = 10,
@@ -49,16 +54,16 @@ def stabilize(
 ) -> optax.GradientTransformationExtraArgs:
     """Guards an optimizer against three failure modes: faults, spikes, and steps that are too long.
 
-    guard(chain(inner, limit_step(max_change)), skip_spikes(on="loss"), clip_by_norm_history(horizon, max_norm))
+    guard(chain(inner, limit_step_growth()), skip_spikes(on="loss"), clip_by_norm_history(horizon, max_norm))
 
     The three failure modes and what fixes each:
 
       - Faults: a step whose gradient or loss is not finite is held.
       - Spikes: a step whose loss is far above its own history is held, if the loss is passed as `value=`. A gradient
         norm far above its own history is clipped to the limit of that history, and to `max_norm` if it is given.
-      - Steps that are too long: with `max_change`, no step changes the parameters by more than that fraction of their
-        norm. This is the only protection from a learning rate that is too large, since no clip relative to the history
-        can provide it.
+      - Steps that are too long: no step changes the parameters by more than 1 % of their norm, unless the steps before
+        have grown to where it is, as in a warm-up; a number as `max_change` bounds every step. This is the only
+        protection from a learning rate that is too large, since no clip relative to the history can provide it.
 
     Guarantees:
       - The guarantees of `guard` hold: nothing non-finite is ever applied, a held step leaves no trace, and a flight
@@ -66,7 +71,7 @@ def stabilize(
       - A first gradient that is far too large does not stop the run: if one of the first 16 norms that reached `inner`
         is followed by eight in a row below a thousandth of it, its moments and the rules' histories start anew with the
         next applied step, once per such row. Parameters stay as they are.
-      - Until a rule acts, and while steps are within `max_change`, the result equals that of `inner` up to the
+      - Until a rule acts, and while steps are within the bound, the result equals that of `inner` up to the
         rounding of single operations, as under `guard`.
 
     ===========================================  ===================================================================
@@ -78,10 +83,16 @@ def stabilize(
     first steps                                  the loss is judged from the 16th and the norm from the 2nd step on;
                                                  `max_norm` bounds the first
     first gradient, or several, 1e6 times        the first one passes; its effect on moments and histories is undone
-    too large                                    eight steps later (`reset_start` in the flight log); plain SGD has
-                                                 moved the parameters by then: `max_change` bounds that
+    too large                                    eight steps later (`reset_start` in the flight log); the parameters
+                                                 have moved by at most 1 % a step by then
     healthy norms that fall x1000 within 24      the same, harmless: moments of much larger gradients are forgotten
-    fixed learning rate, far too large           trains with `max_change`; without it, finite but useless
+    fixed learning rate, far too large           bounded by 1 % a step, with which most nets train; some recurrent ones
+                                                 need a number below 0.01 as `max_change`
+    the same after a long warm-up                the bound has grown along; a number as `max_change` does not
+    customary rate, no warm-up, first steps      bounded by 1 % until they ask for less: `limit_step_growth/bound_total`
+    above 1 % (Muon, Adafactor)                  in `metrics` counts them; None if they were meant
+    optimizer without parameters in `update`     an error, unless `max_change` is None
+    `proximal_l1` and the like in `inner`        an error, unless `max_change` is None: a bound belongs inside them
     ===========================================  ===================================================================
 
     In the flight log, rule 0 is the skip of loss spikes and rule 1 is the clip.
@@ -89,9 +100,11 @@ def stabilize(
     Args:
       inner: any Optax transformation: SGD, Adam, Lion, Adafactor, Muon, chains with schedules and weight decay.
       max_norm: an additional fixed bound (> 0) on the gradient norm, as in `clip_by_global_norm`.
-      max_change: a bound on the norm of a step relative to that of the parameters (>= 0): a number, a 0-d array or a
-        schedule. Start with 0.01; for some recurrent networks 0.001 to 0.003 is better. Tune it like a learning rate,
-        by factors of two. None leaves steps unchanged at no cost; a bound writes the update out and reads it once more.
+      max_change: the bound on the norm of a step relative to that of the parameters. "gradual" is that of
+        `limit_step_growth`: 0.01, or three times the average of the steps so far if that is more. A number >= 0, a 0-d
+        array or a schedule is the hard bound of `limit_step`. With Adam's family 0.01 does no harm; for some recurrent
+        networks 0.001 to 0.003 is better. Tune it like a learning rate, by factors of two. None leaves steps unchanged
+        at no cost; either bound writes the update out and reads it once more.
       horizon: the number of steps in which the norm's history follows a change by x100 (see `clip_by_norm_history`).
         The default is four times that rule's own: with 100, an explosion of 5 % a step would be followed and hardly
         clipped.
@@ -106,7 +119,7 @@ def stabilize(
       A transformation for `apply_gradients` and for anything that takes an Optax transformation.
 
     Raises:
-      ValueError: a static argument is invalid.
+      ValueError: a static argument is invalid, or `inner` takes a proximal step and the step is bounded.
 
     Example:
       >>> import optax_guard as og
@@ -126,13 +139,12 @@ def stabilize(
     validate.scalar(name, "horizon", horizon, low=10)
     validate_scope_and_cap(name, "tree", max_norm)
     if max_change is not None:
-        validate.scalar_or_schedule(name, "max_change", max_change, low=0, infinite=True)
-        limit = _max_change(max_change, axis_name)
+        limit = _limit(max_change, axis_name)
         if isinstance(mask, str):
             limit = optax.masked(limit, lambda tree: resolve_mask("stabilize", mask, tree))
         elif mask is not None:
             limit = optax.masked(limit, mask)
-        inner = optax.chain(inner, limit)
+        inner = _bounded(inner, limit)
     rules = _skip_loss_spikes(axis_name), clip_by_norm_history(horizon, max_norm=max_norm, axis_name=axis_name)
     if isinstance(recovery, (tuple, list)):  # else an error says so
         recovery = *recovery, Start()
@@ -140,9 +152,37 @@ def stabilize(
     return guarded(name, inner, rules, settings)
 
 
-def _max_change(max_change: Any, axis_name: AxisName | None) -> optax.GradientTransformationExtraArgs:
-    """`limit_step`, whose error for missing parameters names `stabilize`."""
-    limit = limit_step(max_change, axis_name=axis_name)
+def _bounded(inner: Any, limit: Any) -> optax.GradientTransformationExtraArgs:
+    """`chain(inner, limit)`, whose state tells the optimizer's from the bound's, so that a guard can be taken away."""
+
+    def init(params: optax.Params) -> BoundedState:
+        state = inner.init(params)
+        if find_states(state, ProximalState):
+            raise ValueError(
+                "stabilize: a bound on the step behind a proximal step keeps weights from being exactly zero. Put the "
+                "bound inside and none outside, as in `stabilize(proximal_l1(chain(optimizer, limit_step_growth()), "
+                "...), max_change=None)`."
+            )
+        return BoundedState(state, limit.init(params))
+
+    def update(updates: PyTree, state: BoundedState, params: PyTree | None = None, **extra: Any) -> Any:
+        updates, optimizer_state = inner.update(updates, state.optimizer_state, params, **extra)
+        updates, bound_state = limit.update(updates, state.bound_state, params, **extra)
+        return updates, BoundedState(optimizer_state, bound_state)
+
+    return optax.GradientTransformationExtraArgs(init, with_names_of(inner, update))
+
+
+def _limit(max_change: Any, axis_name: AxisName | None) -> optax.GradientTransformationExtraArgs:
+    """The bound on the step, whose errors name `stabilize`."""
+    if isinstance(max_change, str):
+        if max_change != "gradual":
+            expected = "'gradual', a number in [0, inf], a schedule or None"
+            raise ValueError(f"stabilize: `max_change` must be {expected}; got {max_change!r}.")
+        limit = limit_step_growth(axis_name=axis_name)
+    else:
+        validate.scalar_or_schedule("stabilize", "max_change", max_change, low=0, infinite=True)
+        limit = limit_step(max_change, axis_name=axis_name)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
         check_has_params("stabilize", params, "`max_change`")

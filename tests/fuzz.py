@@ -206,7 +206,8 @@ def build(stack: Stack) -> optax.GradientTransformation:
         elif name == "guard":
             tx = og.guard(tx, og.clip_by_global_norm(2.0), recorder_rows=2 * STEPS)
         elif name == "stabilize":
-            tx = og.stabilize(tx, max_norm=5.0, **ladder, **limits)
+            bound = {"max_change": None} if "proximal" in stack.around else {}  # which stabilize would refuse
+            tx = og.stabilize(tx, max_norm=5.0, **bound, **ladder, **limits)
         elif name == "accumulate":
             tx = og.accumulate(tx, stack.every, on_nonfinite=stack.on_nonfinite)
         elif name == "loss_scaling":

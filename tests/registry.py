@@ -150,7 +150,7 @@ def recovering(learning_rate=0.1, max_norm=1.0, inner=momentum, keep=1, axis_nam
     return og.guard(inner(learning_rate), rule, recorder_rows=4, recovery=rungs, axis_name=axis_name)
 
 
-def stabilized(learning_rate=0.1, max_norm=1.0, inner=momentum, max_change=None, axis_name=None):
+def stabilized(learning_rate=0.1, max_norm=1.0, inner=momentum, max_change="gradual", axis_name=None):
     return og.stabilize(
         inner(learning_rate), max_norm=max_norm, max_change=max_change, recorder_rows=4, axis_name=axis_name
     )
@@ -328,6 +328,7 @@ ENTRIES = (
         ("scope", "axis_name"),
         needs_params=True,
     ),
+    Entry("limit_step_growth", "", og.limit_step_growth, {"start": 0.1}, ("axis_name",), needs_params=True),
     Entry("clip_by_update_norm", "", og.clip_by_update_norm, {"window": 8}, UPDATE_NORM_STATIC),
     Entry(
         "published.clip_by_update_norm", "", og.published.clip_by_update_norm, {"window": 8}, ("window", "axis_name")
@@ -417,6 +418,17 @@ ENTRIES = (
         "",
         stabilized,
         {},
+        ("inner", "max_norm", "max_change", "axis_name"),
+        needs_params=True,
+        wraps=True,
+        holds=True,
+        parameter_copies=1,
+    ),
+    Entry(
+        "stabilize",
+        "unbounded",
+        stabilized,
+        {"max_change": None},
         ("inner", "max_norm", "max_change", "axis_name"),
         wraps=True,
         holds=True,

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,16 @@ from optax_guard._common.axes import axis_names, max_over, mean_over
 from optax_guard._common.tree import large_as_inf
 from optax_guard._common.typing import AxisName
 
-__all__ = ["is_number", "loss_in", "named_by", "representable", "tag_in", "warn_of_misspellings", "with_value"]
+__all__ = [
+    "is_number",
+    "loss_in",
+    "named_by",
+    "representable",
+    "tag_in",
+    "warn_of_misspellings",
+    "with_names_of",
+    "with_value",
+]
 
 _READ = {  # the extra arguments that are read, and what a person may have meant
     "value": "the loss is called `value`",
@@ -27,6 +37,7 @@ _READ = {  # the extra arguments that are read, and what a person may have meant
     "loss": "the loss is called `value`",
     "max_logits": "the largest attention logits are called `max_logits`",
 }
+_NAMES = "__optax_guard_names__"
 _NEAR = 2  # the number of letters that may be changed, added or left out
 
 
@@ -107,10 +118,16 @@ def _warn(name: str, word: str) -> None:
     warnings.warn(f"optax_guard: nothing reads the extra argument `{name}`; {_READ[word]}.", stacklevel=4)
 
 
+def with_names_of(receiver: Any, update: Callable[..., Any]) -> Callable[..., Any]:
+    """An `update` that passes its keywords on to `receiver`, marked with the names that are known there."""
+    setattr(update, _NAMES, named_by(receiver))
+    return update
+
+
 def named_by(receiver: Any) -> set[str]:
     """The named parameters of the `update` of `receiver`."""
     try:
-        return set(inspect.signature(receiver.update).parameters)
+        return getattr(receiver.update, _NAMES, None) or set(inspect.signature(receiver.update).parameters)
     except (AttributeError, TypeError, ValueError):  # no receiver, or a function without a signature
         return set()
 

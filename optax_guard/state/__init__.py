@@ -15,7 +15,7 @@ running statistics kept unchanged on a held step       `keep_if_held`
 The functions are also in `optax_guard` itself; the types of the states are only here.
 """
 
-from optax_guard._guard import GuardState
+from optax_guard._guard import BoundedState, GuardState
 from optax_guard._loss_scaling import LossScalingState
 from optax_guard._step.record import FlightRecorder
 from optax_guard.state._events import event_logger
@@ -25,6 +25,7 @@ from optax_guard.state._migration import add_guard_state, find_inner_state, remo
 from optax_guard.state._update_metrics import update_metrics
 
 __all__ = [
+    "BoundedState",
     "FlightRecorder",
     "GuardState",
     "LossScalingState",

@@ -27,6 +27,7 @@ from optax_guard.recovery._ladder import RecoveryState
 from optax_guard.recovery._rewind import RewindState
 from optax_guard.rules._norm_history import NormHistoryState
 from optax_guard.transforms._published import PublishedUpdateNormState
+from optax_guard.transforms._step_growth import StepGrowthState
 from optax_guard.transforms._update_bounds import ClippyState, LimitStepState, UpdateNormState
 
 __all__ = ["flight_log", "metrics"]
@@ -71,6 +72,8 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     limit_step/step               i32: updates that `limit_step` has seen
     limit_step/bound_total        i32: updates that it scaled down
     limit_step/scale              f32: the smallest factor of a leaf in the last update
+    limit_step_growth/...         the same for `limit_step_growth`, of which the default of `stabilize` is one, and
+                                  average (f32): of the relative changes that its bound follows
     clippy/..., update_norm/...   the same for `clippy` and for `clip_by_update_norm` (without `step`)
     published_update_norm/...     the same for `published.clip_by_update_norm`
     qk_clip/max_logit             f32: the largest attention logit of the last step, over all layers and heads
@@ -107,6 +110,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
         (GuardState, "guard", _guard_metrics),
         (NormHistoryState, "norm_history", _norm_history),
         (LimitStepState, "limit_step", _bound("limit_step", "step", "bound_total", "scale")),
+        (StepGrowthState, "limit_step_growth", _bound("step_growth", "step", "average", "bound_total", "scale")),
         (ClippyState, "clippy", _bound("clippy", "step", "bound_total", "scale")),
         (UpdateNormState, "update_norm", _bound("update_norm", "bound_total", "scale")),
         (PublishedUpdateNormState, "published_update_norm", _bound("published_update_norm", "bound_total", "scale")),
@@ -183,6 +187,7 @@ def _member_axes(state: optax.OptState) -> int:
         (AccumulateState, "micro_step"),
         (LossScalingState, "loss_scale"),
         (LimitStepState, "limit_step_scale"),
+        (StepGrowthState, "step_growth_scale"),
         (ClippyState, "clippy_scale"),
         (UpdateNormState, "update_norm_scale"),
         (PublishedUpdateNormState, "published_update_norm_scale"),

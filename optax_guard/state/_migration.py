@@ -23,7 +23,7 @@ import optax
 from optax_guard._common.state_check import are_alike, is_single_leaf
 from optax_guard._common.tree import as_arrays, field_array, find_states, path_name
 from optax_guard._common.typing import PyTree
-from optax_guard._guard import GuardState
+from optax_guard._guard import BoundedState, GuardState
 from optax_guard._step.act import as_transformation
 from optax_guard._step.reading import is_traced, nonfinite_leaf, nonfinite_moment
 from optax_guard.recovery._ladder import RecoveryState
@@ -60,10 +60,13 @@ def add_guard_state(tx: optax.GradientTransformation, params: PyTree, inner_stat
     `MultiSteps(adam, 4)`, `inject_hyperparams(adam)(...)`
     a flat `chain(clip, scale_by_adam(), ...)`                    each part where it is found
     a guard with other rules or `recovery`; `stabilize` with      the optimizer's; the guard's own state starts afresh
-    or without `max_change`
+    another `max_change`
     an `nnx.Optimizer` (its `opt_state`), a whole `TrainState`    the optimizer's, without nnx's Variables
     a restore without a target (dicts, lists, NumPy)              as for the saved state
     ============================================================  =====================================================
+
+    The bound of `stabilize` has seen no warm-up of this run: if its steps are longer than 1 % of the weights
+    (`update_metrics`), pass `max_change=None`, or they stay bounded.
 
     On the host it also checks that `params` hold no NaN and that the optimizer's moments are finite. Moments that are
     not finite are accepted if the guard has `reset_moments`, which resets them at the first step.
@@ -190,17 +193,25 @@ def _is_guard(node: Any) -> bool:
 
 
 def _is_any_guard(node: Any) -> bool:
-    """Whether it is a guard's state, possibly restored without a target."""
-    return _is_guard(node) or (isinstance(node, dict) and node.keys() >= _GUARD_FIELDS)
+    """Whether it is the state of a guard or of a bound of `stabilize`, possibly restored without a target."""
+    return _is_guard(node) or _is_bounded(node) or (isinstance(node, dict) and node.keys() >= _GUARD_FIELDS)
+
+
+def _is_bounded(node: Any) -> bool:
+    return isinstance(node, BoundedState) or (isinstance(node, dict) and node.keys() == set(BoundedState._fields))
 
 
 def without_guards(state: PyTree, keep: type | tuple[()] = ()) -> PyTree:
-    """The state with each guard replaced by what it wraps; nodes of the type `keep` stay the same objects."""
+    """The state with each guard, and each bound of `stabilize`, replaced by what it wraps.
+
+    Nodes of the type `keep` stay the same objects.
+    """
 
     def open_up(node: Any) -> Any:
         if not _is_any_guard(node):
             return node
-        return without_guards(node.guarded_state if _is_guard(node) else node["guarded_state"], keep)
+        inside = "optimizer_state" if _is_bounded(node) else "guarded_state"
+        return without_guards(node[inside] if isinstance(node, dict) else getattr(node, inside), keep)
 
     return jax.tree.map(open_up, state, is_leaf=lambda node: isinstance(node, keep) or _is_any_guard(node))
 
@@ -348,8 +359,13 @@ def _fill(node: GuardState, leaves: Any) -> GuardState:
 def _filled(fresh: PyTree, leaves: Any) -> list[Any]:
     """The leaves of `fresh`, except that those which are not the guards' own come from `leaves`."""
     result: list[Any] = []
-    for node in jax.tree.leaves(fresh, is_leaf=_is_guard):
-        result += jax.tree.leaves(_fill(node, leaves)) if _is_guard(node) else [next(leaves)]
+    for node in jax.tree.leaves(fresh, is_leaf=_is_any_guard):
+        if _is_guard(node):
+            result += jax.tree.leaves(_fill(node, leaves))
+        elif _is_bounded(node):
+            result += [*_filled(node.optimizer_state, leaves), *jax.tree.leaves(node.bound_state)]
+        else:
+            result.append(next(leaves))
     return result
 
 

@@ -7,7 +7,7 @@ You want                                 Use
 =======================================  ==============================================================================
 a bound on elements, or relative to      `clip_by_value`, `adaptive_grad_clip`
 weights
-a bound on the finished update           `limit_step`, `clippy`, `clip_by_update_norm`
+a bound on the finished update           `limit_step`, `limit_step_growth`, `clippy`, `clip_by_update_norm`
 a clip by the optimizer's second moment  `clip_by_update_rms`, `spam_clip`, `stable_spam`
 small or sparse weights                  `l1_penalty`, `elastic_net_penalty`, `dense_penalty`, `shrink_gradients`
 weights that are exactly zero            `proximal_l1`, `proximal_elastic_net`, `proximal_group_lasso`, `sparsity`
@@ -45,6 +45,7 @@ from optax_guard.transforms._proximal import (
 )
 from optax_guard.transforms._rounding import stochastic_rounding
 from optax_guard.transforms._spam import SpamState, StableSpamState
+from optax_guard.transforms._step_growth import StepGrowthState, limit_step_growth
 from optax_guard.transforms._update_bounds import (
     ClippyState,
     LimitStepState,
@@ -63,6 +64,7 @@ __all__ = [
     "SpamState",
     "Sparsity",
     "StableSpamState",
+    "StepGrowthState",
     "StochasticRoundingState",
     "UpdateNormState",
     "adaptive_grad_clip",
@@ -76,6 +78,7 @@ __all__ = [
     "l1_penalty",
     "langevin_noise",
     "limit_step",
+    "limit_step_growth",
     "noise_injection",
     "perturb_weights",
     "proximal_elastic_net",

@@ -4,6 +4,7 @@
 Function                    Bounds the update by                                         Use it against
 ==========================  ===========================================================  ==============================
 `limit_step(max_change)`    the norm of the parameters, of the tree or of each leaf      a learning rate too large
+`limit_step_growth()`       the same, growing with the steps themselves                  the same, without a warm-up
 `clip_by_update_norm()`     its own history                                              spikes made by the optimizer
 `clippy()`                  every single weight, leaf by leaf                            one coordinate that blows up
 ==========================  ===========================================================  ==============================
@@ -34,12 +35,16 @@ from optax_guard._step.observe import one_pass_statistics
 __all__ = [
     "ClippyState",
     "LimitStepState",
+    "Squares",
     "UpdateNormState",
     "clip_by_update_norm",
     "clippy",
+    "factor_within",
     "least_factor",
     "limit_step",
     "norm_of",
+    "squares",
+    "without_nan",
     "written_once",
 ]
 
@@ -153,16 +158,12 @@ def limit_step(
     def change(updates: PyTree, state: LimitStepState, params: PyTree | None) -> tuple[PyTree, LimitStepState]:
         ratio = jnp.maximum(value_at(max_change, state.limit_step_step), 0)
         updates = written_once(updates, state.limit_step_step)
-        moved = _squares_of(updates, axis_name)
-        weights = one_pass_statistics(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
-        weights = jnp.where(jnp.isfinite(weights), weights, 0)
-        sizes = _sizes(updates, params, axis_name).astype(moved.dtype)
+        moved, weights, sizes = squares(updates, params, axis_name)
         if scope == "tree":
-            moved = jnp.sum(jnp.where(jnp.isnan(moved), 0, moved))
-            weights, sizes = jnp.sum(weights), jnp.sum(sizes)
+            moved, weights, sizes = without_nan(moved), jnp.sum(weights), jnp.sum(sizes)
         smallest = jnp.asarray(floor, moved.dtype) * jnp.sqrt(sizes)
         bound = ratio.astype(moved.dtype) * jnp.maximum(safe_sqrt(weights), smallest)
-        scale = _scale(bound, safe_sqrt(moved))
+        scale = factor_within(bound, safe_sqrt(moved))
         least = least_factor(scale)
         return scale_leaves(updates, scale, jnp.zeros((), bool)), LimitStepState(
             limit_step_step=next_step(state.limit_step_step),
@@ -267,7 +268,7 @@ def clip_by_update_norm(
         )
         x = lax.stop_gradient(jnp.log(norm).astype(jnp.float32))
         limit = threshold(series, deviations, _LEAST_LOG_NORM, relative=False)
-        scale = _scale(jnp.exp(limit).astype(norm.dtype), norm)
+        scale = factor_within(jnp.exp(limit).astype(norm.dtype), norm)
         after = push(series, x, jnp.minimum(x, limit), jnp.ones((), bool), finite & (norm > 0))
         least = least_factor(scale)
         new = _update_norm_state(after, bound_total=count_if(least < 1, state.update_norm_bound_total), scale=least)
@@ -382,6 +383,27 @@ def _update_norm_state(series: Series, *, bound_total: jax.Array, scale: jax.Arr
     )
 
 
+class Squares(NamedTuple):
+    """Of every leaf: sums of squares, and the number of its elements over all devices: f32 or f64[leaves] each."""
+
+    update: jax.Array  # NaN if an element is
+    params: jax.Array  # 0 if an element is not finite
+    size: jax.Array  # 0 where the update has no number
+
+
+def squares(updates: PyTree, params: PyTree, axis_name: AxisName | None) -> Squares:
+    """In one pass over the update and one over the parameters."""
+    moved = _squares_of(updates, axis_name)
+    weights = one_pass_statistics(_where_updated(params, updates), axis_name).sum_squares.astype(moved.dtype)
+    sizes = _sizes(updates, params, axis_name).astype(moved.dtype)
+    return Squares(moved, jnp.where(jnp.isfinite(weights), weights, 0), sizes)
+
+
+def without_nan(x: jax.Array) -> jax.Array:
+    """The sum of what is not NaN."""
+    return jnp.sum(jnp.where(jnp.isnan(x), 0, x))
+
+
 def least_factor(scale: jax.Array) -> jax.Array:
     """The smallest of the factors of an update, one for all leaves or one per leaf, as the state keeps it."""
     least = lax.stop_gradient(jnp.min(scale.astype(jnp.float32), initial=1))
@@ -412,11 +434,11 @@ def written_once(updates: PyTree, count: jax.Array) -> PyTree:
 
 def norm_of(updates: PyTree, axis_name: AxisName | None) -> tuple[jax.Array, jax.Array]:
     """The norm of the leaves without a NaN, and whether the whole update is finite."""
-    squares = _squares_of(updates, axis_name)
-    return safe_sqrt(jnp.sum(jnp.where(jnp.isnan(squares), 0, squares))), jnp.all(jnp.isfinite(squares))
+    moved = _squares_of(updates, axis_name)
+    return safe_sqrt(without_nan(moved)), jnp.all(jnp.isfinite(moved))
 
 
-def _scale(bound: jax.Array, norm: jax.Array) -> jax.Array:
+def factor_within(bound: jax.Array, norm: jax.Array) -> jax.Array:
     """min(1, bound / norm), or 1 if the norm is NaN, which leaves the leaf unchanged."""
     over = norm > bound
     return jnp.where(over | jnp.isnan(bound), bound / jnp.where(over, norm, 1), 1)

@@ -109,6 +109,7 @@ def stack(rules: list[og.Rule], rungs: tuple[Any, ...], axis_name: Any) -> list[
         momentum(0.1),
         og.limit_step(0.05, axis_name=axis_name),
         og.limit_step(0.05, scope="leaf", axis_name=axis_name),
+        og.limit_step_growth(0.05, axis_name=axis_name),
         og.clippy(absolute=0.01, axis_name=axis_name),
     )
     guarded = og.guard(bounds, *rules, recovery=rungs, check_updates=True, recorder_rows=4, axis_name=axis_name)

@@ -222,7 +222,7 @@ def test_no_element_shrinks_by_more_than_the_threshold_and_a_rounding() -> None:
 
 
 def test_a_schedule_that_gives_nan_is_seen_at_the_first_step() -> None:
-    def all_of_them(nan: jax.Array) -> list[jax.Array]:
+    def all_of_them(nan: jax.Array) -> list[Any]:
         ones = jnp.ones((2, 2))
         return [tx.update(ones, tx.init(ones), ones)[0] for tx in scheduled(nan)]
 

@@ -47,6 +47,8 @@ def test_optax_tree_get_finds_every_field_in_one_state_of_everything() -> None:
         "clip_by_update_norm",
         "clippy",
         "limit_step",
+        "limit_step_growth",
+        "stabilize",
         "masked_rule",
         "stochastic_rounding",
     )

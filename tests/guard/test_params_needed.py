@@ -46,7 +46,7 @@ def test_stabilize_names_its_own_option() -> None:
     with pytest.raises(ValueError, match=r"stabilize: `max_change` needs the parameters"):
         step_without_params(og.stabilize(optax.sgd(0.1), max_change=0.1))
     with pytest.raises(ValueError, match=r"stabilize: `recovery=\(rewind\(\.\.\.\),\)` needs the parameters"):
-        step_without_params(og.stabilize(optax.sgd(0.1), recovery=(og.rewind(),)))
+        step_without_params(og.stabilize(optax.sgd(0.1), max_change=None, recovery=(og.rewind(),)))
 
 
 def test_the_page_lists_all_that_needs_them() -> None:

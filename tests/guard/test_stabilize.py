@@ -21,6 +21,7 @@ INPUTS = jnp.asarray(KEY.normal(size=(16, 8)).astype(np.float32))
 TARGETS = jnp.asarray(KEY.normal(size=(16, 4)).astype(np.float32))
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
+ADAM = optax.adam(0.1)
 OPTIMIZERS = {
     "sgd": optax.sgd(0.05),
     "adam": optax.adam(0.02),
@@ -82,10 +83,29 @@ def test_without_a_loss_the_spike_is_clipped_by_the_norms_history() -> None:
 
 
 def test_while_nothing_is_wrong_stabilize_is_the_optimizer() -> None:
-    adam = OPTIMIZERS["adam"]
-    (ours, state), (theirs, _) = train(og.stabilize(adam), [1.0] * 25), train(adam, [1.0] * 25)
-    assert set(og.flight_log(state)["event"]) == {"applied"}
-    chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    """With a warm-up to ten times the rate at which steps would be bounded from the beginning, and without a bound."""
+    warmed = optax.adam(optax.linear_schedule(0.002, 0.1, 20))
+    for ours, adam in ((og.stabilize(warmed), warmed), (og.stabilize(ADAM, max_change=None), ADAM)):
+        (params, state), (expected, _) = train(ours, [1.0] * 25), train(adam, [1.0] * 25)
+        assert set(og.flight_log(state)["event"]) == {"applied"}
+        assert og.metrics(state).get("limit_step_growth/bound_total", 0) == 0
+        chex.assert_trees_all_close(params, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_by_default_a_rate_that_is_far_too_large_from_the_beginning_is_bounded() -> None:
+    """By 1 % of the kernel a step, which is all that is measured; a bias alone is not."""
+    tx = og.stabilize(ADAM)
+    params, state = PARAMS, tx.init(PARAMS)
+    for step in range(3):
+        before = params["kernel"]
+        params, state = train(tx, [1.0], params, state)
+        np.testing.assert_allclose(norm(params["kernel"] - before), 0.01 * norm(before), rtol=1e-4)
+        assert og.metrics(state)["limit_step_growth/bound_total"] == step + 1
+    alone = {"bias": PARAMS["bias"]}
+    (ours, _), (theirs, _) = (
+        og.apply_gradients(tx, alone, tx.init(alone), alone) for tx in (og.stabilize(ADAM), og.guard(ADAM))
+    )
+    np.testing.assert_allclose(ours["bias"], theirs["bias"], rtol=1e-6)
 
 
 def test_max_change_bounds_every_step_and_cures_a_learning_rate_that_is_too_large() -> None:
@@ -104,11 +124,22 @@ def test_max_change_bounds_every_step_and_cures_a_learning_rate_that_is_too_larg
             bound = change if isinstance(change, float) else schedule(i)
             assert moved <= bound * norm(before) * (1 + 1e-4)
         assert loss_fn(params, 1.0) < loss_fn(PARAMS, 1.0)
-    assert not loss_fn(train(og.stabilize(optax.sgd(15.0)), [1.0] * 40)[0], 1.0) < loss_fn(PARAMS, 1.0)
+    assert loss_fn(train(og.stabilize(optax.sgd(15.0)), [1.0] * 40)[0], 1.0) < loss_fn(PARAMS, 1.0)
+    unbounded = og.stabilize(optax.sgd(15.0), max_change=None)
+    assert not loss_fn(train(unbounded, [1.0] * 40)[0], 1.0) < loss_fn(PARAMS, 1.0)
 
 
 def norm(tree: Any) -> float:
     return float(np.linalg.norm([np.linalg.norm(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)]))
+
+
+def test_a_bound_goes_inside_a_proximal_step() -> None:
+    for change in ("gradual", 0.01):
+        with pytest.raises(ValueError, match=r"stabilize: a bound .* behind a proximal step"):
+            og.stabilize(og.proximal_l1(ADAM, 0.1, learning_rate=0.1), max_change=change).init(PARAMS)
+    inside = og.proximal_l1(optax.chain(ADAM, og.limit_step_growth()), 100.0, learning_rate=0.1)
+    params, _ = train(og.stabilize(inside, max_change=None), [1.0] * 3)
+    assert not np.any(params["kernel"])
 
 
 def test_max_norm_bounds_the_first_step() -> None:
@@ -129,6 +160,7 @@ def test_recovery_and_accumulation_around_stabilize() -> None:
         (lambda: og.stabilize(optax.adam), "stabilize: `inner`"),
         (lambda: og.stabilize(optax.sgd(1.0), max_norm=-1.0), "`max_norm` -1.0"),
         (lambda: og.stabilize(optax.sgd(1.0), max_change=-1.0), "`max_change` -1.0"),
+        (lambda: og.stabilize(optax.sgd(1.0), max_change="0.01"), "stabilize: `max_change` 'gradual' '0.01'"),
         (lambda: og.stabilize(optax.sgd(1.0), horizon=0), "`horizon` 0"),
         (lambda: og.stabilize(optax.sgd(1.0), recovery=(1,)), "`recovery` 1"),
     ],
@@ -166,7 +198,7 @@ def test_a_guard_comes_to_a_run_in_flight_and_leaves_it(tmp_path: Any) -> None:
     chex.assert_trees_all_close((params, state), (expected_params, expected_state), rtol=1e-5, atol=1e-7)
 
 
-ADAM, LION = optax.adam(0.1), optax.lion(0.1)
+LION = optax.lion(0.1)
 NESTED = {
     "guard": (og.guard(ADAM), ADAM),
     "accumulate": (og.accumulate(og.guard(ADAM), 3), og.accumulate(ADAM, 3)),
@@ -174,6 +206,8 @@ NESTED = {
     "two": (optax.chain(og.guard(LION), og.guard(ADAM)), optax.chain(LION, ADAM)),
     "guard in guard": (og.guard(optax.chain(og.guard(ADAM)), recovery=(og.rewind(),)), optax.chain(ADAM)),
     "stabilize": (og.stabilize(ADAM), ADAM),
+    "no bound": (og.stabilize(ADAM, max_change=None), ADAM),
+    "a hard bound": (og.accumulate(og.stabilize(ADAM, max_change=0.1, mask="kernel"), 2), og.accumulate(ADAM, 2)),
 }
 
 

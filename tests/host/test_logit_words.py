@@ -60,6 +60,7 @@ def by_hand(logits: list[float]) -> tuple[float, int, int] | None:
             begin = None
         elif row <= peak and begin is None:
             begin = row
+    assert begin is not None
     return level, begin, peak
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.marked import marked
 from benchmarks.stability.large import page, trials, workers
 from benchmarks.stability.large.cartpole import DISCOUNT, LAMBDA, advantages, move
-from benchmarks.stability.large.studies import BOUND, COMPARED, CUSTOMARY, LARGE, NETS, all_jobs
+from benchmarks.stability.large.studies import BOUND, COMPARED, CUSTOMARY, LARGE, NETS, STUDIES, all_jobs
 from benchmarks.stability.large.training import schedule
 from benchmarks.stability.large.trials import Trial, chunk_of, grid, run
 
@@ -110,13 +110,15 @@ def test_the_rule_takes_the_better_rate_without_the_bound_and_the_upper_end() ->
     np.testing.assert_allclose(differences, [0.01, 0.03])
     assert middle == pytest.approx(0.02)
     assert upper == pytest.approx(0.02 + 12.706 * 0.01, rel=1e-3)  # Student's t, one degree of freedom
-    cells = {"neutral:digits_rnn sgd": cell([0.0, 0.001]), "neutral:digits_rnn lion": cell([0.03, 0.031])}
-    assert "1 are within 2%" in page.verdict(cells)
+    both = {"neutral:digits_rnn lion": cell([0.03, 0.031]), "neutral:digits_rnn sgd": cell([0.0, 0.0])}
+    cells = page.of_study(both | {"hard:digits_rnn sgd": cell([0.5, 0.6])}, "neutral")
+    assert list(cells) == ["digits_rnn sgd", "digits_rnn lion"]
+    assert "1 are within 2% by the rule (1 without any difference)" in page.verdict(cells)
     assert "1 are not: digits_rnn lion" in page.verdict(cells)
-    assert page.neutral_text(cells["neutral:digits_rnn lion"]).startswith("**+3.0 (")
+    assert page.neutral_text(cells["digits_rnn lion"]).startswith("**+3.0 (")
     dead = cell([0.0, 0.0]) | {"final": [[[1.0, 1.0]] * 2, [[None, 1.0]] * 2]}
     assert page.neutral_text(dead) == "NaN at 0.1"
-    assert "1 are not" in page.verdict({"neutral:adding sgd": dead})
+    assert "1 are not" in page.verdict({"adding sgd": dead})
 
 
 def test_a_job_leaves_numbers_that_json_can_hold() -> None:
@@ -130,8 +132,9 @@ def test_a_job_leaves_numbers_that_json_can_hold() -> None:
 
 def test_there_is_a_job_for_every_method_and_pair() -> None:
     jobs = all_jobs()
-    assert len(jobs) == len(LARGE) * len(COMPARED) + len(NETS) * len(CUSTOMARY)
-    assert set(jobs["neutral:characters muon"].lanes.bound) == {np.float32(np.inf), np.float32(BOUND)}
+    assert len(jobs) == len(LARGE) * len(COMPARED) + len(STUDIES) * len(NETS) * len(CUSTOMARY)
+    for study in STUDIES:
+        assert set(jobs[f"{study}:characters muon"].lanes.bound) == {np.float32(np.inf), np.float32(BOUND)}
     assert jobs["characters none"].lanes.rate.max() >= 30 * jobs["characters none"].lanes.rate.min()
 
 

@@ -68,4 +68,4 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(
 def test_the_pages_show_what_is_compared() -> None:
     assert (ROOT / "README.md").read_text().count('It prints "') == 1
     blocks = BLOCK.findall((ROOT / "docs" / "triage.md").read_text())
-    assert sum(language == "" for language, _ in blocks) == 6
+    assert sum(language == "" for language, _ in blocks) == 7

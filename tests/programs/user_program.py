@@ -60,6 +60,7 @@ def summed(tree: Net) -> Net:
 
 def train(params: Net, x: jax.Array) -> Net:
     inner = optax.chain(og.l1_penalty(schedule), og.noise_injection(distribution="gaussian"), optax.adamw(3e-4))
+    inner = optax.chain(inner, og.limit_step_growth(0.01))
     tx = og.accumulate(
         og.guard(
             inner,
@@ -87,7 +88,7 @@ def train(params: Net, x: jax.Array) -> Net:
 
 
 def train_by_line(params: Net, x: jax.Array) -> Net:
-    tx = og.stabilize(optax.sgd(0.1), max_norm=1.0, max_change=0.01)
+    tx = og.stabilize(optax.sgd(0.1), max_norm=1.0, max_change="gradual")
     state = tx.init(params)
     step = og.accumulate_gradients(loss_fn, 4, on_nonfinite="propagate", remainder="error")
     loss, grads = step(params, x)

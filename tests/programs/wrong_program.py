@@ -46,6 +46,7 @@ def what_is_no_rule_and_no_rung() -> None:
     og.guard(adam, og.skip_spikes)  # pyright: ignore[reportArgumentType]
     og.guard(adam, recovery=(og.rewind,))  # pyright: ignore[reportArgumentType]
     og.guard(adam, recovery=og.rewind())  # pyright: ignore[reportArgumentType]
+    og.stabilize(adam, max_change="steep")  # pyright: ignore[reportArgumentType]
     og.stabilize(adam, recovery=(og.reset_moments,))  # pyright: ignore[reportArgumentType]
     og.rule(lambda params: params, lambda statistics: statistics)  # pyright: ignore[reportArgumentType]
 

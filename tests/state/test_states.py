@@ -259,13 +259,15 @@ SOURCES = {
     ),
     "max_change": (
         og.stabilize(ADAM, max_change=0.1),
-        og.stabilize(ADAM).init(PARAMS)._replace(guarded_state=OLD),
+        og.stabilize(ADAM, max_change=None).init(PARAMS)._replace(guarded_state=OLD),
         None,
     ),
     "no max_change": (
         og.stabilize(ADAM),
-        og.stabilize(ADAM, max_change=0.1).init(PARAMS)._replace(guarded_state=(OLD, og.limit_step(0.1).init(PARAMS))),
-        ("0",),
+        og.stabilize(ADAM, max_change=0.1)
+        .init(PARAMS)
+        ._replace(guarded_state=og.state.BoundedState(OLD, og.limit_step(0.1).init(PARAMS))),
+        ("(root)",),
     ),
     "a bound with a memory": (
         og.guard(optax.chain(ADAM, og.clip_by_update_norm(window=8))),
