@@ -84,7 +84,7 @@ ARMS = {
         lambda tx: og.guard(optax.chain(tx, og.limit_step(MAX_CHANGE), qk_clip()), recorder_rows=1),
     ),
     "clip": Arm("`clip_by_global_norm(1)`", lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx)),
-    "stabilize": Arm("`stabilize()`", lambda tx: og.stabilize(tx, recorder_rows=1)),
+    "stabilize": Arm("`stabilize(max_change=None)`", lambda tx: og.stabilize(tx, max_change=None, recorder_rows=1)),
 }
 
 

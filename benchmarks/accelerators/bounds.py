@@ -27,6 +27,7 @@ class Bound(NamedTuple):
 
 _GUARD = "`guard(adamw, clip)`"
 _FLOOR = Bound(8.01, 0.001, 0)
+_BOUNDED, _TPU_BOUNDED = Bound(11.01, 1.0, 0), Bound(1.25, of=BARE)  # with a bound on the step
 _TPU_FLOOR = Bound(1.0, 0.05, of=BARE)
 _OF_GUARD = Bound(1.02, of=_GUARD)
 _BETWEEN, _EMITTING = ", a call between", ", the emitting call"
@@ -40,10 +41,11 @@ def _inside(name: str, plus: float) -> Bound:
 BOUNDS: dict[str, dict[str, Bound]] = {
     "gpu": {
         _GUARD: _FLOOR,
-        "`stabilize(adamw)` with `value=`": _FLOOR,
+        "`stabilize(adamw, max_change=None)` with `value=`": _FLOOR,
+        "`stabilize(adamw)` with `value=`": _BOUNDED,
         "`guard(adamw, clip)` through `update`": _FLOOR,
-        "`stabilize(adamw)` with `value=` through `update`": _FLOOR,
-        "`guard(chain(adamw, limit_step), clip)`": Bound(11.01, 1.0, 0),
+        "`stabilize(adamw, max_change=None)` with `value=` through `update`": _FLOOR,
+        "`guard(chain(adamw, limit_step), clip)`": _BOUNDED,
         "`guard(chain(noise_injection, adamw), clip)`": _FLOOR,
         _OURS + _BETWEEN: Bound(4.0, 0.0, 1),
         _PROPAGATE + _BETWEEN: Bound(3.0, 0.0, 1),
@@ -61,10 +63,11 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     },
     "tpu": {
         _GUARD: _TPU_FLOOR,
-        "`stabilize(adamw)` with `value=`": _TPU_FLOOR,
+        "`stabilize(adamw, max_change=None)` with `value=`": _TPU_FLOOR,
+        "`stabilize(adamw)` with `value=`": _TPU_BOUNDED,
         "`guard(adamw, clip)` through `update`": Bound(1.12, 0.1, of=BARE),
-        "`stabilize(adamw)` with `value=` through `update`": Bound(1.12, 0.1, of=BARE),
-        "`guard(chain(adamw, limit_step), clip)`": Bound(1.25, of=BARE),
+        "`stabilize(adamw, max_change=None)` with `value=` through `update`": Bound(1.12, 0.1, of=BARE),
+        "`guard(chain(adamw, limit_step), clip)`": _TPU_BOUNDED,
         "`guard(chain(noise_injection, adamw), clip)`": Bound(1.0, 0.1, of="`chain(optax.add_noise, adamw)`", plus=1.0),
         _OURS + _EMITTING: Bound(1.43, 0.08, of=BARE),
         _PROPAGATE + _EMITTING: Bound(1.43, 0.08, of=BARE),

@@ -174,10 +174,19 @@ STEPS = (
     Step(BARE, _adamw, plain),
     Step("`guard(adamw, clip)`", lambda: _guarded(_adamw()), fast),
     Step("`stabilize(adamw)` with `value=`", lambda: og.stabilize(_adamw()), fast_with_value),
+    Step(
+        "`stabilize(adamw, max_change=None)` with `value=`",
+        lambda: og.stabilize(_adamw(), max_change=None),
+        fast_with_value,
+    ),
     Step("`optax.chain(clip, adamw)`", _clipped, plain),
     Step("`optax.apply_if_finite(chain(clip, adamw))`", lambda: optax.apply_if_finite(_clipped(), 5), plain),
     Step("`guard(adamw, clip)` through `update`", lambda: _guarded(_adamw()), plain),
-    Step("`stabilize(adamw)` with `value=` through `update`", lambda: og.stabilize(_adamw()), plain_with_value),
+    Step(
+        "`stabilize(adamw, max_change=None)` with `value=` through `update`",
+        lambda: og.stabilize(_adamw(), max_change=None),
+        plain_with_value,
+    ),
     Step("`guard(chain(adamw, limit_step), clip)`", lambda: _guarded(optax.chain(_adamw(), og.limit_step(0.01))), fast),
     Step(
         "`guard(chain(noise_injection, adamw), clip)`",

@@ -46,11 +46,10 @@ class Method(NamedTuple):
     def accumulated(self, base: Base, rate: Any, setting: Any) -> Transformation:
         """The method over micro-batches: with `og.accumulate` for ours, else with `optax.MultiSteps`."""
         built = self.build(base, rate, setting)
-        return (
-            og.accumulate(built, EVERY)
-            if self.group == OURS
-            else optax.MultiSteps(built, EVERY).gradient_transformation()
-        )
+        if self.group == OURS:
+            return og.accumulate(built, EVERY)
+        multi = optax.MultiSteps(built, EVERY)  # whose `gradient_transformation()` would not pass on the loss
+        return optax.GradientTransformationExtraArgs(multi.init, multi.update)
 
 
 METHODS: dict[str, Method] = {}
@@ -339,12 +338,19 @@ def stabilize(optimizer: Transformation, setting: Any) -> Transformation:
 
 @method("og.stabilize(max_change)", OURS, "max_change", CHANGES)
 def stabilize_change(optimizer: Transformation, setting: Any) -> Transformation:
-    """The preset with a bound on the step."""
+    """The preset with a hard bound on the step."""
     return og.stabilize(optimizer, max_change=setting, recorder_rows=1)
 
 
-@method("og.stabilize(recovery)", OURS)
+@method("og.stabilize(max_change=None)", OURS, "max_norm", (float("inf"), 0.1, 0.3, 1.0, 10.0))
+def stabilize_unbounded(optimizer: Transformation, setting: Any) -> Transformation:
+    """The preset without a bound on the step."""
+    return og.stabilize(optimizer, max_norm=setting, max_change=None, recorder_rows=1)
+
+
+@method("og.stabilize(None, recovery)", OURS)
 def stabilize_recovery(optimizer: Transformation, setting: Any) -> Transformation:
-    """The preset with the whole ladder: resets moments, backs off, and rewinds where the loss diverges."""
+    """Without a bound, and with the whole ladder: resets moments, backs off, rewinds where the loss diverges."""
     del setting
-    return og.stabilize(optimizer, recovery=(og.reset_moments(), og.back_off(), og.rewind(every=50)), recorder_rows=1)
+    ladder = og.reset_moments(), og.back_off(), og.rewind(every=50)
+    return og.stabilize(optimizer, max_change=None, recovery=ladder, recorder_rows=1)

@@ -63,8 +63,13 @@ def momo_adam(large: Large, rate: Any) -> Transformation:
 
 
 def limited(large: Large, rate: Any) -> Transformation:
-    """The preset with a bound on the step."""
+    """The preset with a hard bound on the step."""
     return og.stabilize(large.optimizer(schedule(rate, large.steps, 0)), max_change=BOUND, recorder_rows=1)
+
+
+def unbounded(large: Large, rate: Any) -> Transformation:
+    """The preset without a bound on the step."""
+    return og.stabilize(large.optimizer(schedule(rate, large.steps, 0)), max_change=None, recorder_rows=1)
 
 
 COMPARED: dict[str, tuple[str, Callable[[Large, Any], Transformation]]] = {
@@ -75,6 +80,7 @@ COMPARED: dict[str, tuple[str, Callable[[Large, Any], Transformation]]] = {
     "momo_adam": ("MoMo-Adam", momo_adam),
     "stabilize": ("og.stabilize", functools.partial(published, "stabilize")),
     "stabilize_change": ("og.stabilize(max_change=0.01)", limited),
+    "stabilize_unbounded": ("og.stabilize(max_change=None)", unbounded),
 }
 
 
@@ -143,11 +149,25 @@ def compared(net: str, method: str) -> Trial:
 
 
 def neutral(net: str, optimizer: str) -> Trial:
-    """`stabilize` with and without the bound, at customary rates."""
+    """`stabilize` with and without its own bound, at customary rates."""
+    make = CUSTOMARY[optimizer].optimizer
+
+    def guarded(lane: Lanes, steps: int) -> Transformation:
+        bounded = optax.chain(make(lane.rate, steps), og.limit_step_growth(lane.bound))
+        return og.stabilize(bounded, max_change=None, recorder_rows=1)
+
+    return trial_of(net, guarded)
+
+
+def hard(net: str, optimizer: str) -> Trial:
+    """The same with a hard bound, `max_change`."""
     make = CUSTOMARY[optimizer].optimizer
     return trial_of(
         net, lambda lane, steps: og.stabilize(make(lane.rate, steps), max_change=lane.bound, recorder_rows=1)
     )
+
+
+STUDIES = {"neutral": neutral, "hard": hard}  # the bound of the default, and that of a number as `max_change`
 
 
 def all_jobs(seeds: int | None = None, shorten: int = 1) -> dict[str, Job]:
@@ -163,9 +183,9 @@ def all_jobs(seeds: int | None = None, shorten: int = 1) -> dict[str, Job]:
         for method in COMPARED:
             trial = functools.partial(compared, net, method)
             add(f"{net} {method}", trial, large.seeds, large.rates, (NO_BOUND,))
-    for net in NETS:
-        for optimizer, customary in CUSTOMARY.items():
-            trial = functools.partial(neutral, net, optimizer)
-            bounds = (NO_BOUND, BOUND)
-            add(f"neutral:{net} {optimizer}", trial, NEUTRAL_SEEDS, customary.rates, bounds)
+    for study, trial_with in STUDIES.items():
+        for net in NETS:
+            for optimizer, customary in CUSTOMARY.items():
+                trial = functools.partial(trial_with, net, optimizer)
+                add(f"{study}:{net} {optimizer}", trial, NEUTRAL_SEEDS, customary.rates, (NO_BOUND, BOUND))
     return jobs

@@ -21,7 +21,7 @@ class Lanes(NamedTuple):
 
     seed: Any  # i32
     rate: Any  # f32, the peak learning rate
-    bound: Any  # f32, `max_change`; Inf without
+    bound: Any  # f32, relative to the parameters; Inf without
 
 
 class Trial(NamedTuple):
