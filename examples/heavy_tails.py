@@ -17,7 +17,7 @@ Results: at the good learning rate, training without a clip is as good as with a
 tails alone (it clips 0.1 % of the steps) but not the typing errors, and its bias is the same with them as without; the
 fixed clip at 1 touches every step and predicts 0.35 visits too few. At ten times that rate only the fixed clip at 1
 helps: it bounds every step and so compensates for the learning rate, which no clip relative to the history can do (but
-`max_change` of `stabilize` can).
+a bound on the step can, as `stabilize` has it).
 """
 
 import argparse
