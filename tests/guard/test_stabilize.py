@@ -138,7 +138,7 @@ def test_a_bound_goes_inside_a_proximal_step() -> None:
         with pytest.raises(ValueError, match=r"stabilize: a bound .* behind a proximal step"):
             og.stabilize(og.proximal_l1(ADAM, 0.1, learning_rate=0.1), max_change=change).init(PARAMS)
     inside = og.proximal_l1(optax.chain(ADAM, og.limit_step_growth()), 100.0, learning_rate=0.1)
-    params, _ = train(og.stabilize(inside, max_change=None), [1.0] * 3)
+    params, _ = train(og.stabilize(inside, max_change=None), [1.0] * 60)
     assert not np.any(params["kernel"])
 
 
