@@ -40,7 +40,9 @@ def quick_options() -> dict[str, Any]:
 def users_jit(function: Callable[..., Any], **options: Any) -> Wrapped:
     """`jax.jit` with XLA's own defaults, for tests in which the rounding of the compiled code matters."""
     users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    return jax.jit(function, compiler_options=users if quick_options() else {}, **options)
+    return jax.jit(
+        function, compiler_options={name: value for name, value in users.items() if name in quick_options()}, **options
+    )
 
 
 def quick_jit(function: Callable[..., Any], **options: Any) -> Wrapped:
