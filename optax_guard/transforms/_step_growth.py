@@ -1,6 +1,6 @@
 """A bound on how fast steps grow: what a warm-up does on purpose passes, a jump does not."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ __all__ = ["StepGrowthState", "limit_step_growth"]
 class StepGrowthState(NamedTuple):
     """The average of `limit_step_growth` and its counters."""
 
-    step_growth_step: jax.Array  # i32[]: updates seen
+    step_growth_step: jax.Array  # i32[]: updates seen that moved a matrix
     step_growth_average: jax.Array  # f32[]: of the relative changes that were within the bound
     step_growth_bound_total: jax.Array  # i32[]: updates that were scaled down
     step_growth_scale: jax.Array  # f32[]: the factor of the last update
@@ -36,7 +36,7 @@ def limit_step_growth(
 
     r = ||u||_2 / max(||w||_2, s),   s^2 = sum of sqrt(size)                  over the leaves of two or more axes
 
-    u <- u * min(1, bound / r),   bound = max(start, factor * a);   after step t = 0, 1, ... within the bound:
+    u <- u * min(1, bound / r),   bound = max(start, factor * a);   after step t = 0, 1, ... with 0 < r <= bound:
     a <- a + 2 / (t + 2) * (r - a)
 
     So `a` is an average of the relative changes, weighted by the number of the step: of a linear warm-up's it is two
@@ -45,28 +45,30 @@ def limit_step_growth(
     a run, the slower the bound can grow: a ramp of 5 % a step is bounded, too.
 
     Only leaves of two or more axes are measured (kernels, embeddings, convolutions); vectors and scalars are scaled
-    along. A tree without them (a Gaussian process, a linear model) is never bounded: its customary steps are large, and
-    there are no layers to blow each other up. The least norm `s` is about that of customary initialisers, so that a
-    layer may start from zero.
+    along. A tree without them (a Gaussian process, weights in one vector) is never bounded: its customary steps are
+    large, and there are no layers to blow each other up. The least norm `s` is about that of customary initialisers,
+    so that a layer may start from zero.
 
     Guarantees:
       - ||u|| <= bound * max(||w||, s) (1 + 4 eps of the dtype), of the matrices.
       - An update within the bound is returned bit for bit; the direction never changes.
-      - No step of a linear rise is bounded, nor one up to x1.5 above it: c (t + 1) <= r_t <= 1.5 c (t + 1) for any
-        c <= `start` / 1.5, with the default `factor`. Neither is any step of at most `start`.
+      - No step of a linear rise is bounded, nor one up to x1.4 above it: c (t + 1) <= r_t <= 1.4 c (t + 1) for any
+        c <= `start` / 1.4, with the default `factor`. Neither is any step of at most `start`.
       - Nothing that is not finite enters the average, and the bound is never below `start`.
 
     =================================  ================================================================================
     Case                               Result
     =================================  ================================================================================
-    linear warm-up to any rate         unchanged
+    linear warm-up to any rate,        unchanged, if its first step is below `start`, and noise below x1.4; a step that
+    also from 0                        exceeds the bound keeps it where it is, and so those after it
     no warm-up, first r above `start`  bounded by `start` until the optimizer asks for less
     a rate that jumps late in a run    bounded by `factor` times the average, for as long as it lasts
     no leaf of two or more axes        unchanged
-    zero update                        unchanged
+    zero update                        unchanged, and does not count
     NaN in a leaf of the update        that leaf is unchanged; the others are bounded by the norm of the rest
-    Inf in the update, or > 1.8e19     zero, since its squares overflow; elements that are Inf become NaN
-    NaN or Inf in the parameters       those leaves count as zero
+    Inf in a matrix, or > 1.8e19       the whole update is zero, since its squares overflow
+    Inf or NaN in a vector             unchanged, as far as the matrices are within the bound
+    parameters not finite, > 1.8e19    those leaves count as zero
     =================================  ================================================================================
 
     Args:
@@ -125,15 +127,23 @@ def limit_step_growth(
         moved = safe_sqrt(without_nan(jnp.where(layers, moved, 0)))
         weights = safe_sqrt(jnp.maximum(*(jnp.sum(x, where=layers) for x in (weights, jnp.sqrt(sizes)))))
         weights = jnp.where(weights > 0, weights, 1)  # there are none
-        bound = jnp.maximum(start, factor * state.step_growth_average).astype(moved.dtype)
+        lowest, times = (jnp.asarray(number, moved.dtype) for number in (start, factor))
+        bound = jnp.maximum(lowest, times * state.step_growth_average.astype(moved.dtype))
         scale = factor_within(bound * weights, moved)
         least = least_factor(scale)
         change = lax.stop_gradient(moved / weights).astype(jnp.float32)
         share = 2 / (state.step_growth_step.astype(jnp.float32) + 2)
         average = state.step_growth_average + share * (change - state.step_growth_average)
-        return scale_leaves(updates, scale, jnp.zeros((), bool)), StepGrowthState(
-            step_growth_step=next_step(state.step_growth_step),
-            step_growth_average=jnp.where(least < 1, state.step_growth_average, average),
+        counts = change > 0
+        enters = counts & (least >= 1) & jnp.isfinite(change)
+
+        def without_inf(leaf: Any) -> Any:
+            return jnp.where(scale == 0, jnp.zeros_like(leaf), leaf) if is_gradient(leaf) else leaf
+
+        scaled = scale_leaves(updates, scale, jnp.zeros((), bool))
+        return jax.tree.map(without_inf, scaled, is_leaf=lambda leaf: leaf is None), StepGrowthState(
+            step_growth_step=jnp.where(counts, next_step(state.step_growth_step), state.step_growth_step),
+            step_growth_average=jnp.where(enters, average, state.step_growth_average),
             step_growth_bound_total=count_if(least < 1, state.step_growth_bound_total),
             step_growth_scale=least,
         )

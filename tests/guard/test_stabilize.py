@@ -133,6 +133,14 @@ def norm(tree: Any) -> float:
     return float(np.linalg.norm([np.linalg.norm(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)]))
 
 
+def test_a_step_beyond_all_numbers_is_bounded_to_none() -> None:
+    huge = jax.tree.map(lambda x: jnp.full_like(x, 1e10), PARAMS)
+    tx = og.stabilize(optax.sgd(1e38))
+    params, state = og.apply_gradients(tx, huge, tx.init(PARAMS), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    assert og.metrics(state)["limit_step_growth/scale"] == 0
+
+
 def test_a_bound_goes_inside_a_proximal_step() -> None:
     for change in ("gradual", 0.01):
         with pytest.raises(ValueError, match=r"stabilize: a bound .* behind a proximal step"):
