@@ -131,11 +131,11 @@ def limit_step_growth(
         bound = jnp.maximum(lowest, times * state.step_growth_average.astype(moved.dtype))
         scale = factor_within(bound * weights, moved)
         least = least_factor(scale)
-        change = lax.stop_gradient(moved / weights).astype(jnp.float32)
+        relative = lax.stop_gradient(moved / weights).astype(jnp.float32)
         share = 2 / (state.step_growth_step.astype(jnp.float32) + 2)
-        average = state.step_growth_average + share * (change - state.step_growth_average)
-        counts = change > 0
-        enters = counts & (least >= 1) & jnp.isfinite(change)
+        average = state.step_growth_average + share * (relative - state.step_growth_average)
+        counts = relative > 0  # NaN, of Inf over Inf, does not
+        enters = counts & (least >= 1)
 
         def without_inf(leaf: Any) -> Any:
             return jnp.where(scale == 0, jnp.zeros_like(leaf), leaf) if is_gradient(leaf) else leaf
