@@ -1,7 +1,7 @@
 """Reads a guard's record from a live state, a saved log or an Orbax checkpoint."""
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from optax_guard._step.reading import SeenLeaves, axes_in_front, leaf_names, see
 from optax_guard._step.record import FlightRecorder, read_rows
 from optax_guard.report._logits import LogitLog, logit_log
 from optax_guard.rules._record_leaves import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
+from optax_guard.state._counts import Count, counts, counts_in
 from optax_guard.state._metrics import flight_log
 
 __all__ = ["TrainingLog", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
@@ -38,6 +39,7 @@ class TrainingLog(NamedTuple):
     leaves: LeafLog | None  # None without `record_leaves`
     totals: dict[str, int]  # the guard's counters over the whole run
     logits: LogitLog | None = None  # of attention; None if no step was given `max_logits=`
+    counts: tuple[Count, ...] = ()  # of what was done outside the guard, over the whole run
 
 
 def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog:
@@ -69,7 +71,7 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
         (float(field_array(each.qk_clip_threshold)), {k: field_array(x) for k, x in each.qk_clip_max_logits.items()})
         for each in find_states(state, QKClipState)
     ]
-    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params)))
+    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), _in_all(counts_in(state))))
 
 
 def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = None) -> Path:
@@ -98,10 +100,15 @@ def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = No
             "threshold_layers": np.array(list(log.logits.thresholds), "U"),
             "thresholds": np.array(list(log.logits.thresholds.values()), np.float64),
         }
+    columns |= {
+        "count_names": np.array([count.name for count in log.counts], "U"),
+        "count_words": np.array([count.words for count in log.counts], "U"),
+        "count_totals": np.array([count.total for count in log.counts], np.int64),
+        "count_scales": np.array([count.scale for count in log.counts], np.float64),
+    }
+    parts = columns | leaves | totals | logits
     with path.open("wb") as file:
-        np.savez_compressed(
-            file, format=np.array(_FORMAT), names=np.array(log.names, "U"), **columns, **leaves, **totals, **logits
-        )
+        np.savez_compressed(file, format=np.array(_FORMAT), names=np.array(log.names, "U"), **parts)
     return path
 
 
@@ -136,12 +143,14 @@ def load_log(path: str | Path) -> TrainingLog:
         if "logit_layers" in parts:
             thresholds = dict(zip(parts["threshold_layers"].tolist(), parts["thresholds"].tolist(), strict=True))
             logits = LogitLog(tuple(parts["logit_layers"].tolist()), thresholds)
+        numbers = (parts[f"count_{each}"].tolist() for each in ("names", "words", "totals", "scales"))
+        counted = tuple(Count(*each) for each in zip(*numbers, strict=True))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is no log of optax_guard, or it is damaged: save it with "
             "optax_guard.report.save_log(path, state, params)"
         ) from error
-    return _checked(TrainingLog(rows, names, leaves, totals, logits))
+    return _checked(TrainingLog(rows, names, leaves, totals, logits, counted))
 
 
 def load_checkpoint(path: str | Path) -> TrainingLog:
@@ -193,7 +202,11 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
         for node in _nodes(tree)
         if {"qk_clip_threshold", "qk_clip_max_logits"} <= node.keys()
     ]
-    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params)))
+    found = counts(
+        lambda counter: [node for node in _nodes(tree) if counter.total in node and counter.kind._fields[0] in node],
+        lambda node, field: _array(node[field]),
+    )
+    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), _in_all(found)))
 
 
 def load(path: str | Path) -> TrainingLog:
@@ -211,6 +224,11 @@ def load(path: str | Path) -> TrainingLog:
 def leaf_label(names: list[str], leaf: int) -> str:
     """The name of leaf number `leaf`; empty for -1."""
     return names[leaf] if 0 <= leaf < len(names) else "" if leaf < 0 else f"leaf {leaf}"
+
+
+def _in_all(found: Iterable[Count]) -> tuple[Count, ...]:
+    """Counts as numbers, those of several layers or members as one."""
+    return tuple(each._replace(total=int(np.sum(each.total)), scale=float(np.min(each.scale))) for each in found)
 
 
 def _checked(log: TrainingLog) -> TrainingLog:

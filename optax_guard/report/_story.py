@@ -9,6 +9,7 @@ from optax_guard._step.reading import batches, what_was_seen, where
 from optax_guard._step.record import HELD
 from optax_guard.report._log import TrainingLog
 from optax_guard.report._logits import logit_sentences
+from optax_guard.state._counts import OF_THE_STEP, Count
 
 __all__ = ["Departure", "Incident", "first_departure", "incidents", "story", "usual_norms"]
 
@@ -44,7 +45,8 @@ def story(log: TrainingLog) -> list[str]:
       log: from `read_log`, `load_log` or `load_checkpoint`.
 
     Returns:
-      The sentences. The first says how many steps were recorded and how they were judged. If steps were given
+      The sentences. The first says how many steps were recorded and how they were judged; the next, what was done
+      outside the guard in the whole run, such as by the bound of `stabilize`. If steps were given
       `max_logits=`, the last say when the largest attention logit began to grow, and in which layer and head.
 
     Example:
@@ -69,15 +71,31 @@ def story(log: TrainingLog) -> list[str]:
     sentences = [first]
     if log.totals["halted"]:
         sentences.append("The guard has halted: every later step is held until `clear_halt(state)`.")
-    found = incidents(log)
+    found, counted = incidents(log), [_counted(count) for count in log.counts if count.total]
     if not found and clipped:
         share = clipped / len(rows)
         sentences.append(
             f"Nothing but everyday clipping: {share:.0%} of the steps were scaled, none by more than half."
         )
-    elif not found:
+    elif not found and not counted:
         sentences.append("Nothing had to be held or scaled down.")
-    return sentences + [incident.text for incident in found] + logit_sentences(rows, log.logits)
+    return sentences + counted + [incident.text for incident in found] + logit_sentences(rows, log.logits)
+
+
+def _counted(count: Count) -> str:
+    """What was done outside the guard, in the whole run."""
+    text = f"In the whole run, `{count.name}` {count.words} {count.total} time{'s' if count.total > 1 else ''}"
+    if count.scale != count.scale:
+        return f"{text}."
+    if count.scale >= 1:
+        return f"{text}, but not in the last step."
+    text += f", the last one to {count.scale:.2g} of it"
+    if not count.name.startswith(OF_THE_STEP):
+        return f"{text}."
+    return (
+        f"{text}: steps are longer than it allows, relative to the parameters. If they are meant to be, a warm-up that "
+        "leads up to them or `max_change=None` avoids it; if not, the learning rate is too large."
+    )
 
 
 def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:

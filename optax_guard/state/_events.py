@@ -26,6 +26,7 @@ from optax_guard._step.reading import (
     where,
 )
 from optax_guard._step.record import EVENTS, FlightRecorder, read_rows
+from optax_guard.state._counts import Count, counts_in
 
 __all__ = ["event_logger"]
 
@@ -44,12 +45,14 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     recovery            what was reset, backed off or rewound
     clipped             only if unusual: the scale is less than half the median scale of the recorded steps
     applied             never
+    outside the guard   the 1st, 10th, 100th, ... update that a bound such as that of `stabilize` scaled down, batch
+                        that `accumulate` dropped, or step in which `qk_clip` scaled a head
     halted              by the error, `TrainingHalted`
     ==================  ================================================================================================
 
-    A look fetches four integers, without waiting for the step that was just dispatched: a step's events are reported
-    at most two looks later. It waits and fetches the recorder's rows (56 bytes each) only if there is something to
-    report.
+    A look fetches four integers, and one for each counter outside the guard, without waiting for the step that was just
+    dispatched: a step's events are reported at most two looks later. It waits and fetches the recorder's rows (56 bytes
+    each) only if there is something to report.
 
     Args:
       write: receives one line of text per event, such as `print`, `logging.getLogger("train").warning` or
@@ -85,10 +88,11 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     every = validate.integer("event_logger", "every", every, low=1)
     calls = 0
     unreported: dict[int, np.ndarray] = {}  # guard -> the first step of each member that has not been reported
-    looks: deque[list[jax.Array]] = deque()
+    counted: list[np.ndarray] = []  # the counters outside the guard at the last look
+    looks: deque[tuple[list[jax.Array], list[jax.Array]]] = deque()
 
     def log_events(state: optax.OptState, params: PyTree | None = None, *, wait: bool = False) -> None:
-        nonlocal calls, unreported
+        nonlocal calls, unreported, counted
         calls += 1
         guards = find_states(state, GuardState)
         if not guards:
@@ -106,20 +110,30 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
             return
         halts = [field_array(each.halted) for each in guards]
         firsts = [_first_steps(unreported.get(number), halted) for number, halted in enumerate(halts)]
+        counts = counts_in(state)
         look = [_look(*part, every) for part in zip(recorders, halts, firsts, strict=True)]
-        for news in look:
+        totals = [jnp.copy(count.total) for count in counts]
+        for news in (*look, *totals):
             news.copy_to_host_async()
-        looks.append(look)
-        while looks and (wait or len(looks) > _IN_FLIGHT or all(map(_is_ready, looks[0]))):
-            seen = [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in looks.popleft()]
+        looks.append((look, totals))
+        while looks and (wait or len(looks) > _IN_FLIGHT or all(map(_is_ready, looks[0][0]))):
+            look, totals = looks.popleft()
+            seen = [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in look]
             if any(news.event.any() or news.halted.any() for news in seen):
                 looks.clear()
+                totals = [count.total for count in counts]
                 for number, (each, news) in enumerate(zip(guards, seen, strict=True)):
                     label = f"guard {number}, " if len(guards) > 1 else ""
                     unreported[number] = _tell(write, label, each, params, news.first)
-                raise_if_halted(state, params)
             else:
                 unreported |= {number: news.newest + 1 for number, news in enumerate(seen)}
+            before, counted = counted, [np.asarray(total) for total in totals]
+            if len(before) != len(counted):  # on the first look, only the steps since the last look are new
+                before = [np.maximum(total - every, 0) for total in counted]
+            for each in zip(counts, counted, before, strict=False):
+                _tell_counted(write, *each, unreported[0] - 1)
+            if any(news.halted.any() for news in seen):
+                raise_if_halted(state, params)
 
     return log_events
 
@@ -188,10 +202,34 @@ def _tell(
         codes = np.array([EVENTS.index(event) for event in rows["event"]])
         reported = _is_reported(codes, rows["scale"], np) & (rows["step"] >= first[index])
         following[index] = max(int(first[index]), int(rows["step"][-1]) + 1)
-        who = f"member {index[0] if len(index) == 1 else index}, " if index else ""
         for i in np.flatnonzero(reported & (rows["event"] != "halted")):
-            write(f"{label}{who}step {int(rows['step'][i])}: {_words(rows[i], names)}")
+            write(f"{label}{_member(index)}step {int(rows['step'][i])}: {_words(rows[i], names)}")
     return following
+
+
+def _tell_counted(
+    write: Callable[[str], Any], count: Count, total: np.ndarray, before: np.ndarray, newest: np.ndarray
+) -> None:
+    """Writes a line for each member of which a counter has reached another power of ten since the last look."""
+    for index in members(total):
+        if total.shape != before.shape or _power_of_ten(total[index]) <= _power_of_ten(before[index]):
+            continue
+        step = int(newest[index] if newest.shape == total.shape else newest.max())
+        when = f"step {step}" if step >= 0 else "before the first step"
+        often = f", {total[index]} times so far" if total[index] > 1 else ""
+        scale = float(np.broadcast_to(np.asarray(count.scale), total.shape)[index])
+        to = f"{', the last time' if often else ''} to {scale:.2g} of it" if scale < 1 else ""
+        write(f"{_member(index)}{when}: `{count.name}` {count.words}{often}{to}")
+
+
+def _power_of_ten(count: Any) -> int:
+    """The number of digits; 0 for 0."""
+    return len(str(int(count))) if count > 0 else 0
+
+
+def _member(index: tuple[int, ...]) -> str:
+    """Whose line it is; empty in a single run."""
+    return f"member {index[0] if len(index) == 1 else index}, " if index else ""
 
 
 def _words(row: Any, names: list[str]) -> str:

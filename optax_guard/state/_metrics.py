@@ -8,6 +8,7 @@ Function               Use it for
 =====================  ============================================================
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,7 @@ from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.recovery._ladder import RecoveryState
 from optax_guard.recovery._rewind import RewindState
 from optax_guard.rules._norm_history import NormHistoryState
-from optax_guard.transforms._published import PublishedUpdateNormState
-from optax_guard.transforms._step_growth import StepGrowthState
-from optax_guard.transforms._update_bounds import ClippyState, LimitStepState, UpdateNormState
+from optax_guard.state._counts import BOUNDS, numbered
 
 __all__ = ["flight_log", "metrics"]
 
@@ -109,11 +108,7 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     readers = (
         (GuardState, "guard", _guard_metrics),
         (NormHistoryState, "norm_history", _norm_history),
-        (LimitStepState, "limit_step", _bound("limit_step", "step", "bound_total", "scale")),
-        (StepGrowthState, "limit_step_growth", _bound("step_growth", "step", "average", "bound_total", "scale")),
-        (ClippyState, "clippy", _bound("clippy", "step", "bound_total", "scale")),
-        (UpdateNormState, "update_norm", _bound("update_norm", "bound_total", "scale")),
-        (PublishedUpdateNormState, "published_update_norm", _bound("published_update_norm", "bound_total", "scale")),
+        *((kind, name, functools.partial(_bound, prefix)) for kind, name, prefix in BOUNDS),
         (QKClipState, "qk_clip", _qk_clip),
         (AccumulateState, "accumulate", _accumulate),
         (LossScalingState, "loss_scaling", _loss_scaling),
@@ -125,9 +120,8 @@ def metrics(state: optax.OptState) -> dict[str, jax.Array]:
     ):  # a NaN that was seen is reported as NaN, which is not a bug to stop at
         for kind, prefix, read in readers:
             for index, each in enumerate(find_states(state, kind)):
-                label = prefix if index == 0 else f"{prefix}_{index}"
                 numbers = _of_members(read, axes)(_own_numbers(each))
-                result |= {f"{label}/{name}": number for name, number in numbers.items()}
+                result |= {f"{numbered(prefix, index)}/{name}": number for name, number in numbers.items()}
     return result
 
 
@@ -186,11 +180,7 @@ def _member_axes(state: optax.OptState) -> int:
         (GuardState, "guard_step"),
         (AccumulateState, "micro_step"),
         (LossScalingState, "loss_scale"),
-        (LimitStepState, "limit_step_scale"),
-        (StepGrowthState, "step_growth_scale"),
-        (ClippyState, "clippy_scale"),
-        (UpdateNormState, "update_norm_scale"),
-        (PublishedUpdateNormState, "published_update_norm_scale"),
+        *((kind, f"{prefix}_scale") for kind, _, prefix in BOUNDS),
         (QKClipState, "qk_clip_step"),
     )
     found = [axes_in_front(getattr(each, field)) for kind, field in scalars for each in find_states(state, kind)]
@@ -292,9 +282,10 @@ def _norm_history(state: NormHistoryState) -> dict[str, jax.Array]:
     return {"threshold": threshold, "touched_in_row": in_row, "leaf": leaf}
 
 
-def _bound(prefix: str, *names: str) -> Callable[[Any], dict[str, jax.Array]]:
-    """A reader of the fields called `prefix` followed by each of `names`."""
-    return lambda state: {name: field_array(getattr(state, f"{prefix}_{name}")) for name in names}
+def _bound(prefix: str, state: Any) -> dict[str, jax.Array]:
+    """The counters of a bound, whose fields begin with `prefix`; not all of them have all."""
+    names = [name for name in ("step", "average", "bound_total", "scale") if f"{prefix}_{name}" in state._fields]
+    return {name: field_array(getattr(state, f"{prefix}_{name}")) for name in names}
 
 
 def _loss_scaling(state: LossScalingState) -> dict[str, jax.Array]:

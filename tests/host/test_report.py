@@ -147,6 +147,25 @@ def test_a_quiet_run_and_a_halted_one() -> None:
     assert "30 held" in text
 
 
+def test_what_was_done_outside_the_guard_is_told_from_state_file_and_checkpoint(tmp_path: Path) -> None:
+    guarded = og.stabilize(optax.chain(optax.sgd(1.0), og.clip_by_update_norm()), recorder_rows=8)
+    tx, params = og.accumulate(guarded, 2), jnp.ones((2, 2))
+    state = tx.init(params)
+    for size in (0.04, np.nan, 0.04, 0.04):
+        _, state = og.apply_gradients(tx, jnp.full((2, 2), size), state, params)
+    log = read_log(state)
+    bounded, dropped = story(log)[1:]
+    assert bounded.startswith(
+        "In the whole run, `limit_step_growth` scaled the update down 2 times, the last one to 0.2"
+    )
+    assert "`max_change=None`" in bounded
+    assert dropped.endswith("`accumulate` dropped a micro-batch (not finite, or of invalid weight) 1 time.")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", {"state": state})
+    for read in (load_log(save_log(tmp_path / "log", state)), load_checkpoint(tmp_path / "checkpoint")):
+        np.testing.assert_equal(sorted(read.counts), sorted(log.counts))
+
+
 # The page
 
 

@@ -1,5 +1,7 @@
 """`event_logger` tells each event once, whatever the cadence, and `tag` says which batch it was."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import optax_guard as og
 from optax_guard._common.extra import tag_in
 from optax_guard.report import load_log, read_log, save_log, story
 from optax_guard.state import _events
+from optax_guard.state._counts import COUNTERS
 
 ROWS = 32
 TX = og.guard(optax.sgd(0.1), og.skip_large(10.0), og.clip_by_global_norm(1.0), halt_after=3, recorder_rows=ROWS)
@@ -123,6 +126,79 @@ def test_a_quiet_look_fetches_nothing_and_compiles_nothing() -> None:
     with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_get", pytest.fail)
         run([0.5] * 3, log_events, params, state)
+
+
+# What is done outside the guard is not in its record: each counter is told of at every power of ten.
+
+
+BOUNDED = og.stabilize(optax.sgd(1.0), recorder_rows=ROWS)
+MATRIX = jnp.ones((2, 2))
+
+
+@jax.jit
+def bounded_step(state: Any, size: jax.Array) -> Any:
+    return og.apply_gradients(BOUNDED, jnp.full((2, 2), size), state, MATRIX)[1]
+
+
+def test_a_bound_is_told_of_the_first_time_and_at_each_power_of_ten() -> None:
+    told: list[str] = []
+    log_events, state = og.event_logger(told.append), BOUNDED.init(MATRIX)
+    for size in [0.004, 0.02, *[0.04] * 10, 0.004, 0.04]:
+        state = bounded_step(state, jnp.float32(size))
+        log_events(state, MATRIX, wait=True)
+    assert told == [
+        "step 1: `limit_step_growth` scaled the update down to 0.6 of it",
+        "step 10: `limit_step_growth` scaled the update down, 10 times so far, the last time to 0.3 of it",
+    ]
+    again: list[str] = []
+    resumed = og.event_logger(again.append)  # a new process does not tell it again
+    for size in [0.004, 0.004, 0.04]:
+        state = bounded_step(state, jnp.float32(size))
+        resumed(state, MATRIX, wait=True)
+    assert again == []
+
+
+@pytest.mark.parametrize(("every", "when"), [(2, ["step 1", "step 9"]), (7, ["step 6", "step 13"])])
+def test_a_bound_is_told_of_at_any_cadence_with_events_and_at_the_end(every: int, when: list[str]) -> None:
+    told: list[str] = []
+    log_events, state = og.event_logger(told.append, every=every), BOUNDED.init(MATRIX)
+    for index in range(14):
+        state = bounded_step(state, jnp.float32(NAN if index == 12 else 0.04))
+        log_events(state, MATRIX)
+    log_events(state, MATRIX, wait=True)
+    assert [line.split(":")[0] for line in told if "limit_step_growth" in line] == when
+    assert [line for line in told if "held" in line] == ["step 12: held: the gradient of `(root)` held NaN"]
+
+
+def test_members_bounded_and_dropped_micro_batches_are_told_of() -> None:
+    told: list[str] = []
+    many = jax.vmap(lambda size, state: og.apply_gradients(BOUNDED, size * MATRIX, state, MATRIX)[1])
+    state = jax.vmap(lambda _: BOUNDED.init(MATRIX))(jnp.arange(2))
+    og.event_logger(told.append)(jax.jit(many)(jnp.array([0.004, 0.02]), state), MATRIX, wait=True)
+    assert told == ["member 1, step 0: `limit_step_growth` scaled the update down to 0.5 of it"]
+    told.clear()
+    tx = og.accumulate(TX, 2)
+    params, state, log_events = PARAMS, tx.init(PARAMS), og.event_logger(told.append)
+    for size in (0.5, NAN, 0.5, 0.5):
+        params, state = og.apply_gradients(tx, {"dense": jnp.full(2, size)}, state, params)
+        log_events(state, params, wait=True)
+    assert told == ["step 0: `accumulate` dropped a micro-batch (not finite, or of invalid weight)"]
+
+
+def test_whatever_counts_is_told_of_somewhere() -> None:
+    told = {(counter.kind.__name__, counter.total) for counter in COUNTERS}
+    in_the_record = {"GuardState", "RewindState", "BackOffState", "ResetState", "StartState"}
+    for module in pkgutil.walk_packages(og.__path__, "optax_guard."):
+        for name, kind in vars(importlib.import_module(module.name)).items() if "__main__" not in module.name else ():
+            for field in getattr(kind, "_fields", ()) if name.endswith("State") and name not in in_the_record else ():
+                counts = field.endswith("_total") and field not in PLACES_AND_STEPS
+                assert not counts or (name, field) in told, f"{name}.{field} is seen by nobody"
+
+
+PLACES_AND_STEPS = {  # places in a ring, calls, and overflows, which the guard inside records
+    *("update_norms_kept_total", "update_norms_recent_total", "published_update_norm_total", "emitted_total"),
+    *("spike_accepted_total", "spike_recent_total", "published_spike_total", "overflow_total"),
+}
 
 
 def test_what_cannot_be_told_is_refused() -> None:
