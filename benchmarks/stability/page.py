@@ -10,7 +10,16 @@ import numpy as np
 from benchmarks.marked import put
 from benchmarks.stability import pictures
 from benchmarks.stability.faults import BASES, FAULTS, MICRO_FAULTS
-from benchmarks.stability.measures import alive, best_loss, equal_best, fault_gaps, interval, regret, sensitivity
+from benchmarks.stability.measures import (
+    alive,
+    best_loss,
+    capped,
+    equal_best,
+    fault_gaps,
+    interval,
+    regret,
+    sensitivity,
+)
 from benchmarks.stability.methods import METHODS
 from benchmarks.stability.tasks import HELD_OUT, TASKS
 
@@ -83,6 +92,22 @@ def regret_table(results: Results, setting: str) -> str:
             continue
         rows.append([f"`{method.title}`", *cells, f"{np.mean(shared):.2f}"])
     return markdown(["method", *(f"{t}*" if t in HELD_OUT else t for t in tasks), "mean"], rows)
+
+
+def hindsight(results: Results) -> float:
+    """The mean regret of whoever takes, at each rate of each task, what turns out to be the best method there.
+
+    Of all methods that leave the task's optimizer and its rate as they are: no choice among them can be better.
+    """
+    tasks = []
+    for task in present(results):
+        both = [runs_of(results, task, which) for which in ("default", "tuned")]
+        best = min(float(np.mean(best_loss(runs))) for table in both for runs in table.values())
+        kept = [runs for name, runs in both[0].items() if not METHODS[name].takes_rate]
+        lowest = np.min([capped(runs).mean(1) for runs in kept], axis=0)
+        initial = np.mean([runs["initial"] for runs in kept])
+        tasks.append((np.mean(lowest) - best) / (initial - best))
+    return float(np.mean(tasks))
 
 
 def task_table(results: Results, task: str) -> str:
@@ -198,6 +223,8 @@ def generated(results: Results) -> str:
         f"`benchmarks/results/{results['setting']['file']}`.",
         "### Regret over all learning rates, default settings",
         regret_table(results, "default"),
+        "Taking at each rate of each task the best of all methods that leave the optimizer and its rate as they are, "
+        f"in hindsight, comes to {hindsight(results):.2f}.",
         "### The same, each method at the best setting of its grid",
         regret_table(results, "tuned"),
         *(f"### Faults, {base}: gap in the final loss\n\n{fault_table(results, base)}" for base in BASES),

@@ -1,5 +1,6 @@
 """The tables of docs/benchmarks/large.md, from the results."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import scipy.stats
 
 from benchmarks.marked import put
+from benchmarks.stability.large.first_steps import FILE as FIRST_STEPS
 from benchmarks.stability.large.studies import COMPARED, CUSTOMARY, LARGE, NETS
 from benchmarks.stability.measures import best_loss, equal_best, interval, regret, sensitivity
 from benchmarks.stability.page import cell_text, markdown
@@ -120,6 +122,18 @@ def other_rates(cells: Cells) -> str:
     return markdown(["net, optimizer", "rates", "lowest rate: without, with", "middle", "highest"], rows)
 
 
+def first_steps_table() -> str:
+    """Of the jobs of which only the first steps have run: in how many the bound acted."""
+    counted = json.loads(FIRST_STEPS.read_text()) if FIRST_STEPS.exists() else {}
+    if not counted:
+        return "Not run."
+    rows = []
+    for name, cell in counted.items():
+        acts = [", ".join(map(str, seeds)) for seeds in cell["acted"]]
+        rows.append([name, f"{cell['steps']} of {cell['of']}", ", ".join(f"{r:g}" for r in cell["rates"]), *acts])
+    return markdown(["net, optimizer", "steps", "rates", "lowest rate: each seed", "middle", "highest"], rows)
+
+
 def generated(cells: Cells) -> str:
     """All tables of the page."""
     devices = sorted({cell["device"] for cell in cells.values()})
@@ -131,7 +145,11 @@ def generated(cells: Cells) -> str:
     for study, title in BOUNDS.items():
         own = of_study(cells, study)
         parts += [f"### Neutrality of {title}: difference in percent of the loss without it", verdict(own)]
-        parts += [neutral_table(own), f"### Mean losses at all three rates, without and with {title}", other_rates(own)]
+        parts += [neutral_table(own)]
+        if study == "neutral":
+            parts += ["### Jobs of which only the first steps have run: steps in which the bound acted"]
+            parts += [first_steps_table()]
+        parts += [f"### Mean losses at all three rates, without and with {title}", other_rates(own)]
     return "\n\n".join(part for part in parts if part)
 
 
