@@ -18,7 +18,7 @@ import optax_guard as og
 from benchmarks.performance.measure import Arm, Row, compare, made_arms, number, race, size_of
 from benchmarks.performance.waits import wait_rows
 
-__all__ = ["gpu_rows", "kernels", "program_rows"]
+__all__ = ["bytes_moved", "gpu_rows", "kernels", "program_rows"]
 
 PyTree = Any
 _ADAMW, _GUARDED = 7, 8  # times the parameters: the floors
@@ -44,7 +44,7 @@ def program_rows(params: PyTree, grads: PyTree) -> list[Row]:
     bare, ours, *_ = txs
     arms, size = made_arms(txs, params, grads), size_of(params)
     peak = {name: _peak(arm) / size for name, arm in arms.items()}
-    moved = {name: _moved(arm) / size for name, arm in arms.items()}
+    moved = {name: bytes_moved(arm.step) / size for name, arm in arms.items()}
     extra, over = "over the parameters", "bytes read and written,"
     rows = [
         number("memory", f"peak memory of a guarded step beyond bare, {extra}", peak[ours] - peak[bare], 0.01),
@@ -101,9 +101,9 @@ def _peak(arm: Arm) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def _moved(arm: Arm) -> float:
-    """Bytes read and written, by XLA's count."""
-    analysis = arm.step.cost_analysis()
+def bytes_moved(program: Any) -> float:
+    """Bytes that a compiled program reads and writes, by XLA's count."""
+    analysis = program.cost_analysis()
     return (analysis[0] if isinstance(analysis, list) else analysis)["bytes accessed"]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.marked import put
 from benchmarks.stability import pictures
+from benchmarks.stability.costs import FILE as COSTS
 from benchmarks.stability.faults import BASES, FAULTS, MICRO_FAULTS
 from benchmarks.stability.measures import (
     alive,
@@ -241,7 +242,8 @@ def generated(results: Results) -> str:
 
 
 def result_table(results: Results) -> str:
-    """The methods that ran on every task, the best first: mean regret, faults survived, healthy steps touched."""
+    """The methods that ran on every task, the best first: mean regret, faults survived, steps touched, cost."""
+    costs = json.loads(COSTS.read_text())["costs"]
     columns = [regrets(results, task, "default") for task in present(results)]
     found = {base: faults_of(results, base) for base in BASES}
     everywhere = [name for name in METHODS if all(name in column for column in columns)]
@@ -253,9 +255,18 @@ def result_table(results: Results) -> str:
         touched = np.mean([np.mean(each["clean"]["touched"]) for each in faults.values()])
         mean = float(np.mean([np.mean(column[name]) for column in columns]))
         rows.append(
-            (mean, [f"`{METHODS[name].title}`", f"{mean:.2f}", f"{survived} of {len(gaps)}", f"{100 * touched:.1f}"])
+            (
+                mean,
+                [
+                    f"`{METHODS[name].title}`",
+                    f"{mean:.2f}",
+                    f"{survived} of {len(gaps)}",
+                    f"{100 * touched:.1f}",
+                    f"{costs[name]:.2f}",
+                ],
+            )
         )
-    header = ["method", "mean regret", "faults survived", "healthy steps touched, %"]
+    header = ["method", "mean regret", "faults survived", "healthy steps touched, %", "bytes, of bare AdamW"]
     return markdown(header, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 
