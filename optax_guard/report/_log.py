@@ -1,7 +1,7 @@
 """Reads a guard's record from a live state, a saved log or an Orbax checkpoint."""
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from optax_guard._step.reading import SeenLeaves, axes_in_front, leaf_names, see
 from optax_guard._step.record import FlightRecorder, read_rows
 from optax_guard.report._logits import LogitLog, logit_log
 from optax_guard.rules._record_leaves import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
-from optax_guard.state._counts import Count, counts, counts_in
+from optax_guard.state._counts import COUNTERS, Count, counts_in
 from optax_guard.state._metrics import flight_log
 
 __all__ = ["TrainingLog", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
@@ -71,7 +71,8 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
         (float(field_array(each.qk_clip_threshold)), {k: field_array(x) for k, x in each.qk_clip_max_logits.items()})
         for each in find_states(state, QKClipState)
     ]
-    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), _in_all(counts_in(state))))
+    counted = _in_all(counts_in(state))
+    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), counted))
 
 
 def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = None) -> Path:
@@ -100,13 +101,12 @@ def save_log(path: str | Path, state: optax.OptState, params: PyTree | None = No
             "threshold_layers": np.array(list(log.logits.thresholds), "U"),
             "thresholds": np.array(list(log.logits.thresholds.values()), np.float64),
         }
-    columns |= {
-        "count_names": np.array([count.name for count in log.counts], "U"),
-        "count_words": np.array([count.words for count in log.counts], "U"),
-        "count_totals": np.array([count.total for count in log.counts], np.int64),
-        "count_scales": np.array([count.scale for count in log.counts], np.float64),
+    counted: dict[str, Any] = {
+        "counters": np.array([count.counter.total for count in log.counts], "U"),
+        "counts": np.array([count.total for count in log.counts], np.int64),
+        "scales": np.array([np.nan if count.scale is None else count.scale for count in log.counts], np.float64),
     }
-    parts = columns | leaves | totals | logits
+    parts = columns | leaves | totals | logits | counted
     with path.open("wb") as file:
         np.savez_compressed(file, format=np.array(_FORMAT), names=np.array(log.names, "U"), **parts)
     return path
@@ -143,8 +143,12 @@ def load_log(path: str | Path) -> TrainingLog:
         if "logit_layers" in parts:
             thresholds = dict(zip(parts["threshold_layers"].tolist(), parts["thresholds"].tolist(), strict=True))
             logits = LogitLog(tuple(parts["logit_layers"].tolist()), thresholds)
-        numbers = (parts[f"count_{each}"].tolist() for each in ("names", "words", "totals", "scales"))
-        counted = tuple(Count(*each) for each in zip(*numbers, strict=True))
+        counters = {counter.total: counter for counter in COUNTERS}
+        shown = (parts[name].tolist() for name in ("counters", "counts", "scales"))
+        counted = tuple(
+            Count(counters[field], counters[field].name, total, scale if counters[field].scale else None)
+            for field, total, scale in zip(*shown, strict=True)
+        )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is no log of optax_guard, or it is damaged: save it with "
@@ -202,10 +206,14 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
         for node in _nodes(tree)
         if {"qk_clip_threshold", "qk_clip_max_logits"} <= node.keys()
     ]
-    found = counts(
-        lambda counter: [node for node in _nodes(tree) if counter.total in node and counter.kind._fields[0] in node],
-        lambda node, field: _array(node[field]),
-    )
+    found = [
+        Count(
+            counter, counter.name, _array(node[counter.total]), _array(node[counter.scale]) if counter.scale else None
+        )
+        for counter in COUNTERS
+        for node in _nodes(tree)
+        if counter.total in node and _is_number(node[counter.total])
+    ]
     return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), _in_all(found)))
 
 
@@ -226,9 +234,15 @@ def leaf_label(names: list[str], leaf: int) -> str:
     return names[leaf] if 0 <= leaf < len(names) else "" if leaf < 0 else f"leaf {leaf}"
 
 
-def _in_all(found: Iterable[Count]) -> tuple[Count, ...]:
-    """Counts as numbers, those of several layers or members as one."""
-    return tuple(each._replace(total=int(np.sum(each.total)), scale=float(np.min(each.scale))) for each in found)
+def _in_all(found: list[Count]) -> tuple[Count, ...]:
+    """The counts as numbers; those of one counter as one, since a checkpoint does not keep the order of its states."""
+    result = []
+    for counter in COUNTERS:
+        own = [each for each in found if each.counter == counter]
+        if own:
+            scale = min(float(np.min(each.scale)) for each in own) if counter.scale else None
+            result.append(Count(counter, counter.name, sum(int(np.sum(each.total)) for each in own), scale))
+    return tuple(result)
 
 
 def _checked(log: TrainingLog) -> TrainingLog:
@@ -291,6 +305,11 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
     for child in children:
         yield from _nodes(child)
+
+
+def _is_number(node: Any) -> bool:
+    """Whether an item of a checkpoint was read, and not only its shapes."""
+    return np.issubdtype(_array(node).dtype, np.number)
 
 
 def _array(node: Any) -> np.ndarray:

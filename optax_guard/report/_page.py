@@ -153,7 +153,9 @@ def _totals(log: TrainingLog) -> str:
         "halted": "halted",
     }
     rows = [[words[k], ("yes" if v else "no") if k == "halted" else str(v)] for k, v in log.totals.items()]
-    rows += [[f"{count.name} {count.words}", str(count.total)] for count in log.counts]
+    rows += [
+        [f"{count.name} {count.counter.words.format(count.counter.many)}", str(count.total)] for count in log.counts
+    ]
     rows.append(["usual gradient norm (median of the steps applied as they were)", _number(usual_norms(log.rows))])
     return _table("Counted since the state was made", ["what", "number"], rows, (0,))
 

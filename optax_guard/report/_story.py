@@ -9,7 +9,7 @@ from optax_guard._step.reading import batches, what_was_seen, where
 from optax_guard._step.record import HELD
 from optax_guard.report._log import TrainingLog
 from optax_guard.report._logits import logit_sentences
-from optax_guard.state._counts import OF_THE_STEP, Count
+from optax_guard.state._counts import Count, in_words
 
 __all__ = ["Departure", "Incident", "first_departure", "incidents", "story", "usual_norms"]
 
@@ -17,6 +17,7 @@ _GAP = 5  # the most steps between two acts of a guard that belong to one incide
 _LOOK_BACK = 64  # steps before an incident that are searched for an early sign
 _CALM = 8  # with fewer usual steps than this, nothing is called unusual
 _FACTOR = 3.0  # an unusual norm is at least this much larger than usual, and six times its own spread
+_OFTEN = 10, 0.1  # steps, and of all steps: a bound on the step that acts more often has a cause
 _BOUND = 0.5  # a clip to more than this share is routine and not an incident
 
 
@@ -45,8 +46,8 @@ def story(log: TrainingLog) -> list[str]:
       log: from `read_log`, `load_log` or `load_checkpoint`.
 
     Returns:
-      The sentences. The first says how many steps were recorded and how they were judged; the next, what was done
-      outside the guard in the whole run, such as by the bound of `stabilize`. If steps were given
+      The sentences. The first says how many steps were recorded and how they were judged. Before the incidents comes
+      what was done outside the guard, such as by the bound of `stabilize`, in the whole run. If steps were given
       `max_logits=`, the last say when the largest attention logit began to grow, and in which layer and head.
 
     Example:
@@ -71,31 +72,32 @@ def story(log: TrainingLog) -> list[str]:
     sentences = [first]
     if log.totals["halted"]:
         sentences.append("The guard has halted: every later step is held until `clear_halt(state)`.")
-    found, counted = incidents(log), [_counted(count) for count in log.counts if count.total]
+    found, counted = incidents(log), [_counted(count, log) for count in log.counts if count.total]
     if not found and clipped:
         share = clipped / len(rows)
-        sentences.append(
-            f"Nothing but everyday clipping: {share:.0%} of the steps were scaled, none by more than half."
-        )
+        what = "Everyday" if counted else "Nothing but everyday"
+        sentences.append(f"{what} clipping: {share:.0%} of the steps were scaled, none by more than half.")
     elif not found and not counted:
         sentences.append("Nothing had to be held or scaled down.")
     return sentences + counted + [incident.text for incident in found] + logit_sentences(rows, log.logits)
 
 
-def _counted(count: Count) -> str:
-    """What was done outside the guard, in the whole run."""
-    text = f"In the whole run, `{count.name}` {count.words} {count.total} time{'s' if count.total > 1 else ''}"
-    if count.scale != count.scale:
-        return f"{text}."
-    if count.scale >= 1:
-        return f"{text}, but not in the last step."
-    text += f", the last one to {count.scale:.2g} of it"
-    if not count.name.startswith(OF_THE_STEP):
-        return f"{text}."
-    return (
-        f"{text}: steps are longer than it allows, relative to the parameters. If they are meant to be, a warm-up that "
-        "leads up to them or `max_change=None` avoids it; if not, the learning rate is too large."
-    )
+def _counted(count: Count, log: TrainingLog) -> str:
+    """What was done outside the guard, and what to do about it."""
+    text = f"Not in these numbers: {in_words(count)}."
+    often = count.total >= max(_OFTEN[0], _OFTEN[1] * log.totals["guard_step"])
+    if often and count.name == "limit_step_growth":
+        return (
+            f"{text} Steps are longer than it lets them grow, relative to the parameters. If they are meant to be, "
+            "lead up to them by a linear warm-up or do without the bound (`max_change=None` in `stabilize`); if not, "
+            "lower the learning rate."
+        )
+    if often and count.name == "limit_step":
+        return (
+            f"{text} Steps are longer than it allows, relative to the parameters: the learning rate is too large, or "
+            "the bound too small."
+        )
+    return text
 
 
 def incidents(log: TrainingLog, most: int = 30) -> list[Incident]:

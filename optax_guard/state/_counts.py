@@ -4,20 +4,20 @@ A bound scales the finished update, accumulation drops a micro-batch before the 
 weights after it. `event_logger` and the report tell of each.
 """
 
-from collections.abc import Callable, Iterator
+import functools
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 import optax
 
 from optax_guard._common.new_params import QKClipState
-from optax_guard._common.tree import field_array, find_states
+from optax_guard._common.tree import find_states
 from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.transforms._published import PublishedUpdateNormState
 from optax_guard.transforms._step_growth import StepGrowthState
 from optax_guard.transforms._update_bounds import ClippyState, LimitStepState, UpdateNormState
 
-__all__ = ["BOUNDS", "COUNTERS", "OF_THE_STEP", "Count", "Counter", "counts", "counts_in", "numbered"]
+__all__ = ["BOUNDS", "COUNTERS", "Count", "Counter", "counts_in", "in_words", "numbered"]
 
 BOUNDS = (  # the type of the state, the name in `metrics`, and how the names of its fields begin
     (LimitStepState, "limit_step", "limit_step"),
@@ -26,40 +26,52 @@ BOUNDS = (  # the type of the state, the name in `metrics`, and how the names of
     (UpdateNormState, "update_norm", "update_norm"),
     (PublishedUpdateNormState, "published_update_norm", "published_update_norm"),
 )
-OF_THE_STEP = ("limit_step", "limit_step_growth")  # relative to the parameters: they act if the rate is too large
 
 
 class Counter(NamedTuple):
-    """A field that counts."""
+    """A field that counts, and what it counts."""
 
-    kind: type
-    name: str  # of whose field it is, as in `metrics`
+    kind: type  # the state that has it
     total: str  # the field
-    scale: str  # the field with the last factor; empty without one
-    words: str  # what happened each time
+    scale: str  # the field with the smallest factor of a leaf in the last update; empty without one
+    name: str  # of the function, as in a program
+    words: str  # what it did, with {} for
+    one: str  # one of them
+    many: str  # or several
+
+
+def _bound(kind: type, prefix: str, name: str) -> Counter:
+    return Counter(kind, f"{prefix}_bound_total", f"{prefix}_scale", name, "scaled {} down", "an update", "updates")
 
 
 COUNTERS = (
-    *(
-        Counter(kind, name, f"{prefix}_bound_total", f"{prefix}_scale", "scaled the update down")
-        for kind, name, prefix in BOUNDS
-    ),
+    _bound(LimitStepState, "limit_step", "limit_step"),
+    _bound(StepGrowthState, "step_growth", "limit_step_growth"),
+    _bound(ClippyState, "clippy", "clippy"),
+    _bound(UpdateNormState, "update_norm", "clip_by_update_norm"),
+    _bound(PublishedUpdateNormState, "published_update_norm", "published.clip_by_update_norm"),
     Counter(
-        AccumulateState, "accumulate", "dropped_total", "", "dropped a micro-batch (not finite, or of invalid weight)"
+        AccumulateState,
+        *("dropped_total", "", "accumulate", "dropped {} (not finite, or of invalid weight)"),
+        *("a micro-batch", "micro-batches"),
     ),
-    Counter(AccumulateState, "accumulate", "empty_total", "", "had nothing left at the end of a cycle"),
-    Counter(QKClipState, "qk_clip", "qk_clip_clipped_total", "", "scaled the weights of a head down"),
-    Counter(QKClipState, "qk_clip", "qk_clip_invalid_total", "", "was given a maximum that is no number above 0"),
+    Counter(AccumulateState, "empty_total", "", "accumulate", "had nothing left at the end of {}", "a cycle", "cycles"),
+    Counter(QKClipState, "qk_clip_clipped_total", "", "qk_clip", "scaled heads down in {}", "a step", "steps"),
+    Counter(
+        QKClipState,
+        *("qk_clip_invalid_total", "", "qk_clip", "was given {} (NaN, Inf or not above 0)"),
+        *("an invalid maximum", "invalid maxima"),
+    ),
 )
 
 
 class Count(NamedTuple):
     """What a counter shows, of one run or of many."""
 
-    name: str  # as in `metrics`: the second of a kind is `limit_step_1`
-    words: str
+    counter: Counter
+    name: str  # the second of a kind is `limit_step_1`
     total: Any  # i32[...]
-    scale: Any  # f32[...]: NaN without one
+    scale: Any  # f32[...]; None without one
 
 
 def numbered(name: str, index: int) -> str:
@@ -67,19 +79,36 @@ def numbered(name: str, index: int) -> str:
     return name if index == 0 else f"{name}_{index}"
 
 
-def counts(find: Callable[[Counter], list[Any]], read: Callable[[Any, str], Any]) -> Iterator[Count]:
-    """What every counter shows, given how to find the states that have it and how to read a field of them."""
-    for counter in COUNTERS:
-        for index, each in enumerate(find(counter)):
-            scale = read(each, counter.scale) if counter.scale else np.float32(np.nan)
-            yield Count(numbered(counter.name, index), counter.words, read(each, counter.total), scale)
-
-
 def counts_in(state: optax.OptState) -> list[Count]:
     """What every counter in a state shows."""
-    return list(
-        counts(
-            lambda counter: find_states(state, counter.kind),
-            lambda each, field: field_array(getattr(each, field)),
+    leaves, structure = jax.tree.flatten(state)
+    return [
+        Count(counter, name, leaves[total], None if scale is None else leaves[scale])
+        for counter, name, total, scale in _places(structure)
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _places(structure: Any) -> list[tuple[Counter, str, int, int | None]]:
+    """Where the counters are among the leaves of a state, which is looked up once: a state may have thousands."""
+    states = find_states(structure.unflatten(range(structure.num_leaves)), tuple(each.kind for each in COUNTERS))
+    return [
+        (
+            counter,
+            numbered(counter.name, index),
+            jax.tree.leaves(getattr(each, counter.total))[0],
+            jax.tree.leaves(getattr(each, counter.scale))[0] if counter.scale else None,
         )
-    )
+        for counter in COUNTERS
+        for index, each in enumerate(each for each in states if isinstance(each, counter.kind))
+    ]
+
+
+def in_words(count: Count, so_far: str = "") -> str:
+    """A count of one run as a clause: "`limit_step` scaled 3 updates down (smallest factor of the last one: 0.2)"."""
+    several = count.total > 1
+    what = f"{count.total} {count.counter.many}" if several else count.counter.one
+    text = f"`{count.name}` {count.counter.words.format(what)}{so_far if several else ''}"
+    if count.scale is None or not count.scale < 1:
+        return text
+    return f"{text} (smallest factor{' of the last one:' if several else ''} {count.scale:.3g})"

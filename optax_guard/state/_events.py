@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from optax_guard._common import validate
 from optax_guard._common.tree import field_array, find_states
@@ -26,7 +27,7 @@ from optax_guard._step.reading import (
     where,
 )
 from optax_guard._step.record import EVENTS, FlightRecorder, read_rows
-from optax_guard.state._counts import Count, counts_in
+from optax_guard.state._counts import Count, counts_in, in_words
 
 __all__ = ["event_logger"]
 
@@ -50,9 +51,10 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     halted              by the error, `TrainingHalted`
     ==================  ================================================================================================
 
-    A look fetches four integers, and one for each counter outside the guard, without waiting for the step that was just
-    dispatched: a step's events are reported at most two looks later. It waits and fetches the recorder's rows (56 bytes
-    each) only if there is something to report.
+    A look fetches four integers, and two numbers for each counter outside the guard, without waiting for the step that
+    was just dispatched: a step's events are reported at most two looks later. It waits and fetches the recorder's rows
+    (56 bytes each) only if there is something to report. What is done outside the guard is told as of the look, "after
+    step 9", since its steps are not recorded.
 
     Args:
       write: receives one line of text per event, such as `print`, `logging.getLogger("train").warning` or
@@ -88,11 +90,11 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     every = validate.integer("event_logger", "every", every, low=1)
     calls = 0
     unreported: dict[int, np.ndarray] = {}  # guard -> the first step of each member that has not been reported
-    counted: list[np.ndarray] = []  # the counters outside the guard at the last look
-    looks: deque[tuple[list[jax.Array], list[jax.Array]]] = deque()
+    told: dict[str, np.ndarray] = {}  # counter outside the guard -> the most that it has shown, of each member
+    looks: deque[_Looks] = deque()
 
     def log_events(state: optax.OptState, params: PyTree | None = None, *, wait: bool = False) -> None:
-        nonlocal calls, unreported, counted
+        nonlocal calls, unreported, told
         calls += 1
         guards = find_states(state, GuardState)
         if not guards:
@@ -110,29 +112,29 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
             return
         halts = [field_array(each.halted) for each in guards]
         firsts = [_first_steps(unreported.get(number), halted) for number, halted in enumerate(halts)]
-        counts = counts_in(state)
         look = [_look(*part, every) for part in zip(recorders, halts, firsts, strict=True)]
-        totals = [jnp.copy(count.total) for count in counts]
-        for news in (*look, *totals):
+        counted = counts_in(state)
+        numbers = [_copied([(count.total, count.scale) for count in counted])] if counted else []
+        looks.append(_Looks(look, counted, numbers, calls))
+        for news in (*look, *numbers):
             news.copy_to_host_async()
-        looks.append((look, totals))
-        while looks and (wait or len(looks) > _IN_FLIGHT or all(map(_is_ready, looks[0][0]))):
-            look, totals = looks.popleft()
-            seen = [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in look]
-            if any(news.event.any() or news.halted.any() for news in seen):
+        while looks and (wait or len(looks) > _IN_FLIGHT or all(map(_is_ready, (*looks[0].guards, *looks[0].numbers)))):
+            oldest = looks.popleft()
+            seen = [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in oldest.guards]
+            events = any(news.event.any() or news.halted.any() for news in seen)
+            last = unreported.get(0)
+            if events:
+                oldest = looks.pop() if looks else oldest
                 looks.clear()
-                totals = [count.total for count in counts]
                 for number, (each, news) in enumerate(zip(guards, seen, strict=True)):
                     label = f"guard {number}, " if len(guards) > 1 else ""
                     unreported[number] = _tell(write, label, each, params, news.first)
             else:
                 unreported |= {number: news.newest + 1 for number, news in enumerate(seen)}
-            before, counted = counted, [np.asarray(total) for total in totals]
-            if len(before) != len(counted):  # on the first look, only the steps since the last look are new
-                before = [np.maximum(total - every, 0) for total in counted]
-            for each in zip(counts, counted, before, strict=False):
-                _tell_counted(write, *each, unreported[0] - 1)
-            if any(news.halted.any() for news in seen):
+            if last is not None and (last.shape != unreported[0].shape or np.any(unreported[0] < last)):
+                told = {}  # another run, or an earlier state of this one
+            told = _tell_counts(write, oldest, unreported[0] - 1, told, "guard 0, " if len(guards) > 1 else "")
+            if events:
                 raise_if_halted(state, params)
 
     return log_events
@@ -141,6 +143,15 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
 def _is_ready(array: Any) -> bool:
     """Whether an array has been computed (a method that JAX's types do not declare)."""
     return array.is_ready()
+
+
+class _Looks(NamedTuple):
+    """What is fetched at one call, on its way to the host."""
+
+    guards: list[jax.Array]  # a `_Look` of each
+    counts: list[Count]  # outside the guard: names and shapes, whose numbers the next step may overwrite
+    numbers: list[jax.Array]  # i32[n]: a copy of these numbers, unless there are none
+    call: int  # of the logger
 
 
 class _Look(NamedTuple):
@@ -207,23 +218,43 @@ def _tell(
     return following
 
 
-def _tell_counted(
-    write: Callable[[str], Any], count: Count, total: np.ndarray, before: np.ndarray, newest: np.ndarray
-) -> None:
-    """Writes a line for each member of which a counter has reached another power of ten since the last look."""
-    for index in members(total):
-        if total.shape != before.shape or _power_of_ten(total[index]) <= _power_of_ten(before[index]):
-            continue
-        step = int(newest[index] if newest.shape == total.shape else newest.max())
-        when = f"step {step}" if step >= 0 else "before the first step"
-        often = f", {total[index]} times so far" if total[index] > 1 else ""
-        scale = float(np.broadcast_to(np.asarray(count.scale), total.shape)[index])
-        to = f"{', the last time' if often else ''} to {scale:.2g} of it" if scale < 1 else ""
-        write(f"{_member(index)}{when}: `{count.name}` {count.words}{often}{to}")
+@jax.jit
+def _copied(numbers: Any) -> jax.Array:
+    """Integers and float32 numbers of any shapes as one array of integers, so that the host waits for one transfer."""
+    bits = [jnp.zeros(0, jnp.int32)]
+    for x in map(jnp.asarray, jax.tree.leaves(numbers)):
+        real = jnp.issubdtype(x.dtype, jnp.floating)
+        bits.append(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) if real else x.astype(jnp.int32))
+    return jnp.concatenate([x.ravel() for x in bits])
 
 
-def _power_of_ten(count: Any) -> int:
-    """The number of digits; 0 for 0."""
+def _tell_counts(
+    write: Callable[[str], Any], look: _Looks, newest: np.ndarray, told: dict[str, np.ndarray], label: str
+) -> dict[str, np.ndarray]:
+    """Writes a line for each counter that has reached another power of ten, and returns what each has shown."""
+    numbers, at, shown = np.concatenate([*map(np.asarray, look.numbers), np.zeros(0, np.int32)]), 0, {}
+    for count in look.counts:
+        size, shape = np.size(count.total), np.shape(count.total)
+        total, at = numbers[at : at + size].reshape(shape), at + size
+        scale = None
+        if count.scale is not None:
+            scale, at = numbers[at : at + size].view(np.float32).reshape(shape), at + size
+        steps = newest if newest.shape == shape else np.broadcast_to(newest.max(), shape)
+        key = f"{count.name} {count.counter.total}"
+        before = told.get(key)
+        if before is None or before.shape != shape:  # a run that is resumed has told its own already
+            before = np.where(steps < look.call, 0, total)
+        for index in np.ndindex(*shape):
+            if _digits(total[index]) > _digits(before[index]):
+                when = f"after step {steps[index]}" if steps[index] >= 0 else "before the first step"
+                each = count._replace(total=int(total[index]), scale=None if scale is None else float(scale[index]))
+                write(f"{label}{_member(index)}{when}: {in_words(each, ' so far')}")
+        shown[key] = np.maximum(before, total)  # a rewind sets it back
+    return shown
+
+
+def _digits(count: Any) -> int:
+    """0 for 0, 1 from 1 to 9, 2 from 10 on."""
     return len(str(int(count))) if count > 0 else 0
 
 

@@ -120,14 +120,6 @@ def test_events_are_told_two_looks_later_and_once_where_steps_take_long(monkeypa
     assert [line.split(":")[0] for line in told] == ["step 4"]
 
 
-def test_a_quiet_look_fetches_nothing_and_compiles_nothing() -> None:
-    log_events = og.event_logger(pytest.fail)
-    params, state = run([0.5] * 3, log_events)
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_get", pytest.fail)
-        run([0.5] * 3, log_events, params, state)
-
-
 # What is done outside the guard is not in its record: each counter is told of at every power of ten.
 
 
@@ -140,34 +132,91 @@ def bounded_step(state: Any, size: jax.Array) -> Any:
     return og.apply_gradients(BOUNDED, jnp.full((2, 2), size), state, MATRIX)[1]
 
 
+def bounded_run(sizes: list[float], log_events: Callable[..., None], state: Any = None, **options: Any) -> Any:
+    state = BOUNDED.init(MATRIX) if state is None else state
+    for size in sizes:
+        state = bounded_step(state, jnp.float32(size))
+        log_events(state, MATRIX, **options)
+    return state
+
+
 def test_a_bound_is_told_of_the_first_time_and_at_each_power_of_ten() -> None:
     told: list[str] = []
-    log_events, state = og.event_logger(told.append), BOUNDED.init(MATRIX)
-    for size in [0.004, 0.02, *[0.04] * 10, 0.004, 0.04]:
-        state = bounded_step(state, jnp.float32(size))
-        log_events(state, MATRIX, wait=True)
+    bounded_run([0.004, 0.02, *[0.04] * 10, 0.004, 0.04], og.event_logger(told.append), wait=True)
     assert told == [
-        "step 1: `limit_step_growth` scaled the update down to 0.6 of it",
-        "step 10: `limit_step_growth` scaled the update down, 10 times so far, the last time to 0.3 of it",
+        "after step 1: `limit_step_growth` scaled an update down (smallest factor 0.6)",
+        "after step 10: `limit_step_growth` scaled 10 updates down so far (smallest factor of the last one: 0.3)",
     ]
-    again: list[str] = []
-    resumed = og.event_logger(again.append)  # a new process does not tell it again
-    for size in [0.004, 0.004, 0.04]:
-        state = bounded_step(state, jnp.float32(size))
-        resumed(state, MATRIX, wait=True)
-    assert again == []
 
 
-@pytest.mark.parametrize(("every", "when"), [(2, ["step 1", "step 9"]), (7, ["step 6", "step 13"])])
+@pytest.mark.parametrize("bounded", [1, 9, 10, 60])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_resumed_run_is_not_told_of_again(bounded: int, every: int) -> None:
+    told: list[str] = []
+    state = bounded_run([0.04] * bounded + [0.004], lambda *_: None)
+    log_events = og.event_logger(told.append, every=every)
+    state = bounded_run([0.004] * 6, log_events, state)
+    log_events(state, MATRIX, wait=True)
+    assert told == []
+    bounded_run([0.04] * (100 - bounded), log_events, state, wait=True)  # but of what comes
+    assert f"{100 if bounded >= 10 else 10} updates down so far" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("every", "when"), [(2, ["after step 1", "after step 9"]), (7, ["after step 6", "after step 13"])]
+)
 def test_a_bound_is_told_of_at_any_cadence_with_events_and_at_the_end(every: int, when: list[str]) -> None:
     told: list[str] = []
-    log_events, state = og.event_logger(told.append, every=every), BOUNDED.init(MATRIX)
-    for index in range(14):
-        state = bounded_step(state, jnp.float32(NAN if index == 12 else 0.04))
-        log_events(state, MATRIX)
+    log_events = og.event_logger(told.append, every=every)
+    state = bounded_run([0.04] * 12 + [NAN, 0.04], log_events)
     log_events(state, MATRIX, wait=True)
     assert [line.split(":")[0] for line in told if "limit_step_growth" in line] == when
     assert [line for line in told if "held" in line] == ["step 12: held: the gradient of `(root)` held NaN"]
+
+
+def test_where_steps_take_long_the_number_and_the_factor_are_of_one_look_and_a_halt_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_events, "_is_ready", lambda _: False)
+    told: list[str] = []
+    bounded_run([0.004, 0.02, 0.04, 0.08, 0.16], og.event_logger(told.append))
+    assert told == ["after step 1: `limit_step_growth` scaled an update down (smallest factor 0.6)"]
+    with pytest.raises(og.TrainingHalted, match="dense"):  # by the look at the first NaN, which has seen no halt yet
+        run([NAN, NAN, NAN], og.event_logger(told.append))
+    told.clear()
+    log_events = og.event_logger(told.append)
+    log_events(
+        bounded_run([NAN, 0.04], log_events), MATRIX, wait=True
+    )  # the bound is seen by a look behind the event's
+    assert [line.split(":")[0] for line in told] == ["step 0", "after step 1"]
+
+
+def test_another_run_of_the_same_logger_and_a_rewind() -> None:
+    told: list[str] = []
+    log_events = og.event_logger(told.append)
+    bounded_run([0.04] * 3, log_events, wait=True)
+    bounded_run([0.04], log_events, wait=True)  # from the beginning
+    assert [line.split(":")[0] for line in told] == ["after step 0", "after step 0"]
+    told.clear()
+    state = bounded_run([0.04] * 10, log_events, wait=True)
+    back = state.guarded_state.bound_state._replace(step_growth_bound_total=jnp.int32(8))  # as a rewind does
+    rewound = state._replace(guarded_state=state.guarded_state._replace(bound_state=back))
+    bounded_run([0.004, 0.04, 0.04, 0.04], log_events, rewound, wait=True)
+    assert [line.split(":")[0] for line in told] == ["after step 9"]
+
+
+def test_a_quiet_look_compiles_nothing_and_waits_for_no_step(caplog: pytest.LogCaptureFixture) -> None:
+    log_events = og.event_logger(pytest.fail)
+    params, state = run([0.5] * 3, log_events)
+    held = bounded_run([0.004] * 3, log_events)
+    with jax.log_compiles(), caplog.at_level("WARNING"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_get", pytest.fail)
+        patch.setattr(_events, "_tell", pytest.fail)
+        run([0.5] * 3, log_events, params, state)
+        bounded_run([0.004] * 3, log_events, held)
+        assert not [record for record in caplog.records if "ompil" in record.message]
+        jax.jit(lambda x: x * 3.25)(jnp.ones(3))
+        assert [record for record in caplog.records if "ompil" in record.message]
 
 
 def test_members_bounded_and_dropped_micro_batches_are_told_of() -> None:
@@ -175,29 +224,34 @@ def test_members_bounded_and_dropped_micro_batches_are_told_of() -> None:
     many = jax.vmap(lambda size, state: og.apply_gradients(BOUNDED, size * MATRIX, state, MATRIX)[1])
     state = jax.vmap(lambda _: BOUNDED.init(MATRIX))(jnp.arange(2))
     og.event_logger(told.append)(jax.jit(many)(jnp.array([0.004, 0.02]), state), MATRIX, wait=True)
-    assert told == ["member 1, step 0: `limit_step_growth` scaled the update down to 0.5 of it"]
+    assert told == ["member 1, after step 0: `limit_step_growth` scaled an update down (smallest factor 0.5)"]
     told.clear()
     tx = og.accumulate(TX, 2)
     params, state, log_events = PARAMS, tx.init(PARAMS), og.event_logger(told.append)
-    for size in (0.5, NAN, 0.5, 0.5):
+    for size in (NAN, 0.5, NAN, 0.5):
         params, state = og.apply_gradients(tx, {"dense": jnp.full(2, size)}, state, params)
         log_events(state, params, wait=True)
-    assert told == ["step 0: `accumulate` dropped a micro-batch (not finite, or of invalid weight)"]
+    assert told == ["before the first step: `accumulate` dropped a micro-batch (not finite, or of invalid weight)"]
 
 
 def test_whatever_counts_is_told_of_somewhere() -> None:
-    told = {(counter.kind.__name__, counter.total) for counter in COUNTERS}
-    in_the_record = {"GuardState", "RewindState", "BackOffState", "ResetState", "StartState"}
+    told = {counter.total for counter in COUNTERS}
     for module in pkgutil.walk_packages(og.__path__, "optax_guard."):
-        for name, kind in vars(importlib.import_module(module.name)).items() if "__main__" not in module.name else ():
-            for field in getattr(kind, "_fields", ()) if name.endswith("State") and name not in in_the_record else ():
-                counts = field.endswith("_total") and field not in PLACES_AND_STEPS
-                assert not counts or (name, field) in told, f"{name}.{field} is seen by nobody"
+        if "__main__" in module.name:
+            continue
+        for name, kind in vars(importlib.import_module(module.name)).items():
+            for field in getattr(kind, "_fields", ()):
+                counts = field.endswith("_total") and "jax.Array" in str(kind.__annotations__.get(field))
+                assert not counts or field in told | IN_THE_RECORD | PLACES, f"{name}.{field} is seen by nobody"
 
 
-PLACES_AND_STEPS = {  # places in a ring, calls, and overflows, which the guard inside records
-    *("update_norms_kept_total", "update_norms_recent_total", "published_update_norm_total", "emitted_total"),
-    *("spike_accepted_total", "spike_recent_total", "published_spike_total", "overflow_total"),
+IN_THE_RECORD = {  # of the guard
+    *("clipped_total", "skipped_total", "nonfinite_total", "let_through_total", "overflow_total", "emitted_total"),
+    *("reset_total", "silent_death_total", "start_reset_total", "back_off_total", "rewind_total"),
+}
+PLACES = {  # in a ring
+    *("update_norms_kept_total", "update_norms_recent_total", "published_update_norm_total", "published_spike_total"),
+    *("spike_accepted_total", "spike_recent_total", "accepted_total", "recent_total", "values_total"),
 }
 
 
