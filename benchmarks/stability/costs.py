@@ -2,8 +2,8 @@
 
     python -m benchmarks.stability.costs
 
-Each method around AdamW on a transformer, over the bare optimizer, by XLA's count for a CPU; of a conditional, the dearer
-branch. The probes of the benchmark are left out, and so is the check that lets a published form pass a NaN.
+Each method around AdamW on a transformer, over the bare optimizer, by XLA's count for a CPU; of a conditional, the
+dearer branch. The probes of the benchmark are left out, and the check that lets a published form pass a NaN.
 """
 
 import json

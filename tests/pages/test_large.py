@@ -151,4 +151,4 @@ def test_every_job_makes_a_step(name: str) -> None:
 
 
 def test_the_page_says_what_the_results_say() -> None:
-    assert marked(page.PAGE.read_text(), "tables") == page.generated(workers.read()).strip()
+    assert marked(page.PAGE.read_text(), "tables") == page.generated(workers.read_apart()).strip()

@@ -15,8 +15,8 @@ import argparse
 import sys
 
 from benchmarks.stability.large.page import write_page
-from benchmarks.stability.large.studies import all_jobs
-from benchmarks.stability.large.workers import read, run_jobs
+from benchmarks.stability.large.studies import Size, all_jobs
+from benchmarks.stability.large.workers import read, read_apart, run_jobs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so many, and go on later")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side (default: 1)")
     parser.add_argument("--seeds", type=int, help="fewer seeds than the study has")
+    parser.add_argument("--rates", type=int, help="the lowest rates alone: so many")
     parser.add_argument("--fresh", action="store_true", help="run jobs again that are done")
     parser.add_argument("--quick", action="store_true", help="one seed and a hundredth of the steps; writes nothing")
     parser.add_argument("--list", action="store_true", help="run nothing: the jobs, and which are done")
@@ -35,17 +36,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.page:
         names = chosen(options)
-        jobs, cells = all_jobs(options.seeds), {} if options.fresh or options.quick else read()
+        size = Size(1, options.rates, 100) if options.quick else Size(options.seeds, options.rates)
+        jobs, cells = all_jobs(size), {} if options.fresh or options.quick else read()
         done = {name for name in names if name in cells and cells[name]["shape"] == list(jobs[name].shape)}
         if options.list:
             print("\n".join(f"{'done' if name in done else '    '}  {name}" for name in names))
             return
         missing = [name for name in names if name not in done]
-        seeds, shorten = (1, 100) if options.quick else (options.seeds, 1)
-        run_jobs(missing, seeds, shorten, options.workers, options.seconds, keep=not options.quick)
+        run_jobs(missing, size, options.workers, options.seconds, keep=not options.quick)
         if options.quick:
             return
-    write_page(read())
+    write_page(read_apart())
 
 
 def chosen(options: argparse.Namespace) -> list[str]:

@@ -29,23 +29,38 @@ def runs_of(cell: Any, bound: int = 0) -> dict[str, Any]:
     return {key: cell[key][bound] for key in ("initial", "final", "finite", "spikes_loss", "spikes_norm")}
 
 
+def compared_tables(apart: list[Cells], net: str) -> list[str]:
+    """A table for each platform, since text and random numbers depend on its versions; one that is complete, alone."""
+    tables = []
+    for cells in apart:
+        found = {m: cells[f"{net} {m}"] for m in COMPARED if f"{net} {m}" in cells}
+        if found:
+            versions = sorted({f"{c['device']}, Python {c['versions']['python']}" for c in found.values()})
+            tables.append((len(found), f"On {' and '.join(versions)}:\n\n{compared_table(found, net)}"))
+    whole = [text for count, text in tables if count == len(COMPARED)]
+    return whole or [text for _, text in sorted(tables, reverse=True)] or ["Not run yet."]
+
+
 def compared_table(cells: Cells, net: str) -> str:
-    """Methods by learning rates: held-out loss, and what it comes to."""
-    found = {m: runs_of(cells[f"{net} {m}"]) for m in COMPARED if f"{net} {m}" in cells}
-    if not found:
-        return "Not run yet."
-    finals = {m: np.minimum(numbers(runs["final"]), numbers(runs["initial"])) for m, runs in found.items()}
+    """Methods by learning rates: held-out loss, and, where all rates have run, what it comes to."""
+    rates, finals = LARGE[net].rates, {}
+    for m, cell in cells.items():
+        final = np.minimum(numbers(cell["final"][0]), numbers(cell["initial"][0]))
+        finals[m] = dict(zip(cell["rates"], final, strict=True))
+    found = {m: runs_of(cell) for m, cell in cells.items() if len(cell["rates"]) == len(rates)}
     best = min(float(np.mean(best_loss(runs))) for runs in found.values())
     regrets = {m: regret(runs, best) for m, runs in found.items()}
-    columns = [{m: final[i] for m, final in finals.items()} for i in range(len(LARGE[net].rates))]
+    columns = [{m: final[rate] for m, final in finals.items() if rate in final} for rate in rates]
     bold = [equal_best(column) for column in [*columns, regrets]]
     rows = []
-    for m, final in finals.items():
-        losses = [cell_text(final[i], m in bold[i], 3) for i in range(len(columns))]
-        spikes = [f"{100 * np.mean(numbers(found[m][key])):.2f}" for key in ("spikes_loss", "spikes_norm")]
-        last = f"{np.mean(sensitivity(found[m])):.3f}"
-        rows.append([f"`{COMPARED[m][0]}`", *losses, cell_text(regrets[m], m in bold[-1]), last, *spikes])
-    header = ["method", *(f"{r:g}" for r in LARGE[net].rates)]
+    for m in finals:
+        losses = [cell_text(c[m], m in own, 3) if m in c else "" for c, own in zip(columns, bold, strict=False)]
+        measures = [""] * 4
+        if m in found:
+            spikes = [f"{100 * np.mean(numbers(found[m][key])):.2f}" for key in ("spikes_loss", "spikes_norm")]
+            measures = [cell_text(regrets[m], m in bold[-1]), f"{np.mean(sensitivity(found[m])):.3f}", *spikes]
+        rows.append([f"`{COMPARED[m][0]}`", *losses, *measures])
+    header = ["method", *(f"{r:g}" for r in rates)]
     return markdown([*header, "regret", "LR sensitivity", "spikes, loss %", "norm %"], rows)
 
 
@@ -134,14 +149,15 @@ def first_steps_table() -> str:
     return markdown(["net, optimizer", "steps", "rates", "lowest rate: each seed", "middle", "highest"], rows)
 
 
-def generated(cells: Cells) -> str:
-    """All tables of the page."""
+def generated(apart: list[Cells]) -> str:
+    """All tables of the page, from the cells of each platform; where two have the same job, from the last."""
+    cells = {name: cell for own in apart for name, cell in own.items()}
     devices = sorted({cell["device"] for cell in cells.values()})
     hours = sum(cell["seconds"] for cell in cells.values()) / 3600
     measured = f"Measured on {', '.join(devices)}, {hours:.2f} hours of jobs in all." if cells else "Not run yet."
     parts = [measured]
     for net, large in LARGE.items():
-        parts += [f"### {large.title}", compared_table(cells, net)]
+        parts += [f"### {large.title}", *compared_tables(apart, net)]
     for study, title in BOUNDS.items():
         own = of_study(cells, study)
         parts += [f"### Neutrality of {title}: difference in percent of the loss without it", verdict(own)]
@@ -153,6 +169,6 @@ def generated(cells: Cells) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def write_page(cells: Cells) -> None:
+def write_page(apart: list[Cells]) -> None:
     """Puts the tables between the marks of the page; the text around them is written by hand."""
-    put(PAGE, "tables", generated(cells))
+    put(PAGE, "tables", generated(apart))

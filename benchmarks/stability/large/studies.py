@@ -120,6 +120,17 @@ CUSTOMARY = {
 NETS = ["characters", "cartpole", *TASKS]
 
 
+class Size(NamedTuple):
+    """How much of a job to run."""
+
+    seeds: int | None = None  # None: as many as the study has
+    rates: int | None = None  # the lowest so many; None: all
+    shorten: int = 1  # the steps, by this factor
+
+
+WHOLE = Size()
+
+
 class Job(NamedTuple):
     """One compiled program."""
 
@@ -170,14 +181,14 @@ def hard(net: str, optimizer: str) -> Trial:
 STUDIES = {"neutral": neutral, "hard": hard}  # the bound of the default, and that of a number as `max_change`
 
 
-def all_jobs(seeds: int | None = None, shorten: int = 1) -> dict[str, Job]:
-    """Every job, the most telling first; `seeds` and `shorten` make it small."""
+def all_jobs(size: Size = WHOLE) -> dict[str, Job]:
+    """Every job, the most telling first."""
     jobs = {}
 
     def add(name: str, trial: Callable[[], Trial], count: int, rates: Any, bounds: Any) -> None:
-        count = seeds or count
+        count, rates = size.seeds or count, rates[: size.rates]
         shape = len(bounds), count, len(rates)
-        jobs[name] = Job(name, lambda: shortened(trial(), shorten), grid(count, rates, bounds), shape)
+        jobs[name] = Job(name, lambda: shortened(trial(), size.shorten), grid(count, rates, bounds), shape)
 
     for net, large in LARGE.items():
         for method in COMPARED:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.stability.large.studies import all_jobs
+from benchmarks.stability.large.studies import Size, all_jobs
 from benchmarks.stability.large.trials import Runs, run
 from benchmarks.stability.measures import spike_share
 
@@ -26,15 +26,13 @@ RESULTS = Path(__file__).parents[2] / "results"
 UNFINISHED = RESULTS / "large-unfinished"
 
 
-def run_jobs(
-    names: list[str], seeds: int | None, shorten: int, workers: int, seconds: float, keep: bool
-) -> dict[str, Any]:
+def run_jobs(names: list[str], size: Size, workers: int, seconds: float, keep: bool) -> dict[str, Any]:
     """The cells of the jobs that were finished in time."""
     begin, context = time.time(), multiprocessing.get_context("spawn")
     waiting, told = context.Queue(), context.Queue()
     for name in [*names, *[None] * workers]:
         waiting.put(name)
-    settings = seeds, shorten, begin + seconds
+    settings = size, begin + seconds
     processes = [context.Process(target=serve, args=(core, waiting, told, *settings)) for core in cores(workers)]
     for process in processes:
         process.start()
@@ -61,7 +59,7 @@ def cores(workers: int) -> list[int | None]:
     return [there[-1 - i % len(there)] for i in range(workers)]
 
 
-def serve(core: int | None, waiting: Any, told: Any, seeds: int | None, shorten: int, deadline: float) -> None:
+def serve(core: int | None, waiting: Any, told: Any, size: Size, deadline: float) -> None:
     """A worker: one job after the other until the time is up."""
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -69,7 +67,7 @@ def serve(core: int | None, waiting: Any, told: Any, seeds: int | None, shorten:
         if time.time() > deadline:
             continue
         try:
-            cell = work(name, seeds, shorten, deadline, lambda text, name=name: told.put((name, text, None)))
+            cell = work(name, size, deadline, lambda text, name=name: told.put((name, text, None)))
             text = "stopped, to go on later" if cell is None else f"done in {cell['seconds']} s: {finals(cell)}"
             told.put((name, text, cell))
         except Exception:  # a job that fails must not cost those behind it
@@ -77,13 +75,13 @@ def serve(core: int | None, waiting: Any, told: Any, seeds: int | None, shorten:
         jax.clear_caches()
 
 
-def work(name: str, seeds: int | None, shorten: int, deadline: float, tell: Any) -> dict[str, Any] | None:
+def work(name: str, size: Size, deadline: float, tell: Any) -> dict[str, Any] | None:
     """The cell of a job; None if the time was up first."""
     begin = time.perf_counter()
-    job = all_jobs(seeds, shorten)[name]
+    job = all_jobs(size)[name]
     trial = job.trial()
-    size = "x".join(map(str, (*job.shape, trial.steps)))
-    file = UNFINISHED / f"{name.replace(':', '-').replace(' ', '.')}.{size}.npz"
+    shape = "x".join(map(str, (*job.shape, trial.steps)))
+    file = UNFINISHED / f"{name.replace(':', '-').replace(' ', '.')}.{shape}.npz"
     runs = run(trial, job.lanes, file, lambda: time.time() > deadline, tell)
     if runs is None:
         return None
@@ -135,12 +133,17 @@ def finals(cell: dict[str, Any]) -> str:
     return " | ".join(" ".join(middle(row) for row in rows) for rows in cell["final"])
 
 
+def read_apart() -> list[dict[str, Any]]:
+    """The cells of each platform, those of a CPU first."""
+    files = sorted(RESULTS.glob("large-*.json"), key=lambda path: "cpu" not in path.name)
+    return [json.loads(path.read_text()) for path in files]
+
+
 def read() -> dict[str, Any]:
     """All cells of all platforms; where two have the same, an accelerator's."""
-    files = sorted(RESULTS.glob("large-*.json"), key=lambda path: "cpu" not in path.name)
     cells: dict[str, Any] = {}
-    for path in files:
-        cells = cells | json.loads(path.read_text())
+    for own in read_apart():
+        cells = cells | own
     return cells
 
 
