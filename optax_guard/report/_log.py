@@ -18,7 +18,7 @@ from optax_guard._step.reading import SeenLeaves, axes_in_front, leaf_names, see
 from optax_guard._step.record import FlightRecorder, read_rows
 from optax_guard.report._logits import LogitLog, logit_log
 from optax_guard.rules._record_leaves import LeafLog, LeafRecordState, decoded_leaf_log, leaf_log
-from optax_guard.state._counts import COUNTERS, Count, counts_in
+from optax_guard.state._counts import COUNTED, COUNTERS, Count, counts
 from optax_guard.state._metrics import flight_log
 
 __all__ = ["TrainingLog", "leaf_label", "load", "load_checkpoint", "load_log", "read_log", "save_log"]
@@ -71,7 +71,7 @@ def read_log(state: optax.OptState, params: PyTree | None = None) -> TrainingLog
         (float(field_array(each.qk_clip_threshold)), {k: field_array(x) for k, x in each.qk_clip_max_logits.items()})
         for each in find_states(state, QKClipState)
     ]
-    counted = _in_all(counts_in(state))
+    counted = _as_numbers(counts(find_states(state, COUNTED)))
     return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), counted))
 
 
@@ -146,7 +146,7 @@ def load_log(path: str | Path) -> TrainingLog:
         counters = {counter.total: counter for counter in COUNTERS}
         shown = (parts[name].tolist() for name in ("counters", "counts", "scales"))
         counted = tuple(
-            Count(counters[field], counters[field].name, total, scale if counters[field].scale else None)
+            Count(counters[field], counters[field].name, total, scale if counters[field].scale else None, None)
             for field, total, scale in zip(*shown, strict=True)
         )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -207,14 +207,12 @@ def load_checkpoint(path: str | Path) -> TrainingLog:
         if {"qk_clip_threshold", "qk_clip_max_logits"} <= node.keys()
     ]
     found = [
-        Count(
-            counter, counter.name, _array(node[counter.total]), _array(node[counter.scale]) if counter.scale else None
-        )
+        Count(counter, "", _array(node[counter.total]), _array(node[counter.scale]) if counter.scale else None, None)
         for counter in COUNTERS
         for node in _nodes(tree)
         if counter.total in node and _is_number(node[counter.total])
     ]
-    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), _in_all(found)))
+    return _checked(TrainingLog(rows, names, leaves, totals, logit_log(rows, clips, params), _as_numbers(found)))
 
 
 def load(path: str | Path) -> TrainingLog:
@@ -234,15 +232,15 @@ def leaf_label(names: list[str], leaf: int) -> str:
     return names[leaf] if 0 <= leaf < len(names) else "" if leaf < 0 else f"leaf {leaf}"
 
 
-def _in_all(found: list[Count]) -> tuple[Count, ...]:
-    """The counts as numbers; those of one counter as one, since a checkpoint does not keep the order of its states."""
-    result = []
-    for counter in COUNTERS:
-        own = [each for each in found if each.counter == counter]
-        if own:
-            scale = min(float(np.min(each.scale)) for each in own) if counter.scale else None
-            result.append(Count(counter, counter.name, sum(int(np.sum(each.total)) for each in own), scale))
-    return tuple(result)
+def _as_numbers(found: list[Count]) -> tuple[Count, ...]:
+    """The counts as numbers, those of one counter by size: a checkpoint does not keep the order of its states."""
+    numbers = [
+        Count(
+            x.counter, x.counter.name, int(np.max(x.total)), None if x.scale is None else float(np.min(x.scale)), None
+        )
+        for x in found
+    ]
+    return tuple(sorted(numbers, key=lambda count: (COUNTERS.index(count.counter), -count.total, count.scale or 0.0)))
 
 
 def _checked(log: TrainingLog) -> TrainingLog:

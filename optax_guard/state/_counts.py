@@ -4,20 +4,16 @@ A bound scales the finished update, accumulation drops a micro-batch before the 
 weights after it. `event_logger` and the report tell of each.
 """
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
-import optax
-
 from optax_guard._common.new_params import QKClipState
-from optax_guard._common.tree import find_states
+from optax_guard._common.tree import field_array
 from optax_guard.accumulation._calls import AccumulateState
 from optax_guard.transforms._published import PublishedUpdateNormState
 from optax_guard.transforms._step_growth import StepGrowthState
 from optax_guard.transforms._update_bounds import ClippyState, LimitStepState, UpdateNormState
 
-__all__ = ["BOUNDS", "COUNTERS", "Count", "Counter", "counts_in", "in_words", "numbered"]
+__all__ = ["BOUNDS", "COUNTED", "COUNTERS", "Count", "Counter", "counts", "in_words", "numbered"]
 
 BOUNDS = (  # the type of the state, the name in `metrics`, and how the names of its fields begin
     (LimitStepState, "limit_step", "limit_step"),
@@ -65,6 +61,9 @@ COUNTERS = (
 )
 
 
+COUNTED = tuple({counter.kind: None for counter in COUNTERS})  # the states that have one
+
+
 class Count(NamedTuple):
     """What a counter shows, of one run or of many."""
 
@@ -72,6 +71,7 @@ class Count(NamedTuple):
     name: str  # the second of a kind is `limit_step_1`
     total: Any  # i32[...]
     scale: Any  # f32[...]; None without one
+    state: Any  # that has it; None if it was read from a file
 
 
 def numbered(name: str, index: int) -> str:
@@ -79,25 +79,15 @@ def numbered(name: str, index: int) -> str:
     return name if index == 0 else f"{name}_{index}"
 
 
-def counts_in(state: optax.OptState) -> list[Count]:
-    """What every counter in a state shows."""
-    leaves, structure = jax.tree.flatten(state)
+def counts(states: list[Any]) -> list[Count]:
+    """What every counter shows in some states, of which some may have none."""
     return [
-        Count(counter, name, leaves[total], None if scale is None else leaves[scale])
-        for counter, name, total, scale in _places(structure)
-    ]
-
-
-@functools.lru_cache(maxsize=64)
-def _places(structure: Any) -> list[tuple[Counter, str, int, int | None]]:
-    """Where the counters are among the leaves of a state, which is looked up once: a state may have thousands."""
-    states = find_states(structure.unflatten(range(structure.num_leaves)), tuple(each.kind for each in COUNTERS))
-    return [
-        (
+        Count(
             counter,
             numbered(counter.name, index),
-            jax.tree.leaves(getattr(each, counter.total))[0],
-            jax.tree.leaves(getattr(each, counter.scale))[0] if counter.scale else None,
+            field_array(getattr(each, counter.total)),
+            field_array(getattr(each, counter.scale)) if counter.scale else None,
+            each,
         )
         for counter in COUNTERS
         for index, each in enumerate(each for each in states if isinstance(each, counter.kind))

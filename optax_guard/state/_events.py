@@ -27,7 +27,7 @@ from optax_guard._step.reading import (
     where,
 )
 from optax_guard._step.record import EVENTS, FlightRecorder, read_rows
-from optax_guard.state._counts import Count, counts_in, in_words
+from optax_guard.state._counts import COUNTED, Count, counts, in_words
 
 __all__ = ["event_logger"]
 
@@ -90,13 +90,14 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
     every = validate.integer("event_logger", "every", every, low=1)
     calls = 0
     unreported: dict[int, np.ndarray] = {}  # guard -> the first step of each member that has not been reported
-    told: dict[str, np.ndarray] = {}  # counter outside the guard -> the most that it has shown, of each member
+    told: dict[str, _Told] = {}  # counter outside the guard -> what was told of it
     looks: deque[_Looks] = deque()
 
     def log_events(state: optax.OptState, params: PyTree | None = None, *, wait: bool = False) -> None:
         nonlocal calls, unreported, told
         calls += 1
-        guards = find_states(state, GuardState)
+        found = find_states(state, (GuardState, *COUNTED))
+        guards = [each for each in found if isinstance(each, GuardState)]
         if not guards:
             raise ValueError("event_logger: there is no guard in this state; wrap the optimizer in `guard` first.")
         for each in guards:
@@ -113,31 +114,36 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
         halts = [field_array(each.halted) for each in guards]
         firsts = [_first_steps(unreported.get(number), halted) for number, halted in enumerate(halts)]
         look = [_look(*part, every) for part in zip(recorders, halts, firsts, strict=True)]
-        counted = counts_in(state)
-        numbers = [_copied([(count.total, count.scale) for count in counted])] if counted else []
-        looks.append(_Looks(look, counted, numbers, calls))
-        for news in (*look, *numbers):
+        counted = [_Counted(count, _copied(count.total, count.scale), _owner(count, guards)) for count in counts(found)]
+        if looks and [np.shape(news) for news in look] != [np.shape(news) for news in looks[-1].guards]:
+            looks.clear()  # of other guards, or of another number of members
+        looks.append(_Looks(look, counted, calls))
+        for news in (*look, *(each.numbers for each in counted)):
             news.copy_to_host_async()
-        while looks and (wait or len(looks) > _IN_FLIGHT or all(map(_is_ready, (*looks[0].guards, *looks[0].numbers)))):
-            oldest = looks.popleft()
-            seen = [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in oldest.guards]
-            events = any(news.event.any() or news.halted.any() for news in seen)
-            last = unreported.get(0)
+        ahead = min(_IN_FLIGHT, rows // every - 1)  # as long as the rows are still there
+        while looks and (wait or len(looks) > ahead or _is_there(looks[0])):
+            news = [looks.popleft()]
+            seen = [_Look(*np.moveaxis(np.asarray(each), -1, 0)) for each in news[0].guards]
+            events = any(each.event.any() or each.halted.any() for each in seen)
             if events:
-                oldest = looks.pop() if looks else oldest
+                news += looks
                 looks.clear()
-                for number, (each, news) in enumerate(zip(guards, seen, strict=True)):
+                for number, (each, first) in enumerate(zip(guards, seen, strict=True)):
                     label = f"guard {number}, " if len(guards) > 1 else ""
-                    unreported[number] = _tell(write, label, each, params, news.first)
+                    unreported[number] = _tell(write, label, each, params, first.first)
             else:
-                unreported |= {number: news.newest + 1 for number, news in enumerate(seen)}
-            if last is not None and (last.shape != unreported[0].shape or np.any(unreported[0] < last)):
-                told = {}  # another run, or an earlier state of this one
-            told = _tell_counts(write, oldest, unreported[0] - 1, told, "guard 0, " if len(guards) > 1 else "")
+                unreported |= {number: each.newest + 1 for number, each in enumerate(seen)}
+            for each in news:
+                told = _tell_counts(write, each, told)
             if events:
                 raise_if_halted(state, params)
 
     return log_events
+
+
+def _is_there(look: "_Looks") -> bool:
+    """Whether all that a look fetches has been computed."""
+    return all(map(_is_ready, (*look.guards, *(each.numbers for each in look.counted))))
 
 
 def _is_ready(array: Any) -> bool:
@@ -145,12 +151,27 @@ def _is_ready(array: Any) -> bool:
     return array.is_ready()
 
 
+class _Counted(NamedTuple):
+    """A counter outside the guard, on its way to the host."""
+
+    count: Count  # its name and shape; the next step may overwrite its numbers
+    numbers: jax.Array  # i32[1 or 2, ...]: a copy of them, the factor by its bits
+    owner: int  # the guard by whose steps it is dated
+
+
 class _Looks(NamedTuple):
     """What is fetched at one call, on its way to the host."""
 
     guards: list[jax.Array]  # a `_Look` of each
-    counts: list[Count]  # outside the guard: names and shapes, whose numbers the next step may overwrite
-    numbers: list[jax.Array]  # i32[n]: a copy of these numbers, unless there are none
+    counted: list[_Counted]
+    call: int  # of the logger
+
+
+class _Told(NamedTuple):
+    """A counter as of the last look."""
+
+    total: np.ndarray  # the most that it has shown since the run began
+    steps: np.ndarray  # the newest step of its guard
     call: int  # of the logger
 
 
@@ -219,37 +240,45 @@ def _tell(
 
 
 @jax.jit
-def _copied(numbers: Any) -> jax.Array:
-    """Integers and float32 numbers of any shapes as one array of integers, so that the host waits for one transfer."""
-    bits = [jnp.zeros(0, jnp.int32)]
-    for x in map(jnp.asarray, jax.tree.leaves(numbers)):
-        real = jnp.issubdtype(x.dtype, jnp.floating)
-        bits.append(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) if real else x.astype(jnp.int32))
-    return jnp.concatenate([x.ravel() for x in bits])
+def _copied(total: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """A counter's numbers as one array of integers, so that the host waits for one transfer."""
+    rows = [jnp.asarray(total).astype(jnp.int32)]
+    if scale is not None:
+        rows.append(lax.bitcast_convert_type(jnp.asarray(scale).astype(jnp.float32), jnp.int32))
+    return jnp.stack(rows)
 
 
-def _tell_counts(
-    write: Callable[[str], Any], look: _Looks, newest: np.ndarray, told: dict[str, np.ndarray], label: str
-) -> dict[str, np.ndarray]:
+def _owner(count: Count, guards: list[GuardState]) -> int:
+    """The number of the innermost guard around a counter, or else of the first inside its state; 0 without one."""
+    if len(guards) == 1:
+        return 0
+    around = [i for i, each in enumerate(guards) if any(x is count.state for x in find_states(each, COUNTED))]
+    inside = [i for i, each in enumerate(guards) if any(x is each for x in find_states(count.state, GuardState))]
+    return around[-1] if around else inside[0] if inside else 0
+
+
+def _tell_counts(write: Callable[[str], Any], look: _Looks, told: dict[str, _Told]) -> dict[str, _Told]:
     """Writes a line for each counter that has reached another power of ten, and returns what each has shown."""
-    numbers, at, shown = np.concatenate([*map(np.asarray, look.numbers), np.zeros(0, np.int32)]), 0, {}
-    for count in look.counts:
-        size, shape = np.size(count.total), np.shape(count.total)
-        total, at = numbers[at : at + size].reshape(shape), at + size
-        scale = None
-        if count.scale is not None:
-            scale, at = numbers[at : at + size].view(np.float32).reshape(shape), at + size
-        steps = newest if newest.shape == shape else np.broadcast_to(newest.max(), shape)
+    newest = [_Look(*np.moveaxis(np.asarray(news), -1, 0)).newest for news in look.guards]
+    shown = {}
+    for count, numbers, owner in look.counted:
+        total, *bits = np.asarray(numbers)
+        scale = bits[0].view(np.float32) if bits else None
+        steps = newest[owner] if newest[owner].shape == total.shape else np.full(total.shape, newest[owner].max())
         key = f"{count.name} {count.counter.total}"
-        before = told.get(key)
-        if before is None or before.shape != shape:  # a run that is resumed has told its own already
-            before = np.where(steps < look.call, 0, total)
-        for index in np.ndindex(*shape):
+        last = told.get(key)
+        if last is None or last.total.shape != total.shape:
+            last = _Told(total, steps + 1, 0)
+        # A run that began since the last look, one that is resumed, which has told its own already, or the same one.
+        began = steps < look.call - last.call
+        before = np.where(steps < last.steps, np.where(began, 0, total), last.total)
+        for index in np.ndindex(*total.shape):
             if _digits(total[index]) > _digits(before[index]):
+                label = f"guard {owner}, " if len(newest) > 1 else ""
                 when = f"after step {steps[index]}" if steps[index] >= 0 else "before the first step"
                 each = count._replace(total=int(total[index]), scale=None if scale is None else float(scale[index]))
                 write(f"{label}{_member(index)}{when}: {in_words(each, ' so far')}")
-        shown[key] = np.maximum(before, total)  # a rewind sets it back
+        shown[key] = _Told(np.maximum(before, total), steps, look.call)  # a rewind sets a counter back
     return shown
 
 

@@ -155,7 +155,8 @@ def test_what_was_done_outside_the_guard_is_told_from_state_file_and_checkpoint(
         _, state = og.apply_gradients(tx, jnp.full((2, 2), size), state, params)
     log = read_log(state)
     assert story(log)[1:] == [
-        "Not in these numbers: `limit_step_growth` scaled 3 updates down (smallest factor of the last one: 0.667).",
+        "Not in these numbers: `limit_step_growth` scaled 2 updates down (smallest factor of the last one: 0.667).",
+        "Not in these numbers: `limit_step_growth` scaled an update down.",
         "Not in these numbers: `accumulate` dropped a micro-batch (not finite, or of invalid weight).",
     ]
     with ocp.PyTreeCheckpointer() as checkpointer:  # beside an item without a guard, of which only shapes are read

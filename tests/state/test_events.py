@@ -205,12 +205,44 @@ def test_another_run_of_the_same_logger_and_a_rewind() -> None:
     assert [line.split(":")[0] for line in told] == ["after step 9"]
 
 
-def test_a_quiet_look_compiles_nothing_and_waits_for_no_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_earlier_state_is_not_told_of_again() -> None:
+    told: list[str] = []
+    log_events = og.event_logger(told.append)
+    earlier = bounded_run([0.04] * 20, log_events, wait=True)
+    bounded_run([0.04] * 20, log_events, earlier, wait=True)
+    bounded_run([0.004], log_events, earlier, wait=True)
+    assert [line.split(":")[0] for line in told] == ["after step 0", "after step 9"]
+
+
+def test_a_line_names_the_guard_by_whose_steps_it_is_dated() -> None:
+    told: list[str] = []
+    log_events = og.event_logger(told.append)
+    body = bounded_run([0.04] * 15, lambda *_: None)  # resumed
+    head = BOUNDED.init(MATRIX)
+    for size in (0.004, 0.04):
+        head = bounded_step(head, jnp.float32(size))
+        log_events(
+            {"body": body, "head": og.accumulate(BOUNDED, 2).init(MATRIX)._replace(accumulated_state=head)}, wait=True
+        )
+    assert [line.split(": ")[0] for line in told] == ["guard 1, after step 1"]
+    log_events(head, wait=True)  # a state of other guards: what is on its way is dropped
+
+
+def test_no_event_is_overwritten_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_events, "_is_ready", lambda _: False)
+    told: list[str] = []
+    log_events = og.event_logger(told.append, every=ROWS)
+    params, state = run([0.5, NAN, *[0.5] * (3 * ROWS)], log_events)
+    assert [line.split(":")[0] for line in told] == ["step 1"]
+    many = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    log_events(many, params, wait=True)
+
+
+def test_a_quiet_look_compiles_nothing_and_reads_no_rows(caplog: pytest.LogCaptureFixture) -> None:
     log_events = og.event_logger(pytest.fail)
     params, state = run([0.5] * 3, log_events)
     held = bounded_run([0.004] * 3, log_events)
     with jax.log_compiles(), caplog.at_level("WARNING"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_get", pytest.fail)
         patch.setattr(_events, "_tell", pytest.fail)
         run([0.5] * 3, log_events, params, state)
         bounded_run([0.004] * 3, log_events, held)
