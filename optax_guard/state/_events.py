@@ -154,7 +154,7 @@ def _is_ready(array: Any) -> bool:
 class _Counted(NamedTuple):
     """A counter outside the guard, on its way to the host."""
 
-    count: Count  # its name and shape; the next step may overwrite its numbers
+    shown: Count  # its name and shape; the next step may overwrite its numbers
     numbers: jax.Array  # i32[1 or 2, ...]: a copy of them, the factor by its bits
     owner: int  # the guard by whose steps it is dated
 
