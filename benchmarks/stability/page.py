@@ -57,9 +57,14 @@ def faults_of(results: Results, base: str) -> dict[str, Any]:
 
 def regrets(results: Results, task: str, setting: str) -> dict[str, np.ndarray]:
     """Method -> regret of every seed, against the best loss of any method on the task."""
-    both = [runs_of(results, task, which) for which in ("default", "tuned")]
-    best = min(float(np.mean(best_loss(runs))) for table in both for runs in table.values())
+    best = lowest_loss(results, task)
     return {name: regret(runs, best) for name, runs in runs_of(results, task, setting).items()}
+
+
+def lowest_loss(results: Results, task: str) -> float:
+    """The best loss of any method on a task, which has a regret of 0."""
+    both = [runs_of(results, task, which) for which in ("default", "tuned")]
+    return min(float(np.mean(best_loss(runs))) for table in both for runs in table.values())
 
 
 def present(results: Results) -> list[str]:
@@ -102,9 +107,8 @@ def hindsight(results: Results) -> float:
     """
     tasks = []
     for task in present(results):
-        both = [runs_of(results, task, which) for which in ("default", "tuned")]
-        best = min(float(np.mean(best_loss(runs))) for table in both for runs in table.values())
-        kept = [runs for name, runs in both[0].items() if not METHODS[name].takes_rate]
+        best = lowest_loss(results, task)
+        kept = [runs for name, runs in runs_of(results, task, "default").items() if not METHODS[name].takes_rate]
         lowest = np.min([capped(runs).mean(1) for runs in kept], axis=0)
         initial = np.mean([runs["initial"] for runs in kept])
         tasks.append((np.mean(lowest) - best) / (initial - best))

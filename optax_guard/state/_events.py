@@ -122,18 +122,18 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
             news.copy_to_host_async()
         ahead = min(_IN_FLIGHT, rows // every - 1)  # as long as the rows are still there
         while looks and (wait or len(looks) > ahead or _is_there(looks[0])):
-            news = [looks.popleft()]
-            seen = [_Look(*np.moveaxis(np.asarray(each), -1, 0)) for each in news[0].guards]
-            events = any(each.event.any() or each.halted.any() for each in seen)
+            due = [looks.popleft()]
+            seen = _seen(due[0])
+            events = any(news.event.any() or news.halted.any() for news in seen)
             if events:
-                news += looks
+                due += looks
                 looks.clear()
-                for number, (each, first) in enumerate(zip(guards, seen, strict=True)):
+                for number, (each, news) in enumerate(zip(guards, seen, strict=True)):
                     label = f"guard {number}, " if len(guards) > 1 else ""
-                    unreported[number] = _tell(write, label, each, params, first.first)
+                    unreported[number] = _tell(write, label, each, params, news.first)
             else:
-                unreported |= {number: each.newest + 1 for number, each in enumerate(seen)}
-            for each in news:
+                unreported |= {number: news.newest + 1 for number, news in enumerate(seen)}
+            for each in due:
                 told = _tell_counts(write, each, told)
             if events:
                 raise_if_halted(state, params)
@@ -144,6 +144,11 @@ def event_logger(write: Callable[[str], Any] = print, *, every: int = 1) -> Call
 def _is_there(look: "_Looks") -> bool:
     """Whether all that a look fetches has been computed."""
     return all(map(_is_ready, (*look.guards, *(each.numbers for each in look.counted))))
+
+
+def _seen(look: "_Looks") -> list["_Look"]:
+    """What a look has fetched of each guard; waits for it."""
+    return [_Look(*np.moveaxis(np.asarray(news), -1, 0)) for news in look.guards]
 
 
 def _is_ready(array: Any) -> bool:
@@ -259,7 +264,7 @@ def _owner(count: Count, guards: list[GuardState]) -> int:
 
 def _tell_counts(write: Callable[[str], Any], look: _Looks, told: dict[str, _Told]) -> dict[str, _Told]:
     """Writes a line for each counter that has reached another power of ten, and returns what each has shown."""
-    newest = [_Look(*np.moveaxis(np.asarray(news), -1, 0)).newest for news in look.guards]
+    newest = [news.newest for news in _seen(look)]
     shown = {}
     for count, numbers, owner in look.counted:
         total, *bits = np.asarray(numbers)
